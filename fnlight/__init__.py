@@ -1,0 +1,199 @@
+"""fnlight trains PyTorch modules with pure functions.
+
+A `Task` pairs a model with pure functions; a `TrainState` is an immutable value that holds everything a run needs to go on; a step
+maps ``(state, batch)`` to ``(state, metrics)``; and combinators wrap one function into another. `fit` is one composition of them.
+
+Example:
+    >>> import torch, fnlight as fl
+    >>> def train_step(model, batch):
+    ...     x, y = batch
+    ...     return torch.nn.functional.mse_loss(model(x), y)
+    >>> def configure_optimizers(model):
+    ...     return torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> task = fl.Task(torch.nn.Linear(2, 1), train_step, configure_optimizers=configure_optimizers)
+    >>> batches = [(torch.ones(4, 2), torch.ones(4, 1))] * 8
+    >>> fl.fit(fl.TrainState.create(task, seed=0), fl.Loaders(train=batches), fl.FitConfig(max_epochs=5, progress=False))
+    TrainState(step=40, epoch=5, batch=0, 3 parameters, SGD, stopped: 5 epochs done)
+
+Read on in `fnlight.state`, `fnlight.update`, `fnlight.loop` and `fnlight.fit`.
+"""
+
+import importlib
+from typing import Any as _Any
+
+from fnlight.checkpoint import LoadReport, Retention, best, checkpoints, every, last, load, load_weights, newest, restore, save, verify
+from fnlight.config import FitConfig
+from fnlight.data import Item, Loaders, Source, batches, concat, zip_longest, zip_shortest
+from fnlight.errors import (
+    BrokenCheckpointError,
+    CheckpointError,
+    CheckpointWarning,
+    ConfigError,
+    DonatedStateError,
+    FnlightError,
+    LoaderError,
+    LoaderWarning,
+    MemoryWarning,
+    MismatchError,
+    MonitorError,
+    NonFiniteError,
+    OptimizerError,
+    OptimizerWarning,
+    SeamError,
+    StepError,
+)
+from fnlight.evaluate import collect, evaluate, predict
+from fnlight.fit import compose, fit
+from fnlight.loop import check_finite, checkpoint_every, epoch_means, evaluate_every, log_to, run, stop_when
+from fnlight.metrics import Cat, Figure, Histogram, Image, Last, Max, Mean, Min, Sum, Tally, Text
+from fnlight.optim import Optim
+from fnlight.pipe import Combinator, Pipe, pipe
+from fnlight.protocols import EvalFn, GradFn, Gradients, LossFn, PredictFn, Rule, Schedule, Sink, Step, When
+from fnlight.replay import from_torch, plateau
+from fnlight.rng import fold_in, isolated, seed_generators
+from fnlight.rules import diverged, max_epochs, max_steps, max_time, min_epochs, min_steps, nonfinite, patience, reached
+from fnlight.schedules import constant, cosine, exponential, join, linear, one_cycle, polynomial, step_decay, warmup, warmup_cosine
+from fnlight.sinks import CSV, JSONL, Console, TensorBoard, fan_out
+from fnlight.state import History, Progress, Record, Store, Task, TrainState
+from fnlight.update import accumulate, apply, autocast, clip_norm, clip_value, ema, grad, pure, update
+from fnlight.when import Tick, at_end, epochs, minutes, seconds, steps
+
+__all__ = [
+    "BrokenCheckpointError",
+    "CSV",
+    "Cat",
+    "CheckpointError",
+    "CheckpointWarning",
+    "Combinator",
+    "ConfigError",
+    "Console",
+    "DonatedStateError",
+    "EvalFn",
+    "Figure",
+    "FitConfig",
+    "FnlightError",
+    "GradFn",
+    "Gradients",
+    "Histogram",
+    "History",
+    "Image",
+    "Item",
+    "JSONL",
+    "Last",
+    "LoadReport",
+    "LoaderError",
+    "LoaderWarning",
+    "Loaders",
+    "LossFn",
+    "Max",
+    "Mean",
+    "MemoryWarning",
+    "Min",
+    "MismatchError",
+    "MonitorError",
+    "NonFiniteError",
+    "Optim",
+    "OptimizerError",
+    "OptimizerWarning",
+    "Pipe",
+    "PredictFn",
+    "Progress",
+    "Record",
+    "Retention",
+    "Rule",
+    "Schedule",
+    "SeamError",
+    "Sink",
+    "Source",
+    "Step",
+    "StepError",
+    "Store",
+    "Sum",
+    "Tally",
+    "Task",
+    "TensorBoard",
+    "Text",
+    "Tick",
+    "TrainState",
+    "When",
+    "accumulate",
+    "apply",
+    "at_end",
+    "autocast",
+    "batches",
+    "best",
+    "check_finite",
+    "checkpoint_every",
+    "checkpoints",
+    "clip_norm",
+    "clip_value",
+    "collect",
+    "compose",
+    "concat",
+    "constant",
+    "cosine",
+    "diverged",
+    "ema",
+    "epoch_means",
+    "epochs",
+    "evaluate",
+    "evaluate_every",
+    "every",
+    "exponential",
+    "fan_out",
+    "fit",
+    "fold_in",
+    "from_torch",
+    "grad",
+    "isolated",
+    "join",
+    "last",
+    "linear",
+    "load",
+    "load_weights",
+    "log_to",
+    "max_epochs",
+    "max_steps",
+    "max_time",
+    "min_epochs",
+    "min_steps",
+    "minutes",
+    "newest",
+    "nonfinite",
+    "one_cycle",
+    "patience",
+    "pipe",
+    "plateau",
+    "polynomial",
+    "predict",
+    "pure",
+    "reached",
+    "restore",
+    "run",
+    "save",
+    "seconds",
+    "seed_generators",
+    "step_decay",
+    "steps",
+    "stop_when",
+    "update",
+    "verify",
+    "warmup",
+    "warmup_cosine",
+    "zip_longest",
+    "zip_shortest",
+]
+
+__version__ = "0.1.0"
+
+_LATER = ("testing",)  # modules of the top floor, imported when somebody asks for them
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _LATER:
+        return importlib.import_module(f"fnlight.{name}")
+    raise AttributeError(f"module 'fnlight' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
