@@ -1,0 +1,89 @@
+"""Exceptions, factored out so that every floor can raise them.
+
+::
+
+    FnlightError
+    ├── SeamError(TypeError)                two functions of a pipe do not fit together
+    ├── StepError(ValueError)               a user's step gave what a step must not give
+    │   └── NonFiniteError                  ... a loss that is NaN or infinite
+    ├── ConfigError(ValueError)             a configuration that cannot mean anything
+    │   └── MonitorError                    ... a monitored name that nothing yields
+    ├── OptimizerError(ValueError)          an optimizer that does not fit its model
+    ├── LoaderError(ValueError)             data that cannot be trained or evaluated on
+    ├── DonatedStateError(RuntimeError)     a read of tensors that a later step has overwritten
+    ├── TaskCheckError(AssertionError)      a task that breaks one of the laws that `check_task` checks
+    └── CheckpointError(ValueError)         files that cannot be written or read
+        ├── BrokenCheckpointError           ... torn, altered or incomplete files
+        └── MismatchError                   ... files of another task: names and shapes are listed
+
+Every message says what was expected, what was found, where, and what to do next.
+Bugs of fnlight itself are ``AssertionError``.
+"""
+
+
+class FnlightError(Exception):
+    """The root: ``except FnlightError`` catches what fnlight raises on purpose."""
+
+
+class SeamError(FnlightError, TypeError):
+    """Two neighbours in a pipe do not fit; the message says what to move where."""
+
+
+class StepError(FnlightError, ValueError):
+    """A user's step function returned something a step must not return."""
+
+
+class NonFiniteError(StepError):
+    """A loss or a metric is NaN or infinite; the message names the step."""
+
+
+class ConfigError(FnlightError, ValueError):
+    """A configuration that contradicts itself or bounds nothing."""
+
+
+class MonitorError(ConfigError):
+    """A monitored name that no evaluation yields; the message lists those that exist."""
+
+
+class OptimizerError(FnlightError, ValueError):
+    """An optimizer that holds foreign parameters, none, or that stepped too early."""
+
+
+class LoaderError(FnlightError, ValueError):
+    """A loader that is empty, exhausted or has no length where one is needed."""
+
+
+class DonatedStateError(FnlightError, RuntimeError):
+    """The tensors of this state were overwritten by a later step."""
+
+
+class TaskCheckError(FnlightError, AssertionError):
+    """A task breaks a law of `fnlight.testing.check_task`; the message names the check, the place and the way out."""
+
+
+class CheckpointError(FnlightError, ValueError):
+    """A checkpoint that cannot be written or read."""
+
+
+class BrokenCheckpointError(CheckpointError):
+    """Files that are torn, altered or incomplete."""
+
+
+class MismatchError(CheckpointError):
+    """A checkpoint or weights file of another model; names and shapes are listed."""
+
+
+class MemoryWarning(UserWarning):
+    """A combinator was added or removed since the state was saved: its memory starts afresh or is dropped."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint was passed over, or loaded with differences."""
+
+
+class LoaderWarning(UserWarning):
+    """Data is read in a way that costs more than it must."""
+
+
+class OptimizerWarning(UserWarning):
+    """A trainable parameter that no optimizer holds."""

@@ -1,0 +1,336 @@
+"""The state: an immutable value that holds everything a run needs to go on, and the arena that its tensors live in.
+
+A `Task` pairs a model with pure functions; a `TrainState` is where training stands; its `Store` holds the tensors. In PyTorch the
+fast way to train is in place, so a step *donates* its input: it updates the store, bumps the version and returns a new state on it.
+A state whose version is past raises `DonatedStateError` when its tensors are read.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, SupportsIndex, overload
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from fnlight.errors import DonatedStateError, OptimizerError
+from fnlight.metrics import Tally
+from fnlight.optim import Optim, named_state, prepare, to_device
+from fnlight.rng import isolated
+
+
+@attrs.frozen(eq=False)
+class Task:
+    """A model paired with the pure functions that train, evaluate and use it; never serialised.
+
+    Args:
+        model: The module; it is copied, never changed.
+        train_step: ``(model, batch) -> loss`` or ``(loss, metrics)``; see `fnlight.protocols.LossFn`.
+        eval_step: ``(model, batch) -> metrics``; needed for `evaluate` only.
+        predict_step: ``(model, batch) -> output``; needed for `predict` only.
+        configure_optimizers: ``(model) -> optimizer`` or `Optim`; needed unless nothing is trainable.
+
+    Raises:
+        TypeError: If the model is no module, or a function is not callable.
+
+    Example:
+        >>> task = Task(nn.Linear(2, 1), lambda model, batch: model(batch).sum(),
+        ...             configure_optimizers=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> TrainState.create(task, seed=0)
+        TrainState(step=0, epoch=0, batch=0, 3 parameters, SGD)
+    """
+
+    model: nn.Module
+    train_step: Callable[[Any, Any], Any]
+    eval_step: Callable[[Any, Any], Any] | None = None
+    predict_step: Callable[[Any, Any], Any] | None = None
+    configure_optimizers: Callable[[Any], Any] | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise TypeError(f"Task(model=...) must be an nn.Module, but got {type(self.model).__name__}; pass an instance, not a class")
+        for name in ("train_step", "eval_step", "predict_step", "configure_optimizers"):
+            given = getattr(self, name)
+            if given is None and name != "train_step":
+                continue
+            if not callable(given):
+                raise TypeError(f"Task({name}=...) must be a function, but got {type(given).__name__}")
+
+
+@attrs.frozen
+class Progress:
+    """Counts of completed work.
+
+    Args:
+        step: Completed optimizer updates.
+        epoch: Completed epochs.
+        batch: Batches done in the epoch that is under way; 0 between epochs.
+        samples: Samples seen.
+        seconds: Time spent, in seconds; it does not count in comparisons.
+
+    Example:
+        >>> Progress(step=3).step
+        3
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    samples: int = 0
+    seconds: float = attrs.field(default=0.0, eq=False)
+
+
+@attrs.frozen
+class Record:
+    """Metrics at a step.
+
+    Args:
+        step: Completed optimizer updates when they were taken.
+        epoch: Completed epochs then.
+        metrics: Names such as ``val/loss`` to floats; sinks get media as well.
+
+    Example:
+        >>> Record(10, 1, {"val/loss": 0.5}).metrics["val/loss"]
+        0.5
+    """
+
+    step: int
+    epoch: int
+    metrics: Mapping[str, Any]
+
+
+class History(tuple[Record, ...]):
+    """Every evaluation so far, oldest first: a tuple of `Record`s that prints as a table.
+
+    Example:
+        >>> print(History().add(Record(10, 1, {"val/loss": 0.5})).add(Record(20, 2, {"val/loss": 0.25})))
+        step  epoch  val/loss
+          10      1       0.5
+          20      2      0.25
+    """
+
+    __slots__ = ()
+
+    def add(self, record: Record) -> "History":
+        """A history with one more record; what falls on one step becomes one record."""
+        if self and self[-1].step == record.step:
+            last = tuple.__getitem__(self, -1)
+            return History((*self[:-1], Record(record.step, record.epoch, {**last.metrics, **record.metrics})))
+        return History((*self, record))
+
+    @overload
+    def __getitem__(self, key: SupportsIndex) -> Record: ...
+    @overload
+    def __getitem__(self, key: slice) -> "History": ...
+    def __getitem__(self, key: Any) -> Any:
+        found = tuple.__getitem__(self, key)
+        return History(found) if isinstance(key, slice) else found
+
+    def __str__(self) -> str:
+        names = list(dict.fromkeys(name for record in self for name in record.metrics))
+        rows = [["step", "epoch", *names]]
+        rows += [[str(r.step), str(r.epoch), *(f"{r.metrics[n]:.4g}" if n in r.metrics else "" for n in names)] for r in self]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+class Store:
+    """The arena: one live module, its optimizer, and the named trees that combinators own. Changed in place by steps.
+
+    Args:
+        module: The live module; nobody else holds it.
+        optim: Its prepared optimizer.
+        memory: Names of combinators to trees of dicts, lists, tensors, numbers and strings, or a `Tally`.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> Store(model, Optim(None), {}).copy().module is model
+        False
+    """
+
+    __slots__ = ("device", "media", "memory", "module", "named", "optim", "owner", "params", "position", "version")
+
+    def __init__(self, module: nn.Module, optim: Optim, memory: dict[str, Any]) -> None:
+        self.module, self.optim, self.memory = module, optim, memory
+        self.version = 0
+        self.owner: Any = None  # the pipe whose combinators have their memory here
+        self.position: Callable[[], Any] | None = None  # where a loader that keeps its own position stands
+        self.media: dict[str, Any] | None = None  # pictures and texts of an evaluation, for the sinks of the same tick
+        self.named = dict(module.named_parameters())
+        self.params = [p for p in self.named.values() if p.requires_grad]
+        first = next((t for t in (*module.parameters(), *module.buffers())), None)
+        self.device = torch.device("cpu") if first is None else first.device
+
+    def settle(self) -> None:
+        """Bring to rest what waits to be read: pending metrics, and the place of a loader that keeps its own."""
+        for tree in self.memory.values():
+            if isinstance(tree, Tally):
+                tree.settle()
+        if self.position is not None:
+            self.memory["loader"], self.position = copy.deepcopy(self.position()), None
+
+    def copy(self) -> "Store":
+        """An independent store with the same values; the optimizer follows the copied parameters."""
+        self.settle()
+        memo: dict[int, Any] = {}
+        module = copy.deepcopy(self.module, memo)
+        return Store(module, copy.deepcopy(self.optim, memo), copy.deepcopy(self.memory, memo))
+
+
+@attrs.frozen(eq=False, repr=False)
+class TrainState:
+    """Where a training stands: an immutable value.
+
+    Args:
+        task: The model class and the pure functions; never serialised.
+        progress: Counts of completed work.
+        seed: The one source of randomness.
+        history: Every evaluation so far, oldest first.
+        stopped: Why the last run ended; None while a run goes on.
+        store: The tensors.
+        version: The version of the store that this state may read.
+
+    Example:
+        >>> task = Task(nn.Linear(2, 1), lambda model, batch: model(batch).sum(),
+        ...             configure_optimizers=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> state = TrainState.create(task, seed=0)
+        >>> sorted(state.params), state.progress.step
+        (['bias', 'weight'], 0)
+    """
+
+    task: Task
+    progress: Progress
+    seed: int
+    history: History
+    stopped: str | None
+    store: Store
+    version: int
+
+    @classmethod
+    def create(cls, task: Task, seed: int = 0, device: torch.device | str | None = None) -> "TrainState":
+        """A state before the first step, on a copy of the task's model.
+
+        Args:
+            task: The task.
+            seed: Any non-negative integer; all randomness of the training follows from it.
+            device: Where the tensors live; None leaves them where the model has them.
+
+        Returns:
+            The state.
+
+        Raises:
+            TypeError: If the task is not a `Task` or the seed is no integer.
+            OptimizerError: If `configure_optimizers` does not fit the model.
+        """
+        if not isinstance(task, Task):
+            raise TypeError(f"TrainState.create takes a Task, but got {type(task).__name__}; write fl.Task(model, train_step, ...)")
+        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+            raise TypeError(f"seed must be a non-negative integer, but got {seed!r}")
+        lazy = [name for name, t in (*task.model.named_parameters(), *task.model.named_buffers()) if is_lazy(t)]
+        if lazy:
+            raise TypeError(f"the model has lazy tensors without a shape, {lazy[:5]}; call it once on a batch before making a Task")
+        with isolated(None if device is None else torch.device(device)):
+            module = copy.deepcopy(task.model)
+            if device is not None:
+                module.to(device)
+            store = Store(module, _configure(task, module), {})
+        return cls(task, Progress(), seed, History(), None, store, 0)
+
+    @property
+    def live(self) -> Store:
+        """The store, if this state may still read it."""
+        if self.store.version != self.version:
+            raise DonatedStateError(
+                f"the state of step {self.progress.step} was given to a later step, which has overwritten its tensors (or failed half-way); "
+                "use the state that the step returned, keep state.copy() before the step, or make the step pure with fl.pure(step)"
+            )
+        return self.store
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors live."""
+        return self.store.device
+
+    @property
+    def params(self) -> Mapping[str, Tensor]:
+        """The parameters by qualified name, read-only; clone what must outlive the next step."""
+        return MappingProxyType({name: p.detach() for name, p in self.live.module.named_parameters()})
+
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        """The buffers by qualified name, read-only."""
+        return MappingProxyType(dict(self.live.module.named_buffers()))
+
+    @property
+    def opt_state(self) -> Mapping[str, Mapping[str, Any]]:
+        """The optimizer's memory by qualified parameter name, read-only."""
+        store = self.live
+        return MappingProxyType({name: MappingProxyType(slots) for name, slots in named_state(store.optim, store.module).items()})
+
+    @property
+    def memory(self) -> Mapping[str, Any]:
+        """The trees that combinators own, by name, read-only."""
+        self.live.settle()
+        return MappingProxyType(self.store.memory)
+
+    def module(self) -> nn.Module:
+        """A module of its own with these weights, in the modes of the live one."""
+        return copy.deepcopy(self.live.module)
+
+    def copy(self) -> "TrainState":
+        """An independent state with the same values, which stays readable when this one is donated."""
+        return attrs.evolve(self, store=self.live.copy(), version=0)
+
+    def to(self, device: torch.device | str) -> "TrainState":
+        """A copy of this state on another device."""
+        return self.copy().moved(device)
+
+    def moved(self, device: torch.device | str) -> "TrainState":
+        """This very state, its tensors moved in place; it donates its input."""
+        store = self.live
+        store.settle()
+        version = store.version + 1
+        store.module.to(device)
+        to_device(store.optim.optimizer)
+        store.memory = {key: tree if key == "loader" else _moved(tree, torch.device(device)) for key, tree in store.memory.items()}
+        store.__init__(store.module, store.optim, store.memory)
+        store.version = version
+        return attrs.evolve(self, version=version)
+
+    def recorded(self, metrics: Mapping[str, float]) -> "TrainState":
+        """This state with metrics added to its history at the present step."""
+        progress = self.progress
+        return attrs.evolve(self, history=self.history.add(Record(progress.step, progress.epoch, dict(metrics))))
+
+    def __repr__(self) -> str:
+        p, store = self.progress, self.store
+        count = sum(t.numel() for t in store.module.parameters())
+        optimizer = type(store.optim.optimizer).__name__ if store.optim.optimizer is not None else "no optimizer"
+        ended = f", stopped: {self.stopped}" if self.stopped else ""
+        return f"TrainState(step={p.step}, epoch={p.epoch}, batch={p.batch}, {count:,} parameters, {optimizer}{ended})"
+
+
+def _configure(task: Task, module: nn.Module) -> Optim:
+    if task.configure_optimizers is None:
+        return Optim(None)
+    named = dict(module.named_parameters())
+    before: Iterable[int] = [p._version for p in named.values()]
+    made = task.configure_optimizers(module)
+    changed = [name for (name, p), version in zip(named.items(), before, strict=True) if p._version != version]
+    if changed:
+        raise OptimizerError(f"configure_optimizers must only build an optimizer, but it changed {changed[:5]}; do not step or initialise there")
+    for p in named.values():
+        p.grad = None  # what is left there would be added to the first gradients
+    return prepare(made, module)
+
+
+def _moved(tree: Any, device: torch.device) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.to(device)
+    if isinstance(tree, dict):
+        return {key: _moved(value, device) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_moved(value, device) for value in tree)
+    return tree
