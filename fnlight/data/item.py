@@ -1,0 +1,222 @@
+"""Items: groups of batches that know their place in the data, and the endless stream of them that a run consumes."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import attrs
+import torch
+
+from fnlight.data.readers import num_samples
+from fnlight.data.source import Source, check_loader
+from fnlight.errors import LoaderError
+
+
+@attrs.frozen(eq=False)
+class Item:
+    """What one step consumes: a group of batches, and where in the data it stands.
+
+    Args:
+        batches: The batches, one or more.
+        epoch: The epoch they belong to, from 0 on.
+        batch: Batches of this epoch that are done once the item is.
+        last: Whether the epoch ends with it.
+        samples: Samples in all of its batches.
+        seconds: Time since the item before was handed out, in seconds.
+        position: None, or a function that gives the place of a loader that keeps its own.
+
+    Example:
+        >>> Item(([1, 2],), epoch=0, batch=1, last=False, samples=2).last
+        False
+    """
+
+    batches: tuple[Any, ...]
+    epoch: int
+    batch: int
+    last: bool
+    samples: int
+    seconds: float = 0.0
+    position: Callable[[], Any] | None = None
+
+    @classmethod
+    def of(cls, *batches: Any, state: Any) -> "Item":
+        """An item made by hand, at the place where a state stands.
+
+        Args:
+            *batches: The batches of one step.
+            state: Where training stands.
+
+        Returns:
+            An item that is not the last of its epoch.
+        """
+        at = state.progress
+        return cls(batches, at.epoch, at.batch + len(batches), False, sum(map(num_samples, batches)))
+
+
+@attrs.frozen(eq=False)
+class Loaders:
+    """The loaders of a run.
+
+    Args:
+        train: The training loader.
+        val: A loader to evaluate on while training, or a mapping of named ones.
+        test: A loader to evaluate on afterwards, or a mapping of named ones.
+        predict: A loader to predict on, or a mapping of named ones.
+
+    Raises:
+        TypeError: If one is no iterable of batches, such as a dataset.
+
+    Example:
+        >>> loaders = Loaders(train=[1, 2], val={"easy": [3], "hard": [4]})
+        >>> list(loaders.named("val")), list(loaders.named("train")), list(loaders.named("test"))
+        (['easy', 'hard'], [''], [])
+    """
+
+    train: Any = None
+    val: Any = None
+    test: Any = None
+    predict: Any = None
+
+    def __attrs_post_init__(self) -> None:
+        for use in ("train", "val", "test", "predict"):
+            given = getattr(self, use)
+            if given is not None and (use == "train" or not isinstance(given, Mapping)):
+                check_loader(given, f"Loaders({use}=...)")
+            elif isinstance(given, Mapping):
+                _check_named(use, given)
+
+    def named(self, use: str) -> dict[str, Any]:
+        """The loaders of one use by name.
+
+        Args:
+            use: ``"train"``, ``"val"``, ``"test"`` or ``"predict"``.
+
+        Returns:
+            Names to loaders; a single one has the name ``""``; empty if there is none.
+        """
+        found = getattr(self, use)
+        if found is None:
+            return {}
+        return dict(found) if isinstance(found, Mapping) else {"": found}
+
+
+def _check_named(use: str, given: Mapping[Any, Any]) -> None:
+    if not given:
+        raise TypeError(f"Loaders({use}={{}}) names no loader; leave it out or give one")
+    for name, loader in given.items():
+        if not isinstance(name, str) or not name or "/" in name:
+            raise TypeError(f"Loaders({use}=...) must name its loaders with strings without a slash, but got the name {name!r}")
+        check_loader(loader, f"Loaders({use}={{{name!r}: ...}})")
+
+
+def group_at(group: int | Mapping[int, int], epoch: int) -> int:
+    """How many batches a step consumes in an epoch.
+
+    Args:
+        group: A number, or a mapping from the epoch at which it starts to numbers.
+        epoch: The epoch, from 0 on.
+
+    Returns:
+        The number.
+
+    Raises:
+        LoaderError: If nothing is said about the epoch, or the number is below 1.
+
+    Example:
+        >>> group_at({0: 1, 5: 4}, 7)
+        4
+    """
+    if isinstance(group, Mapping):
+        begun = [first for first in group if first <= epoch]
+        if not begun:
+            raise LoaderError(f"a group given by epoch must say what holds from epoch 0 on, but got {dict(group)!r}; add 0: 1")
+        group = group[max(begun)]
+    if not isinstance(group, int) or isinstance(group, bool) or group < 1:
+        raise LoaderError(f"a group must be a number of batches >= 1, but got {group!r}")
+    return group
+
+
+def batches(
+    loader: Any,
+    state: Any,
+    group: int | Mapping[int, int] = 1,
+    *,
+    limit: int | float | None = None,
+    shuffle: bool = True,
+    device: torch.device | str | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[Item]:
+    """Items without end, epoch after epoch, from the place where a state stands.
+
+    The global generators are seeded as data is read in this process; wrap it in `rng.isolated` to put them back.
+
+    Args:
+        loader: A loader or a `Source`; it is not changed.
+        state: Where training stands: seed, epoch, batch.
+        group: Batches in an item: a number, or a mapping from the epoch at which it starts to numbers; the last item of an epoch may be short.
+        limit: Batches an epoch at most (int), or a fraction of them in 0..1 (float).
+        shuffle: False takes a shuffled dataset in its own order.
+        device: Where batches are moved to; None or the CPU leaves them as they are.
+        clock: Gives seconds.
+
+    Returns:
+        An iterator of items.
+
+    Raises:
+        TypeError: If the loader is no iterable of batches.
+        LoaderError: If the loader is empty, or the state stands where it has no data.
+
+    Example:
+        >>> from itertools import islice
+        >>> from fnlight.state import Task, TrainState
+        >>> state = TrainState.create(Task(torch.nn.Identity(), lambda model, batch: batch.sum()))
+        >>> [(item.batches, item.epoch, item.last) for item in islice(batches(["a", "b", "c"], state, group=2), 3)]
+        [(('a', 'b'), 0, False), (('c',), 0, True), (('a', 'b'), 1, False)]
+    """
+    group_at(group, state.progress.epoch)
+    return _items(_source(loader, limit, shuffle, device), state, group, clock)
+
+
+def _source(loader: Any, limit: int | float | None, shuffle: bool, device: torch.device | str | None) -> Source:
+    if not isinstance(loader, Source):
+        return Source(loader, limit=limit, shuffle=shuffle, device=device)
+    wanted = {"limit": limit} if limit is not None else {}
+    wanted |= {} if shuffle else {"shuffle": False}
+    wanted |= {} if device is None or torch.device(device).type == "cpu" else {"device": device}
+    new = {name: value for name, value in wanted.items() if getattr(loader, name) != value}
+    return attrs.evolve(loader, **new) if new else loader
+
+
+def _items(source: Source, state: Any, group: int | Mapping[int, int], clock: Callable[[], float]) -> Iterator[Item]:
+    seed, epoch, start = state.seed, state.progress.epoch, state.progress.batch
+    keeps = source.keeps_position
+    position = _position_of(state) if keeps else None
+    then = clock()
+    while True:
+        size, done, taken, samples = group_at(group, epoch), start, [], 0
+        for batch, count, last in source.epoch(seed, epoch, start, position=position):
+            done += 1
+            taken.append(batch)
+            samples += count
+            if last or len(taken) == size:
+                found, batch, taken, now = tuple(taken), None, [], clock()
+                place = _placed(source, epoch, done, last) if keeps else None
+                yield Item(found, epoch, done, last, samples, now - then, place)
+                found, samples, then = None, 0, now
+        epoch, start, position = epoch + 1, 0, None
+
+
+def _placed(source: Source, epoch: int, batch: int, last: bool) -> Callable[[], Any] | None:
+    """What gives the place of a loader that keeps its own; None where a limit left it within an epoch that is over."""
+    if last and source.cuts(batch):
+        return None
+    at = {"epoch": epoch + last, "batch": 0 if last else batch}
+    return lambda: {**at, "loader": source.position()}
+
+
+def _position_of(state: Any) -> Any:
+    """The loader's place in the state's memory, if it is that of the state's progress."""
+    saved, at = state.memory.get("loader"), state.progress
+    if not isinstance(saved, Mapping) or (saved.get("epoch"), saved.get("batch")) != (at.epoch, at.batch):
+        return None
+    return saved["loader"]

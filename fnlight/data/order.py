@@ -1,0 +1,242 @@
+"""Which samples an epoch reads, and in which order: a function of (seed, epoch), known without reading a sample.
+
+The unit is a task, ``(key, ids, indices)``: one batch of indices, with what the random numbers of each of its samples are keyed by.
+"""
+
+import copy
+import itertools
+import math
+import random
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+
+from fnlight.errors import LoaderError
+from fnlight.rng import SAMPLE, fold_in, isolated, seed_generators
+
+Task = tuple[int, Sequence[int], Any]
+"""A key, the numbers that are folded into it, one a sample, and the indices to read (a single one where nothing is collated)."""
+
+_CHUNK = 64  # batches of indices drawn at a time from a sampler that is kept
+
+
+@attrs.frozen(eq=False)
+class Span:
+    """A part of an epoch.
+
+    Args:
+        seed: The one source of randomness.
+        epoch: The epoch, from 0 on.
+        start: The first batch.
+        stop: The batch before which the epoch ends early; None goes on to the end of the data.
+        stream: What the data is for; another stream has another order.
+        position: Where a loader that keeps its own place stood behind batch `start`.
+
+    Example:
+        >>> Span(seed=0, epoch=1).start
+        0
+    """
+
+    seed: int
+    epoch: int
+    start: int = 0
+    stop: int | None = None
+    stream: int = 0
+    position: Any = None
+
+    def key(self, purpose: int) -> int:
+        """The key of this epoch for a purpose, such as ``rng.SAMPLE``."""
+        return fold_in(self.seed, purpose, self.stream, self.epoch)
+
+
+def length_of(loader: Any) -> int | None:
+    """Batches in an epoch of a loader, or None if it does not say; it leaves no trace in the loader.
+
+    Args:
+        loader: Any iterable.
+
+    Returns:
+        What ``len`` gives, or None.
+
+    Example:
+        >>> length_of([1, 2]), length_of(iter([1, 2]))
+        (2, None)
+    """
+    if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, IterableDataset):
+        return _len(loader)
+    size = _len(loader.dataset)  # len(loader) would write it down in the loader
+    if size is None or loader.batch_size is None:
+        return size
+    return size // loader.batch_size if loader.drop_last else math.ceil(size / loader.batch_size)
+
+
+def _len(sized: Any) -> int | None:
+    try:
+        return len(sized)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def check_start(span: Span, end: int, loader: Any) -> None:
+    """Refuse a place beyond the end of an epoch.
+
+    Args:
+        span: Where to begin.
+        end: Batches that the epoch has.
+        loader: What the message names.
+
+    Raises:
+        LoaderError: If the place is beyond the end.
+
+    Example:
+        >>> check_start(Span(seed=0, epoch=0, start=2), 3, [])
+    """
+    if span.start > end:
+        raise LoaderError(
+            f"the state stands at batch {span.start} of epoch {span.epoch}, but this {type(loader).__name__} has {end} batches an epoch: "
+            "the data became shorter, its batches larger, or a limit smaller; give the data that the state was trained on, "
+            "or a state whose progress.batch is 0"
+        )
+
+
+def tasks(loader: DataLoader[Any], span: Span, shuffle: bool = True) -> Iterator[Task]:
+    """The tasks of a part of an epoch.
+
+    A ``SequentialSampler`` and a ``RandomSampler`` over all of the data are understood: their order is a keyed permutation, of which
+    any part is a slice. Any other sampler is kept: a copy of it is drawn from the start, which costs its indices but loads nothing.
+
+    Args:
+        loader: A map-style loader; it is not changed, nor are its samplers.
+        span: The part of the epoch.
+        shuffle: False takes a shuffled dataset in its own order, and a sampler of the user's as in epoch 0.
+
+    Returns:
+        An iterator of tasks.
+
+    Raises:
+        LoaderError: If the part begins beyond the end of the epoch, or a sampler cannot be copied.
+
+    Example:
+        >>> found = tasks(DataLoader(range(5), batch_size=2), Span(seed=0, epoch=0, start=1))
+        >>> [indices for key, ids, indices in found]
+        [[2, 3], [4]]
+    """
+    collated, known = loader.batch_sampler is not None, _known(loader)
+    if known is None:
+        return _drawn_tasks(loader, span, span.epoch if shuffle else 0)
+    sampler, size, drop_last = known
+    count = len(sampler)
+    total = count // size if drop_last else -(-count // size)
+    end = total if span.stop is None else min(total, span.stop)
+    check_start(span, end, loader)
+    order = None
+    if shuffle and type(sampler) is RandomSampler:
+        order = torch.randperm(count, generator=_generator(fold_in(span.seed, span.stream, span.epoch)))
+    return _sliced_tasks(order, count, size, range(span.start, end), span.key(SAMPLE), collated)
+
+
+def _generator(key: int) -> torch.Generator:
+    return torch.Generator().manual_seed(key >> 1)  # signed 64 bits
+
+
+def _known(loader: DataLoader[Any]) -> tuple[Any, int, bool] | None:
+    """Sampler, batch size and drop_last of an order that is understood; None for a sampler that is kept."""
+    outer: Any = loader.batch_sampler
+    if outer is None:
+        sampler, size, drop_last = loader.sampler, 1, False
+    elif type(outer) is BatchSampler:
+        sampler, size, drop_last = outer.sampler, outer.batch_size, outer.drop_last
+    else:
+        return None
+    if type(sampler) is RandomSampler:
+        whole = not sampler.replacement and sampler.num_samples == len(sampler.data_source)
+        return (sampler, size, drop_last) if whole else None
+    return (sampler, size, drop_last) if type(sampler) is SequentialSampler else None
+
+
+def _sliced_tasks(order: Tensor | None, count: int, size: int, numbers: range, key: int, collated: bool) -> Iterator[Task]:
+    for number in numbers:
+        low, high = number * size, min(count, number * size + size)
+        indices = list(range(low, high)) if order is None else order[low:high].tolist()
+        yield key, indices, indices if collated else indices[0]
+
+
+def _drawn_tasks(loader: DataLoader[Any], span: Span, epoch: int) -> Iterator[Task]:
+    """Tasks of a sampler that is kept: it may repeat an index, so a sample is keyed by its place in the epoch."""
+    if span.stop is not None:
+        check_start(span, span.stop, loader)
+    key, number = span.key(SAMPLE), 0
+    for number, indices in enumerate(_drawn(loader, fold_in(span.seed, span.stream, epoch), epoch), 1):
+        if span.stop is not None and number > span.stop:
+            return
+        if number > span.start:
+            yield fold_in(key, number), range(1 if loader.batch_sampler is None else len(indices)), indices
+    check_start(span, number, loader)
+
+
+def _drawn(loader: DataLoader[Any], key: int, epoch: int) -> Iterator[Any]:
+    """What a copy of the user's sampler gives in an epoch, drawn some batches at a time with generators of its own."""
+    indices: Iterator[Any] = iter(())
+    for turn in itertools.count():
+        with isolated():
+            seed_generators(fold_in(key, turn))
+            if turn == 0:
+                indices = iter(_twin(loader, key, epoch))
+            chunk = list(itertools.islice(indices, _CHUNK))
+        yield from chunk
+        if len(chunk) < _CHUNK:
+            return
+
+
+def _twin(loader: DataLoader[Any], key: int, epoch: int) -> Iterable[Any]:
+    """A copy of the sampler that shares the dataset and nothing else: its own generators seeded, its epoch set."""
+    sampler: Any = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+    shared = [loader.dataset, *(getattr(node, "data_source", None) for node in _samplers(sampler))]
+    memo = {id(each): each for each in shared if each is not None}
+    for place, value in enumerate(value for node in _samplers(sampler) for value in _attributes(node).values()):
+        fresh = _reseeded(value, fold_in(key, place))
+        if fresh is not None:
+            memo[id(value)] = fresh
+    try:
+        twin = copy.deepcopy(sampler, memo)
+    except TypeError as error:
+        raise LoaderError(
+            f"the sampler {type(sampler).__name__} cannot be copied ({error}), but a copy is what each epoch is drawn from; "
+            "let its __iter__ make what it needs instead of holding it, or give it a __deepcopy__"
+        ) from error
+    for node in _samplers(twin):
+        set_epoch = getattr(node, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(epoch)
+    return twin
+
+
+def _attributes(node: Any) -> dict[str, Any]:
+    return getattr(node, "__dict__", {})
+
+
+def _samplers(sampler: Any) -> Iterator[Any]:
+    """A sampler, then those that it wraps."""
+    yield sampler
+    for name, value in _attributes(sampler).items():
+        if isinstance(value, Sampler) or name in ("sampler", "batch_sampler"):
+            yield from _samplers(value)
+
+
+def _reseeded(value: Any, key: int) -> Any:
+    """A generator of the same kind, seeded from the key; None where the value is no generator."""
+    if isinstance(value, torch.Generator):
+        return _generator(key)
+    if type(value) is random.Random:
+        return random.Random(key)
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.random.Generator):
+        return numpy.random.default_rng(key)
+    if numpy is not None and isinstance(value, numpy.random.RandomState):
+        return numpy.random.RandomState(key & 0xFFFFFFFF)
+    return None

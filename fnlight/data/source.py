@@ -1,0 +1,216 @@
+"""A loader as a function of (seed, epoch): the same batches for any number of workers, from any batch on."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from fnlight.data.combine import Combined, Triple
+from fnlight.data.order import Span, check_start, length_of
+from fnlight.data.readers import Stateful, reader_of
+from fnlight.errors import LoaderError
+from fnlight.rng import ORDER
+from fnlight.tree import map_tensors
+
+
+def check_loader(loader: Any, what: str) -> None:
+    """Refuse what is not a loader.
+
+    Args:
+        loader: What was given.
+        what: How the message calls it.
+
+    Raises:
+        TypeError: If it is no iterable of batches; the message says what to pass instead.
+
+    Example:
+        >>> check_loader([torch.zeros(2)], "Loaders(train=...)")
+    """
+    if isinstance(loader, Source | Combined | DataLoader | list | tuple):
+        return
+    kind = type(loader).__name__
+    says = f"{what} must be an iterable of batches, such as a DataLoader or a list, but got "
+    if isinstance(loader, Mapping):
+        raise TypeError(f"{says}a mapping of {list(loader)}; join loaders with fl.zip_longest(**loaders), fl.zip_shortest or fl.concat")
+    if isinstance(loader, Dataset) or (callable(getattr(loader, "__getitem__", None)) and not isinstance(loader, Iterable)):
+        raise TypeError(
+            f"{says}the dataset {kind}; wrap it: DataLoader(dataset, batch_size=32), with batch_size=None if it gives batches already"
+        )
+    if isinstance(loader, Tensor | str | bytes):
+        raise TypeError(f"{says}{kind}; for one batch write [batch], for rows of a tensor DataLoader(TensorDataset(tensor), batch_size=32)")
+    if not isinstance(loader, Iterable):
+        hint = "; call it, if it makes a loader" if callable(loader) else ""
+        raise TypeError(f"{says}{kind}{hint}")
+
+
+@attrs.frozen(eq=False)
+class Source:
+    """A loader, read as a function of (seed, epoch); the loader itself is never changed.
+
+    - A list or tuple of batches is indexed.
+    - A map-style ``DataLoader`` is read in keyed order, with random numbers keyed for each sample; see `fnlight.data.keyed`.
+    - A loader with ``state_dict`` and ``load_state_dict`` is iterated, and asked for its own place.
+    - Loaders joined by `zip_shortest`, `zip_longest` or `concat` are sources themselves, keyed by their place.
+    - Anything else is iterated, with generators seeded before each batch; batches are skipped by reading them.
+
+    Batches that are read in this process draw from the global generators, which are seeded; the caller puts them back (`rng.isolated`).
+
+    Args:
+        loader: The user's loader.
+        limit: Batches an epoch at most (int), or a fraction of them in 0..1 (float).
+        shuffle: False takes a shuffled dataset in its own order, and anything random as in epoch 0.
+        device: Where batches are moved to, without waiting; None or the CPU leaves them as they are.
+
+    Raises:
+        TypeError: If the loader is no iterable of batches.
+        LoaderError: If it is empty, or the limit leaves nothing or cannot be known.
+
+    Example:
+        >>> source = Source(DataLoader(range(6), batch_size=2), limit=2)
+        >>> source.num_batches, [batch.tolist() for batch, samples, last in source.epoch(seed=0, epoch=0)]
+        (2, [[0, 1], [2, 3]])
+    """
+
+    loader: Any
+    limit: int | float | None = attrs.field(default=None, kw_only=True)
+    shuffle: bool = attrs.field(default=True, kw_only=True)
+    device: torch.device | None = attrs.field(default=None, kw_only=True, converter=attrs.converters.optional(torch.device))
+    _reader: Any = attrs.field(init=False, repr=False)
+
+    @_reader.default
+    def _make_reader(self) -> Any:
+        check_loader(self.loader, "a loader")
+        return _reader_of(self.loader, self.shuffle)
+
+    def __attrs_post_init__(self) -> None:
+        length = self._reader.length()
+        if length == 0:
+            raise LoaderError(f"this {type(self.loader).__name__} has no batch: {_why_empty(self.loader)}")
+        _check_limit(self.limit, length, self.loader)
+
+    @property
+    def num_batches(self) -> int | None:
+        """Batches in an epoch, as far as the loader or the limit says; an estimate where the loader's own is one."""
+        length, limit = self._reader.length(), self.limit
+        if limit is None:
+            return length
+        if isinstance(limit, float):
+            return None if length is None else int(length * limit)
+        return limit if length is None else min(limit, length)
+
+    @property
+    def keeps_position(self) -> bool:
+        """Whether the loader keeps its own place, with ``state_dict`` and ``load_state_dict``."""
+        return isinstance(self._reader, Stateful)
+
+    def position(self) -> Any:
+        """What the loader's ``state_dict`` gives behind the batch that was handed out last."""
+        return self._reader.position()
+
+    def cuts(self, batch: int) -> bool:
+        """Whether the limit, not the loader, ends an epoch after so many batches."""
+        length = self._reader.length()
+        return self.limit is not None and batch == self.num_batches and (length is None or batch < length)
+
+    def epoch(self, seed: int, epoch: int, start: int = 0, stream: int = ORDER, *, position: Any = None) -> Iterator[Triple]:
+        """The batches of an epoch.
+
+        Args:
+            seed: The one source of randomness.
+            epoch: The epoch, from 0 on.
+            start: The batch to begin with; nothing is yielded if it is the number of batches in the epoch.
+            stream: What the data is for; another stream has another order and other random numbers.
+            position: Where a loader that keeps its own place stood behind batch `start`; it is put there rather than read up to there.
+
+        Returns:
+            An iterator of ``(batch, samples, last)``.
+
+        Raises:
+            LoaderError: If there is no batch, the start lies beyond the end, or an iterator was used up before.
+        """
+        limited = None if self.limit is None else self.num_batches
+        found = self._reader.epoch(Span(seed, epoch, start, limited, stream, position))
+        if self.device is None or self.device.type == "cpu":
+            return found
+        return _transferred(found, self.device)
+
+
+def _check_limit(limit: Any, length: int | None, loader: Any) -> None:
+    if limit is None:
+        return
+    number = isinstance(limit, int | float) and not isinstance(limit, bool)
+    if not number or limit <= 0 or (isinstance(limit, float) and not limit <= 1):
+        raise LoaderError(f"limit must be a number of batches >= 1 (int) or a fraction above 0 and up to 1 (float), but got {limit!r}")
+    if isinstance(limit, int):
+        return
+    if length is None:
+        raise LoaderError(
+            f"limit={limit} is a fraction, but this {type(loader).__name__} has no length to take it of; give a number of batches"
+        )
+    if int(length * limit) == 0:
+        raise LoaderError(f"limit={limit} of {length} batches leaves none; give at least {1 / length:.3g}, or a number of batches")
+
+
+def _why_empty(loader: Any) -> str:
+    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        samples = length_of(loader.dataset)
+        if samples and loader.drop_last:
+            return f"its {samples} samples do not fill one of batch_size={loader.batch_size} and drop_last is True; make batches smaller"
+        return f"its dataset {type(loader.dataset).__name__} has {samples} samples; check where the data is read"
+    return "it yields nothing; check where the data is read"
+
+
+def _transferred(found: Iterator[Triple], device: torch.device) -> Iterator[Triple]:
+    for batch, samples, last in found:
+        yield _move(batch, device), samples, last
+        batch = None
+
+
+def _move(node: Any, device: torch.device) -> Any:
+    """A tree on another device; what has a ``to`` of its own is moved by it."""
+    to = getattr(node, "to", None)
+    if callable(to):
+        return to(device, non_blocking=True) if isinstance(node, Tensor | PackedSequence) else to(device)
+    kind = node.__class__
+    if kind is dict:
+        return {key: _move(value, device) for key, value in node.items()}
+    if kind is tuple or kind is list:
+        return kind([_move(value, device) for value in node])
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), node)
+
+
+def _reader_of(loader: Any, shuffle: bool) -> Any:
+    if not isinstance(loader, Combined):
+        return reader_of(loader, shuffle)
+    return _Joined(loader, tuple(_child(each, shuffle) for each in loader.loaders))
+
+
+def _child(loader: Any, shuffle: bool) -> Source:
+    if not isinstance(loader, Source):
+        return Source(loader, shuffle=shuffle)
+    return attrs.evolve(loader, shuffle=False) if loader.shuffle and not shuffle else loader
+
+
+@attrs.frozen(eq=False)
+class _Joined:
+    """The reader of several loaders at once."""
+
+    loader: Combined
+    children: tuple[Source, ...]
+
+    def length(self) -> int | None:
+        return self.loader.num_batches(self.children)
+
+    def epoch(self, span: Span) -> Iterator[Triple]:
+        if span.stop is not None:
+            check_start(span, span.stop, self.loader)
+        left = None if span.stop is None else span.stop - span.start
+        found = self.loader.epoch(self.children, span.seed, span.epoch, span.start, span.stream)
+        for done, (batch, samples, last) in enumerate(itertools.islice(found, left), 1):
+            yield batch, samples, last or done == left
+            batch = None

@@ -1,0 +1,391 @@
+"""The step: combinators that turn a loss into gradients, gradients into an update, and an update into a step.
+
+Innermost first: `autocast` (loss), `grad` (loss to gradients), `accumulate`, `clip_norm`, `clip_value` (gradients), `apply`
+(gradients to a step), `ema` (step). `update` is the pure standard step.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fnlight.data import Item
+from fnlight.errors import ConfigError, OptimizerError, StepError
+from fnlight.metrics import Mean
+from fnlight.optim import set_lr
+from fnlight.pipe import Combinator, Pipe, mean_of_group, pipe
+from fnlight.protocols import Gradients
+from fnlight.rng import TRAIN, fold_in, isolated, seed_generators
+from fnlight.state import Progress, Store, TrainState
+
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def autocast(dtype: torch.dtype = torch.bfloat16) -> Combinator:
+    """Run a `LossFn` (or an `EvalFn`) in mixed precision; weights and gradients stay as they are.
+
+    Args:
+        dtype: What matrix products are computed in: ``torch.bfloat16``.
+
+    Returns:
+        A combinator from `LossFn` to `LossFn`.
+
+    Raises:
+        ConfigError: If the dtype is not supported.
+
+    Example:
+        >>> double = autocast(torch.bfloat16)(lambda model, batch: model(batch))
+        >>> double(torch.nn.Linear(2, 1), torch.ones(1, 2)).dtype
+        torch.bfloat16
+    """
+    if dtype == torch.float16:
+        raise ConfigError("autocast(torch.float16) needs loss scaling, which fnlight does not have yet; use torch.bfloat16")
+    if dtype not in _DTYPES:
+        raise ConfigError(f"autocast takes torch.bfloat16, but got {dtype}")
+
+    def wrap(loss_fn: Any) -> Any:
+        def cast(model: Any, batch: Any) -> Any:
+            first = next(model.parameters(), None)
+            with torch.autocast("cpu" if first is None else first.device.type, dtype):
+                return loss_fn(model, batch)
+
+        return cast
+
+    return Combinator("autocast", wrap, "loss", "loss", args=_DTYPES[dtype])
+
+
+def grad() -> Combinator:
+    """Turn a `LossFn` into a `GradFn`: seed the generators from the key, run it forward, and go backward.
+
+    Returns:
+        A combinator from `LossFn` to `GradFn`; it adds the loss to the metrics under ``loss``.
+
+    Example:
+        >>> print(pipe(lambda model, batch: model(batch).sum(), grad()))
+        <lambda> > grad
+    """
+
+    def wrap(loss_fn: Any) -> Any:
+        def grad_fn(store: Store, batch: Any, key: int) -> Gradients:
+            seed_generators(key, store.device)
+            total, weight, metrics = _read(loss_fn(store.module, batch), store)
+            if store.params:
+                total.backward()
+            loss = total.detach()
+            metrics["loss"] = loss if weight.__class__ is float else Mean(loss, weight)
+            return Gradients([p.grad for p in store.params], loss, weight, metrics)
+
+        return grad_fn
+
+    return Combinator("grad", wrap, "loss", "sum")
+
+
+def _read(out: Any, store: Store) -> tuple[Tensor, Any, dict[str, Any]]:
+    """Take apart what a train_step returned: loss, weight, and metrics in the order in which they are reported."""
+    metrics: dict[str, Any] = {"loss": None}
+    if out.__class__ is tuple:
+        out = _read_metrics(out, metrics)
+    weight: Any = 1.0
+    if out.__class__ is Mean:
+        out, weight = out.total, out.weight
+        if weight.__class__ is float:
+            weight = torch.tensor(weight)  # a float 1.0 marks a plain scalar
+    if not isinstance(out, Tensor) or out.dim() or (store.params and not out.requires_grad):
+        raise StepError(_bad_loss(out))
+    return out, weight, metrics
+
+
+def _read_metrics(out: Any, metrics: dict[str, Any]) -> Any:
+    if len(out) != 2 or not isinstance(out[1], Mapping):
+        kinds = ", ".join(type(part).__name__ for part in out)
+        raise StepError(f"train_step must return loss or (loss, metrics) with metrics a dict, but returned a tuple of {kinds}")
+    found: Any = out[1]
+    if "loss" in found:
+        raise StepError("train_step returned a metric called 'loss', which is the name of the loss itself; call it something else or leave it out")
+    for name, value in found.items():
+        metrics[name] = _detached(name, value)
+    return out[0]
+
+
+def _detached(name: str, value: Any) -> Any:
+    """A metric without its graph, which would otherwise be kept alive until the next log."""
+    if isinstance(value, Tensor):
+        if value.dim():
+            raise StepError(
+                f"metric {name!r} must be one number, but has shape {list(value.shape)}; reduce it, e.g. with .mean(), or use fl.Histogram"
+            )
+        return value.detach() if value.requires_grad else value
+    if value.__class__ is Mean and isinstance(value.total, Tensor) and value.total.requires_grad:
+        return Mean(value.total.detach(), value.weight)
+    return value
+
+
+def _bad_loss(out: Any) -> str:
+    if out is None:
+        return "train_step returned no loss: it must return a scalar tensor, fl.Mean(total, weight), or (loss, metrics); is a `return` missing?"
+    if not isinstance(out, Tensor):
+        return f"train_step must return a scalar tensor as the loss, but returned {type(out).__name__}: {out!r:.60}; do not call .item() or float()"
+    if out.dim():
+        return f"train_step must return a scalar loss of shape [], but its shape is {list(out.shape)}; reduce it, e.g. with .mean()"
+    return "train_step returned a loss without a graph: no gradient can flow from it; is something detached, under no_grad, or is all of it frozen?"
+
+
+def accumulate(n: int | Mapping[int, int]) -> Combinator:
+    """Make one step of n batches: gradients are summed over them and divided by their summed weight.
+
+    A state never stands inside a group; the last group of an epoch may be shorter and is divided by its own size.
+
+    Args:
+        n: Batches a step; or a mapping from the epoch at which it starts to batches, as in ``{0: 1, 5: 4}``.
+
+    Returns:
+        A combinator from `GradFn` (of one batch) to `GradFn` (of a group); it stands directly behind `grad`.
+
+    Raises:
+        ConfigError: If a number is below 1, or a mapping says nothing about epoch 0.
+
+    Example:
+        >>> print(pipe(lambda model, batch: model(batch).sum(), grad(), accumulate(4)))
+        <lambda> > grad > accumulate(4)
+    """
+    numbers = n.values() if isinstance(n, Mapping) else (n,)
+    if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in numbers):
+        raise ConfigError(f"accumulate must be a number of batches >= 1, or epochs to such numbers, but got {n!r}")
+    if isinstance(n, Mapping) and 0 not in n:
+        raise ConfigError(f"accumulate as a mapping must say what holds from epoch 0 on, but got {dict(n)!r}; add 0: 1")
+    return Combinator("accumulate", mean_of_group, "sum", "grad", args=str(n), group=n)
+
+
+def clip_norm(max_norm: float) -> Combinator:
+    """Scale the gradients down so that their joint 2-norm is at most `max_norm`; the norm before is the metric ``grad_norm``.
+
+    Args:
+        max_norm: The largest norm let through.
+
+    Returns:
+        A combinator from `GradFn` to `GradFn`; it sees true gradients, after accumulation.
+
+    Raises:
+        ConfigError: If the norm is not above 0.
+
+    Example:
+        >>> print(clip_norm(1.0))
+        clip_norm(1.0)
+
+    References:
+        Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks" (2013).
+    """
+    _positive("clip_norm", max_norm)
+
+    def wrap(grad_fn: Any) -> Any:
+        def clipped(store: Store, batches: Any, key: int) -> Gradients:
+            found: Gradients = grad_fn(store, batches, key)
+            held = [v for v in found.values if v is not None]
+            norm = torch.nn.utils.get_total_norm(held)
+            if held:
+                torch._foreach_mul_(held, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+            found.metrics["grad_norm"] = norm
+            return found
+
+        return clipped
+
+    return Combinator("clip_norm", wrap, "grad", "grad", args=str(max_norm))
+
+
+def clip_value(max_value: float) -> Combinator:
+    """Clamp every entry of the gradients to between ``-max_value`` and ``max_value``.
+
+    Args:
+        max_value: The largest absolute value let through.
+
+    Returns:
+        A combinator from `GradFn` to `GradFn`.
+
+    Raises:
+        ConfigError: If the value is not above 0.
+
+    Example:
+        >>> print(clip_value(0.5))
+        clip_value(0.5)
+    """
+    _positive("clip_value", max_value)
+
+    def wrap(grad_fn: Any) -> Any:
+        def clipped(store: Store, batches: Any, key: int) -> Gradients:
+            found: Gradients = grad_fn(store, batches, key)
+            held = [v for v in found.values if v is not None]
+            torch._foreach_clamp_min_(held, -max_value)
+            torch._foreach_clamp_max_(held, max_value)
+            return found
+
+        return clipped
+
+    return Combinator("clip_value", wrap, "grad", "grad", args=str(max_value))
+
+
+def _positive(name: str, value: Any) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0 or math.isinf(value):
+        raise ConfigError(f"{name} must be a finite number above 0, but got {value!r}; leave it out to switch it off")
+
+
+def apply() -> Combinator:
+    """Turn a `GradFn` into a `Step`: set the learning rate, compute the gradients, let the optimizer step, count.
+
+    The input state is donated. Should anything fail half-way, its tensors are no longer readable either.
+
+    Returns:
+        A combinator from `GradFn` to `Step`.
+
+    Example:
+        >>> print(pipe(lambda model, batch: model(batch).sum(), grad(), apply()))
+        <lambda> > grad > apply
+    """
+
+    def wrap(grad_fn: Any) -> Any:
+        def step(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
+            store, progress = state.live, state.progress
+            item = batch if batch.__class__ is Item else Item.of(batch, state=state)
+            if store.optim.schedule is not None:
+                set_lr(store.optim, progress, state.history)
+            store.version += 1  # from here on the input is donated, whatever happens
+            try:
+                found = _optimize(store, grad_fn, item.batches, fold_in(state.seed, TRAIN, progress.step))
+            finally:
+                for p in store.params:
+                    p.grad = None
+            store.position, store.media = item.position, None
+            after = Progress(
+                progress.step + 1,
+                item.epoch + item.last,
+                0 if item.last else item.batch,
+                progress.samples + item.samples,
+                progress.seconds + item.seconds,
+            )
+            return TrainState(state.task, after, state.seed, state.history, None, store, store.version), found.metrics
+
+        return step
+
+    return Combinator("apply", wrap, "grad", "step", phase="update")
+
+
+def _optimize(store: Store, grad_fn: Callable[..., Gradients], batches: Any, key: int) -> Gradients:
+    optimizer = store.optim.optimizer
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return _optimize_closure(store, grad_fn, batches, key)
+    found = grad_fn(store, batches, key)
+    if optimizer is not None:
+        _put(store, found)
+        optimizer.step()
+    elif store.params:
+        raise OptimizerError("this task cannot train: its parameters require gradients, but it has no configure_optimizers; give fl.Task one")
+    return found
+
+
+def _put(store: Store, found: Gradients) -> None:
+    for p, value in zip(store.params, found.values, strict=True):
+        if p.grad is not value:
+            p.grad = value
+
+
+def _optimize_closure(store: Store, grad_fn: Callable[..., Gradients], batches: Any, key: int) -> Gradients:
+    """One step of an optimizer that evaluates the loss several times; its metrics are those of the first evaluation."""
+    evaluations: list[Gradients] = []
+
+    def closure() -> Tensor:
+        for p in store.params:
+            p.grad = None
+        found = grad_fn(store, batches, key)
+        evaluations.append(found._replace(metrics=dict(found.metrics)))
+        _put(store, found)
+        loss = found.loss
+        return loss if found.weight.__class__ is float else loss / found.weight
+
+    store.optim.optimizer.step(closure)
+    return evaluations[0]
+
+
+def ema(decay: float, name: str = "ema") -> Combinator:
+    """Keep an exponential moving average of the parameters in the state's memory.
+
+    Args:
+        decay: What stays of the average at each step, in 0..1: ``average = decay * average + (1 - decay) * params``.
+        name: Where it lies in the memory; `evaluate` and `predict` take it as ``weights="ema"``.
+
+    Returns:
+        A combinator from `Step` to `Step`.
+
+    Raises:
+        ConfigError: If the decay is not between 0 and 1.
+
+    Example:
+        >>> print(ema(0.999))
+        ema(0.999)
+
+    References:
+        Polyak and Juditsky, "Acceleration of stochastic approximation by averaging" (1992).
+    """
+    if not isinstance(decay, int | float) or isinstance(decay, bool) or not 0 <= decay < 1:
+        raise ConfigError(f"ema must be a decay of at least 0 and below 1, but got {decay!r}")
+
+    def init(store: Store) -> dict[str, Tensor]:
+        return {n: p.detach().clone() for n, p in store.named.items() if p.is_floating_point()}
+
+    def wrap(step: Any) -> Any:
+        def averaged(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
+            state, metrics = step(state, batch)
+            average, named = state.store.memory[name], state.store.named
+            with torch.no_grad():
+                torch._foreach_lerp_(list(average.values()), [named[n] for n in average], 1 - decay)  # by name: files do not keep order
+            return state, metrics
+
+        return averaged
+
+    label = f"{decay}" if name == "ema" else f"{decay}, {name!r}"
+    return Combinator("ema", wrap, "step", "step", args=label, key=name, init=init, phase="update")
+
+
+def pure(step: Any) -> Any:
+    """Make a step pure: it works on a copy, so that its input stays readable, and puts the global generators back.
+
+    Args:
+        step: Any `Step`.
+
+    Returns:
+        A `Step` that does not donate.
+
+    Example:
+        >>> step = pure(pipe(lambda model, batch: model(batch).sum(), grad(), apply()))
+        >>> step.__name__
+        'pure_step'
+    """
+
+    def pure_step(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
+        with isolated(state.device):
+            return step(state.copy(), batch)
+
+    return pure_step
+
+
+def update(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
+    """The pure standard step: the task's `train_step`, its gradients, its optimizer.
+
+    Args:
+        state: Where training stands; it stays readable.
+        batch: One batch, or an `Item` of several.
+
+    Returns:
+        ``(state, metrics)``.
+
+    Example:
+        >>> from fnlight.state import Task
+        >>> task = Task(torch.nn.Linear(2, 1), lambda model, batch: model(batch).sum(),
+        ...             configure_optimizers=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> before = TrainState.create(task)
+        >>> after, metrics = update(before, torch.ones(1, 2))
+        >>> before.progress.step, after.progress.step, list(metrics)
+        (0, 1, ['loss'])
+    """
+    step: Pipe = pipe(state.task.train_step, grad(), apply())
+    return pure(step)(state, batch)

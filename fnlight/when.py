@@ -1,0 +1,181 @@
+"""When something is due: triggers such as ``steps(50) | at_end``, pure functions of the progress before and after a tick.
+
+A trigger remembers nothing, so a resumed run fires exactly where the uninterrupted one does.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import attrs
+
+from fnlight.errors import ConfigError
+from fnlight.state import Progress
+
+
+class Tick(NamedTuple):
+    """What a trigger sees.
+
+    Args:
+        before: The progress before the step.
+        after: The progress after it.
+        end: True once, after the last step of a run.
+
+    Example:
+        >>> Tick(Progress(step=1), Progress(step=2)).after.step
+        2
+    """
+
+    before: Progress
+    after: Progress
+    end: bool = False
+
+
+@attrs.frozen(repr=False)
+class Trigger:
+    """A `When` that knows its source text and joins with ``|``, ``&`` and ``~``; also with any function of a tick.
+
+    Args:
+        text: The source text, which is also its identity.
+        fn: Maps a `Tick` to a bool.
+        earliest: Steps and epochs before which it cannot fire; 0 where nothing is known.
+
+    Example:
+        >>> steps(50) | at_end
+        steps(50) | at_end
+    """
+
+    text: str
+    fn: Callable[[Tick], bool] = attrs.field(eq=False)
+    earliest: tuple[int, int] = attrs.field(default=(0, 0), eq=False)
+
+    def __call__(self, tick: Tick) -> bool:
+        """Say whether it is due."""
+        return self.fn(tick)
+
+    def __or__(self, other: Any) -> "Trigger":
+        a, b = self, _trigger(other)
+        earliest = (min(a.earliest[0], b.earliest[0]), min(a.earliest[1], b.earliest[1]))
+        return Trigger(f"{a.text} | {b.text}", lambda tick: a.fn(tick) or b.fn(tick), earliest)
+
+    def __ror__(self, other: Any) -> "Trigger":
+        return _trigger(other) | self
+
+    def __and__(self, other: Any) -> "Trigger":
+        a, b = self, _trigger(other)
+        earliest = (max(a.earliest[0], b.earliest[0]), max(a.earliest[1], b.earliest[1]))
+        return Trigger(f"{_factor(a)} & {_factor(b)}", lambda tick: a.fn(tick) and b.fn(tick), earliest)
+
+    def __rand__(self, other: Any) -> "Trigger":
+        return _trigger(other) & self
+
+    def __invert__(self) -> "Trigger":
+        inner = f"({self.text})" if " " in self.text else self.text
+        return Trigger(f"~{inner}", lambda tick: not self.fn(tick))
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _factor(trigger: Trigger) -> str:
+    return f"({trigger.text})" if " | " in trigger.text else trigger.text
+
+
+def _trigger(given: Any) -> Trigger:
+    if isinstance(given, Trigger):
+        return given
+    if not callable(given):
+        raise ConfigError(f"a trigger joins with another one or with a function of a tick, but got {given!r}; write e.g. steps(50) | epochs(1)")
+    return Trigger(getattr(given, "__name__", repr(given)), given)
+
+
+def steps(n: int) -> Trigger:
+    """Fire every n completed steps.
+
+    Args:
+        n: At least 1.
+
+    Returns:
+        A trigger.
+
+    Raises:
+        ConfigError: If n is not a whole number of at least 1.
+
+    Example:
+        >>> [k for k in range(1, 7) if steps(3)(Tick(Progress(step=k - 1), Progress(step=k)))]
+        [3, 6]
+    """
+    _whole("steps", n)
+    return Trigger(f"steps({n})", lambda tick: tick.after.step % n == 0 and tick.after.step != tick.before.step, (n, 0))
+
+
+def epochs(n: int) -> Trigger:
+    """Fire at the end of every n-th epoch.
+
+    Args:
+        n: At least 1.
+
+    Returns:
+        A trigger.
+
+    Raises:
+        ConfigError: If n is not a whole number of at least 1.
+
+    Example:
+        >>> epochs(1)(Tick(Progress(step=9, epoch=0, batch=9), Progress(step=10, epoch=1, batch=0)))
+        True
+    """
+    _whole("epochs", n)
+    return Trigger(f"epochs({n})", lambda tick: tick.after.epoch != tick.before.epoch and tick.after.epoch % n == 0, (0, n))
+
+
+def seconds(s: float) -> Trigger:
+    """Fire each time another s seconds of training have passed.
+
+    Args:
+        s: Above 0; counted on ``progress.seconds``, so a resumed run goes on counting.
+
+    Returns:
+        A trigger.
+
+    Raises:
+        ConfigError: If s is not above 0.
+
+    Example:
+        >>> seconds(10)(Tick(Progress(step=1, seconds=9.5), Progress(step=2, seconds=10.5)))
+        True
+    """
+    return _timed("seconds", s, s)
+
+
+def minutes(m: float) -> Trigger:
+    """Fire each time another m minutes of training have passed.
+
+    Args:
+        m: Above 0; counted on ``progress.seconds``, so a resumed run goes on counting.
+
+    Returns:
+        A trigger.
+
+    Raises:
+        ConfigError: If m is not above 0.
+
+    Example:
+        >>> minutes(1)(Tick(Progress(step=1, seconds=59.0), Progress(step=2, seconds=61.0)))
+        True
+    """
+    return _timed("minutes", m, m * 60)
+
+
+def _timed(name: str, given: float, period: float) -> Trigger:
+    if not isinstance(given, int | float) or isinstance(given, bool) or not 0 < given < float("inf"):
+        raise ConfigError(f"{name}(...) must be a number above 0, but got {given!r}")
+    return Trigger(f"{name}({given})", lambda tick: tick.after.seconds // period != tick.before.seconds // period)
+
+
+def _whole(name: str, n: Any) -> None:
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ConfigError(f"{name}(...) must be a whole number of at least 1, but got {n!r}; to switch it off, leave it out")
+
+
+at_end = Trigger("at_end", lambda tick: tick.end)
+"""Fire once, after the last step of a run."""
