@@ -1,0 +1,333 @@
+"""`FitConfig`: everything `fit` can be told, checked before any work, and readable as JSON.
+
+Triggers, rules, retentions and sinks are written as their source text, such as ``"steps(50) | at_end"``, and read back by a parser
+that knows those names only: a configuration from a stranger is data.
+"""
+
+import ast
+import json
+import os
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, Self
+
+import attrs
+
+from fnlight import checkpoint, rules, sinks, when
+from fnlight.checkpoint import Retention, last
+from fnlight.errors import ConfigError
+from fnlight.rules import StopRule
+from fnlight.when import epochs, steps
+
+_NAMES: Mapping[str, Any] = {
+    **{n: getattr(when, n) for n in ("steps", "epochs", "minutes", "seconds", "at_end")},
+    **{n: getattr(rules, n) for n in ("patience", "reached", "diverged", "nonfinite")},
+    **{n: getattr(rules, n) for n in ("max_steps", "max_epochs", "max_time", "min_steps", "min_epochs")},
+    **{n: getattr(checkpoint, n) for n in ("last", "best", "every")},
+    **{n: getattr(sinks, n) for n in ("JSONL", "CSV", "TensorBoard", "Console")},
+}
+_TEXTS = ("stop", "eval_every", "save_every", "keep", "log_every")
+_BOUNDS = ("max_epochs", "max_steps", "max_time", "stop", "fast_dev_run")
+
+
+def _count(least: int, optional: bool = True) -> Any:
+    def check(_: Any, field: Any, value: Any) -> None:
+        if value is None and optional:
+            return
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            off = "None for no limit, " if optional else ""
+            raise ConfigError(f"FitConfig({field.name}=...) must be {off}a whole number of at least {least}, but got {value!r}")
+
+    return check
+
+
+def _limit(_: Any, field: Any, value: Any) -> None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1) or (isinstance(value, float) and 0 < value <= 1):
+        return
+    raise ConfigError(f"FitConfig({field.name}=...) must be batches (an int >= 1), a fraction (a float in 0..1) or None, but got {value!r}")
+
+
+def _above_zero(_: Any, field: Any, value: Any) -> None:
+    if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf")):
+        raise ConfigError(f"FitConfig({field.name}=...) must be a number above 0, or None to switch it off, but got {value!r}")
+
+
+def _decay(_: Any, field: Any, value: Any) -> None:
+    if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1):
+        raise ConfigError(f"FitConfig(ema=...) must be a decay of at least 0 and below 1, or None to switch it off, but got {value!r}")
+
+
+def _flag_or_count(_: Any, field: Any, value: Any) -> None:
+    if not isinstance(value, bool) and (not isinstance(value, int) or value < 1):
+        raise ConfigError(f"FitConfig({field.name}=...) must be True, False or a number of batches >= 1, but got {value!r}")
+
+
+def _accumulate(_: Any, field: Any, value: Any) -> None:
+    numbers = list(value.values()) if isinstance(value, Mapping) else [value]
+    if not numbers or not all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in numbers):
+        raise ConfigError(f"FitConfig(accumulate=...) must be batches a step (>= 1), or epochs to such numbers, but got {value!r}")
+    if isinstance(value, Mapping) and 0 not in value:
+        raise ConfigError(f"FitConfig(accumulate=...) as a mapping must say what holds from epoch 0 on, but got {dict(value)!r}")
+
+
+def _one_of(*allowed: Any) -> Any:
+    def check(_: Any, field: Any, value: Any) -> None:
+        if value not in allowed:
+            raise ConfigError(f"FitConfig({field.name}=...) must be one of {', '.join(map(repr, allowed))}, but got {value!r}")
+
+    return check
+
+
+def _not_yet(*allowed: Any) -> Any:
+    def check(_: Any, field: Any, value: Any) -> None:
+        if value not in allowed:
+            raise ConfigError(f"FitConfig({field.name}={value!r}) is not supported by this version; use {' or '.join(map(repr, allowed))}")
+
+    return check
+
+
+def _callable(_: Any, field: Any, value: Any) -> None:
+    if value is not None and not callable(value):
+        example = {"stop": 'patience("val/loss", 3)', "keep": "last(1)"}.get(field.name, "steps(50)")
+        raise ConfigError(f"FitConfig({field.name}=...) must be something like {example}, or None, but got {value!r}")
+
+
+def _seconds(value: Any) -> Any:
+    return value.total_seconds() if isinstance(value, timedelta) else value
+
+
+def _sinks(value: Any) -> tuple[Any, ...]:
+    return (value,) if callable(value) else tuple(value)
+
+
+def _path(value: Any) -> Any:
+    return None if value is None else os.fspath(value)
+
+
+@attrs.frozen(kw_only=True)
+class FitConfig:
+    """How `fit` trains; nothing is on that nobody asked for.
+
+    Args:
+        max_epochs: Completed epochs in all at which training ends; a resumed run ends where the uninterrupted one does.
+        max_steps: Completed steps in all at which training ends.
+        max_time: Seconds of training in all (or a ``timedelta``) at which training ends.
+        min_epochs: `stop` is heeded only from this many epochs on.
+        min_steps: `stop` is heeded only from this many steps on.
+        stop: A stop rule.
+        accumulate: Batches a step, or a mapping from the epoch at which it starts to batches.
+        precision: ``"fp32"`` or ``"bf16"`` (autocast).
+        clip_norm: The largest 2-norm of the gradients.
+        clip_value: The largest absolute value of a gradient's entry.
+        ema: Decay of averaged weights; evaluations of the run then use them.
+        eval_every: When ``loaders.val`` is evaluated.
+        sanity_batches: Evaluation batches that are tried before training.
+        dir: Where checkpoints and ``config.json`` go; None writes nothing.
+        save_every: When a checkpoint is saved; the last state of a run always is.
+        keep: Which checkpoints stay.
+        resume: True goes on from the newest sound checkpoint of `dir`, or starts afresh if there is none.
+        log_every: When training metrics go to the sinks.
+        sinks: Where records go.
+        progress: A progress bar on a terminal, else a line every few seconds.
+        limit_train: Batches an epoch at most (int), or a fraction of them (float).
+        limit_eval: The same for evaluations.
+        fast_dev_run: True or n: one epoch of n batches of everything, no files.
+        overfit_batches: n: the same first n batches each epoch, unshuffled.
+        device: ``"auto"`` (the accelerator if there is one), or a device such as ``"cpu"``.
+        deterministic: True lets torch use deterministic algorithms only.
+        detect_anomaly: True lets autograd name the operation that made a NaN, slowly.
+        donate: True trains on the very tensors of the state that is passed in.
+        compile: None; other values are refused by this version.
+        parallel: ``"auto"`` or None: one process; others are refused by this version.
+        signals: False; True is refused by this version.
+        nonfinite: ``"raise"`` when a loss was NaN or infinite, or ``"ignore"``.
+
+    Raises:
+        ConfigError: If a field cannot mean anything, or two contradict each other.
+
+    Example:
+        >>> config = FitConfig(max_epochs=3, clip_norm=1.0, stop=rules.patience("val/loss", 3))
+        >>> FitConfig.from_json(config.to_json()) == config
+        True
+    """
+
+    max_epochs: int | None = attrs.field(default=None, validator=_count(0))
+    max_steps: int | None = attrs.field(default=None, validator=_count(0))
+    max_time: float | None = attrs.field(default=None, converter=_seconds, validator=_above_zero)
+    min_epochs: int = attrs.field(default=0, validator=_count(0, optional=False))
+    min_steps: int = attrs.field(default=0, validator=_count(0, optional=False))
+    stop: Callable[[Any], str | None] | None = attrs.field(default=None, validator=_callable)
+    accumulate: int | Mapping[int, int] = attrs.field(default=1, validator=_accumulate)
+    precision: str = attrs.field(default="fp32", validator=_not_yet("fp32", "bf16"))
+    clip_norm: float | None = attrs.field(default=None, validator=_above_zero)
+    clip_value: float | None = attrs.field(default=None, validator=_above_zero)
+    ema: float | None = attrs.field(default=None, validator=_decay)
+    eval_every: Callable[[Any], bool] | None = attrs.field(default=epochs(1), validator=_callable)
+    sanity_batches: int = attrs.field(default=0, validator=_count(0, optional=False))
+    dir: str | None = attrs.field(default=None, converter=_path)
+    save_every: Callable[[Any], bool] | None = attrs.field(default=epochs(1), validator=_callable)
+    keep: Retention = attrs.field(default=last(1), validator=_callable)
+    resume: bool = attrs.field(default=False, validator=_one_of(True, False))
+    log_every: Callable[[Any], bool] = attrs.field(default=steps(50), validator=_callable)
+    sinks: tuple[Any, ...] = attrs.field(default=(), converter=_sinks, eq=repr)
+    progress: bool = attrs.field(default=True, validator=_one_of(True, False))
+    limit_train: int | float | None = attrs.field(default=None, validator=_limit)
+    limit_eval: int | float | None = attrs.field(default=None, validator=_limit)
+    fast_dev_run: bool | int = attrs.field(default=False, validator=_flag_or_count)
+    overfit_batches: int = attrs.field(default=0, validator=_count(0, optional=False))
+    device: str = attrs.field(default="auto", converter=str)
+    deterministic: bool = attrs.field(default=False, validator=_one_of(True, False))
+    detect_anomaly: bool = attrs.field(default=False, validator=_one_of(True, False))
+    donate: bool = attrs.field(default=False, validator=_one_of(True, False))
+    compile: str | None = attrs.field(default=None, validator=_not_yet(None))
+    parallel: str | None = attrs.field(default="auto", validator=_not_yet("auto", None))
+    signals: bool = attrs.field(default=False, validator=_not_yet(False))
+    nonfinite: str = attrs.field(default="raise", validator=_not_yet("raise", "ignore"))
+
+    def __attrs_post_init__(self) -> None:
+        if all(getattr(self, name) is None or getattr(self, name) is False for name in _BOUNDS):
+            raise ConfigError("FitConfig must bound the run: give max_epochs, max_steps, max_time or stop")
+        for unit in ("epochs", "steps"):
+            least, most = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
+            if least and self.stop is None:
+                raise ConfigError(f"FitConfig(min_{unit}={least}) says from when on `stop` is heeded, but there is no stop; give one, or leave it out")
+            if most is not None and least > most:
+                raise ConfigError(f"FitConfig(min_{unit}={least}, max_{unit}={most}): the run would be over before `stop` is heeded")
+        self._check_files()
+        if self.overfit_batches and self.limit_train is not None:
+            raise ConfigError("FitConfig(overfit_batches=..., limit_train=...) both say how many batches there are; give one of them")
+        if not isinstance(self.keep, Retention):
+            raise ConfigError(f"FitConfig(keep=...) must be a retention such as last(1) or best('val/loss', 3), but got {self.keep!r}")
+
+    def _check_files(self) -> None:
+        if self.resume and (self.dir is None or self.fast_dev_run):
+            why = "fast_dev_run writes and reads no files" if self.fast_dev_run else "there is no dir"
+            raise ConfigError(f"FitConfig(resume=True) goes on from a checkpoint, but {why}; leave one of them out")
+        if self.dir is None:
+            asked = [n for n, default in (("save_every", epochs(1)), ("keep", last(1))) if getattr(self, n) != default]
+            if asked:
+                raise ConfigError(f"FitConfig({asked[0]}={getattr(self, asked[0])!r}) is about checkpoints, but there is no dir to write them to; give dir")
+        if self.log_every != steps(50) and not self.sinks:
+            raise ConfigError(f"FitConfig(log_every={self.log_every!r}) is about sinks, but there are none; give sinks=fl.JSONL(path) or such")
+
+    @property
+    def bounds(self) -> StopRule:
+        """What ends the run: `stop` from the minima on, or one of the maxima."""
+        found: list[StopRule] = []
+        if self.stop is not None:
+            guards = [rules.min_epochs(self.min_epochs)] if self.min_epochs else []
+            guards += [rules.min_steps(self.min_steps)] if self.min_steps else []
+            found.append(_guarded(self.stop, guards))
+        for name in ("max_epochs", "max_steps", "max_time"):
+            value = getattr(self, name)
+            if value is not None:
+                found.append(getattr(rules, name)(value))
+        whole = found[0]
+        for rule in found[1:]:
+            whole = whole | rule
+        return whole
+
+    def to_json(self) -> str:
+        """The configuration as JSON, default values left out.
+
+        Raises:
+            ConfigError: If a field holds a function of yours, which has no text that could be read back.
+        """
+        out: dict[str, Any] = {}
+        for field in attrs.fields(type(self)):
+            value = getattr(self, field.name)
+            if value == field.default:
+                continue
+            if field.name in _TEXTS:
+                value = None if value is None else _text(field.name, value)
+            elif field.name == "sinks":
+                value = [_text("sinks", sink) for sink in value]
+            elif isinstance(value, Mapping):
+                value = {str(k): v for k, v in value.items()}
+            out[field.name] = value
+        return json.dumps(out, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """A configuration from JSON; nothing in it is ever run as code.
+
+        Raises:
+            ConfigError: If it is no JSON object, or a field or a name in it is unknown.
+        """
+        try:
+            given = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"a configuration must be JSON, but: {error}") from error
+        known = {field.name for field in attrs.fields(cls)}
+        if not isinstance(given, dict) or not given.keys() <= known:
+            unknown = sorted(given.keys() - known) if isinstance(given, dict) else type(given).__name__
+            raise ConfigError(f"a configuration must be a JSON object with fields of FitConfig, but got {unknown}; there are {sorted(known)}")
+        for name in _TEXTS:
+            if isinstance(given.get(name), str):
+                given[name] = parse(given[name])
+        if isinstance(given.get("sinks"), list):
+            given["sinks"] = tuple(parse(sink) for sink in given["sinks"])
+        if isinstance(given.get("accumulate"), dict):
+            given["accumulate"] = {int(k): v for k, v in given["accumulate"].items()}
+        return cls(**given)
+
+
+def _guarded(rule: Any, guards: list[StopRule]) -> StopRule:
+    whole = rule if isinstance(rule, StopRule) else StopRule(getattr(rule, "__name__", repr(rule)), rule)
+    for guard in guards:
+        whole = whole & guard
+    return whole
+
+
+def _text(name: str, value: Any) -> str:
+    text = repr(value)
+    try:
+        parse(text)
+    except ConfigError as error:
+        raise ConfigError(f"FitConfig({name}={text:.80}) has no text that could be read back: it is, or holds, a function of your own") from error
+    return text
+
+
+def parse(text: str) -> Any:
+    """Read the source text of a trigger, rule, retention or sink; names that fnlight does not know are refused.
+
+    Args:
+        text: Such as ``"steps(50) | at_end"``.
+
+    Returns:
+        The value.
+
+    Raises:
+        ConfigError: If it is anything else than known names, called with plain values and joined with ``|``, ``&``, ``~``.
+
+    Example:
+        >>> parse("steps(50) | at_end")
+        steps(50) | at_end
+    """
+    try:
+        return _read(ast.parse(text, mode="eval").body, text)
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"cannot read {text:.80}: {error}") from error
+
+
+def _read(node: ast.expr, text: str) -> Any:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return _read(node.left, text) | _read(node.right, text)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd):
+        return _read(node.left, text) & _read(node.right, text)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
+        return ~_read(node.operand, text)
+    if isinstance(node, ast.Name) and node.id in _NAMES:
+        return _NAMES[node.id]
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _NAMES:
+        return _call(node, node.func.id, text)
+    raise ConfigError(f"cannot read {ast.unparse(node):.60} in {text:.80}; known are {', '.join(_NAMES)}")
+
+
+def _call(node: ast.Call, name: str, text: str) -> Any:
+    try:
+        args = [ast.literal_eval(arg) for arg in node.args]
+        options = {str(option.arg): ast.literal_eval(option.value) for option in node.keywords}
+        return _NAMES[name](*args, **options)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"cannot read {name}(...) in {text:.80}: {error}") from error

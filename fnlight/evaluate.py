@@ -1,0 +1,208 @@
+"""Evaluation and prediction: every batch of a loader once, in eval mode and without gradients, leaving the state as it was."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fnlight.data import Source
+from fnlight.errors import ConfigError, StepError
+from fnlight.metrics import MEDIA, Tally
+from fnlight.rng import EVALUATE, PREDICT, fold_in, isolated, seed_generators
+from fnlight.state import Store, TrainState
+from fnlight.tree import map_tensors
+
+EvalStep = Callable[[Any, Any], Mapping[str, Any]]
+
+
+def evaluate(
+    state: TrainState,
+    loader: Any,
+    *,
+    eval_step: EvalStep | None = None,
+    weights: str | None = None,
+    limit: int | float | None = None,
+) -> dict[str, float]:
+    """Evaluate a state on a loader: metrics are exact over uneven batches where `eval_step` returns `Mean`s.
+
+    Args:
+        state: Where training stands; it is left as it was.
+        loader: A loader, or a mapping of named loaders, whose metrics are then called ``NAME/metric``.
+        eval_step: ``(model, batch) -> metrics``; None takes the task's.
+        weights: The memory whose averaged weights are used, such as ``"ema"``; None takes the parameters.
+        limit: Batches at most (int), or a fraction of them (float).
+
+    Returns:
+        Names to floats.
+
+    Raises:
+        ConfigError: If there is no `eval_step`, or no memory of that name.
+        StepError: If `eval_step` returns no metrics.
+
+    Example:
+        >>> from fnlight.metrics import Mean
+        >>> from fnlight.state import Task
+        >>> task = Task(nn.Linear(1, 1), lambda model, batch: model(batch).sum(),
+        ...             lambda model, batch: {"mean": Mean(batch.sum(), len(batch))},
+        ...             configure_optimizers=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> evaluate(TrainState.create(task), [torch.ones(3, 1), torch.zeros(1, 1)])
+        {'mean': 0.75}
+    """
+    fn = step_of(state, "eval_step", eval_step)
+    with isolated(state.device):
+        found = evaluate_sources(state, sources_of(loader, state.device, limit), fn, weights)
+    return {name: value for name, value in found.items() if not isinstance(value, MEDIA)}
+
+
+def sources_of(loader: Any, device: torch.device, limit: int | float | None = None) -> dict[str, Source]:
+    """Prepare the loaders of an evaluation, once for many evaluations.
+
+    Args:
+        loader: A loader, or a mapping of named loaders.
+        device: Where batches are moved to.
+        limit: Batches at most (int), or a fraction of them (float).
+
+    Returns:
+        Names to sources; a single loader has the name ``""``.
+
+    Example:
+        >>> sorted(sources_of({"a": [1], "b": [2]}, torch.device("cpu")))
+        ['a', 'b']
+    """
+    loaders = loader if isinstance(loader, Mapping) else {"": loader}
+    return {name: Source(each, limit=limit, device=device) for name, each in loaders.items()}
+
+
+def evaluate_sources(state: TrainState, sources: Mapping[str, Source], fn: EvalStep, weights: str | None) -> dict[str, Any]:
+    """Evaluate on prepared sources; the global generators are the caller's to put back."""
+    found: dict[str, Any] = {}
+    with inference(state.live, weights) as module:
+        for name, source in sources.items():
+            prefix = f"{name}/" if name else ""
+            found |= {prefix + metric: value for metric, value in _one_source(state, module, source, fn).items()}
+    return found
+
+
+def _one_source(state: TrainState, module: nn.Module, source: Source, fn: EvalStep) -> dict[str, Any]:
+    key, tally = fold_in(state.seed, EVALUATE), Tally()
+    for i, (batch, _, _) in enumerate(source.epoch(key, 0), 1):
+        seed_generators(fold_in(key, i), state.device)
+        metrics = fn(module, batch)
+        if not isinstance(metrics, Mapping) or not metrics:
+            got = "an empty dict" if isinstance(metrics, Mapping) else type(metrics).__name__
+            raise StepError(f"eval_step must return a dict of metrics, but returned {got}, at batch {i} of the evaluation")
+        tally.add(i, metrics)
+    return tally.read()
+
+
+def step_of(state: TrainState, name: str, given: Any) -> Any:
+    """The function that was given, or else the task's; an error that says what is missing."""
+    fn = given if given is not None else getattr(state.task, name)
+    if fn is None:
+        raise ConfigError(f"this task has no {name}; give it one, as in fl.Task(model, train_step, {name}={name}, ...)")
+    return fn
+
+
+@contextmanager
+def inference(store: Store, weights: str | None = None) -> Iterator[nn.Module]:
+    """The live module in eval mode, without gradients and with averaged weights if asked; everything is put back afterwards."""
+    module, modes = store.module, [(m, m.training) for m in store.module.modules()]
+    average = _averaged(store, weights)
+    raw = {name: store.named[name].data for name in average}
+    module.eval()
+    try:
+        with torch.no_grad():
+            for name, value in average.items():
+                store.named[name].data = value
+            yield module
+    finally:
+        for name, value in raw.items():
+            store.named[name].data = value
+        for m, training in modes:
+            m.training = training
+
+
+def _averaged(store: Store, weights: str | None) -> dict[str, Tensor]:
+    if weights is None:
+        return {}
+    tree = store.memory.get(weights)
+    if not isinstance(tree, dict) or not tree or not tree.keys() <= store.named.keys():
+        kept = sorted(k for k, t in store.memory.items() if isinstance(t, dict) and t and t.keys() <= store.named.keys())
+        raise ConfigError(f"weights={weights!r} asks for averaged weights, but the state's memory holds {kept or 'none'}; train with fl.ema(decay)")
+    return tree
+
+
+def predict(
+    state: TrainState,
+    loader: Any,
+    *,
+    predict_step: Callable[[Any, Any], Any] | None = None,
+    weights: str | None = None,
+    limit: int | float | None = None,
+    donate: bool = False,
+) -> Iterator[Any]:
+    """Predict on a loader, one batch at a time: a generator that holds no more than the batch it works on.
+
+    Args:
+        state: Where training stands; it is left as it was, and may train on while predictions are read.
+        loader: A loader; call it once for each of several.
+        predict_step: ``(model, batch) -> output``; None takes the task's.
+        weights: The memory whose averaged weights are used, such as ``"ema"``; None takes the parameters.
+        limit: Batches at most (int), or a fraction of them (float).
+        donate: True works on the state's own module rather than on a copy; do not train on it meanwhile.
+
+    Returns:
+        An iterator of outputs, in the order of the loader.
+
+    Raises:
+        ConfigError: If there is no `predict_step`, or no memory of that name.
+
+    Example:
+        >>> from fnlight.state import Task
+        >>> task = Task(nn.Identity(), lambda model, batch: batch.sum(), predict_step=lambda model, batch: model(batch) + 1)
+        >>> list(predict(TrainState.create(task), [torch.zeros(2)]))
+        [tensor([1., 1.])]
+    """
+    if isinstance(loader, Mapping):
+        raise ConfigError(f"predict takes one loader at a time, but got a mapping of {sorted(loader)}; call it once for each")
+    fn = step_of(state, "predict_step", predict_step)
+    store = state.live
+    if not donate:
+        store = Store(state.module(), type(store.optim)(None), {weights: store.memory[weights]} if weights in store.memory else {})
+    _averaged(store, weights)
+    return _predictions(store, fold_in(state.seed, PREDICT), Source(loader, limit=limit, device=state.device), fn, weights)
+
+
+def _predictions(store: Store, key: int, source: Source, fn: Callable[[Any, Any], Any], weights: str | None) -> Iterator[Any]:
+    batches = source.epoch(key, 0)
+    i = 0
+    while True:
+        with isolated(store.device):  # around each batch: the caller's code runs in between
+            item = next(batches, None)
+            if item is None:
+                return
+            i += 1
+            seed_generators(fold_in(key, i), store.device)
+            with inference(store, weights) as module:
+                out = fn(module, item[0])
+        del item
+        yield out
+        del out
+
+
+def collect(outputs: Iterable[Any]) -> list[Any]:
+    """All outputs of `predict` as a list, on the CPU.
+
+    Args:
+        outputs: What `predict` gave.
+
+    Returns:
+        One entry a batch.
+
+    Example:
+        >>> collect(iter([torch.ones(1)]))
+        [tensor([1.])]
+    """
+    return [map_tensors(lambda t: t.cpu(), out) for out in outputs]

@@ -1,0 +1,240 @@
+"""`fit`: one standard composition of the parts; `compose` returns the very pipe that it runs."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import attrs
+import torch
+
+from fnlight.checkpoint import newest, restore
+from fnlight.config import FitConfig
+from fnlight.data import Loaders, Source, group_at
+from fnlight.errors import ConfigError, LoaderError
+from fnlight.evaluate import evaluate
+from fnlight.loop import check_finite, checkpoint_every, epoch_means, evaluate_every, log_to, run, stop_when
+from fnlight.optim import monitored
+from fnlight.pipe import Combinator, Pipe, pipe
+from fnlight.rng import isolated
+from fnlight.rules import max_epochs
+from fnlight.sinks import Console
+from fnlight.state import Task, TrainState
+from fnlight.update import accumulate, apply, autocast, clip_norm, clip_value, ema, grad
+from fnlight.when import epochs, seconds
+
+_EVERY_TICK = seconds(0.1)  # how often the console is given numbers; it draws when it likes
+
+
+def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
+    """Train a state on loaders as a configuration says, and return the state where it ended.
+
+    Args:
+        state: Where training stands; it is left as it was, unless ``config.donate``.
+        loaders: `Loaders`, or just a training loader.
+        config: How.
+
+    Returns:
+        A state whose `stopped` says why the run ended and whose `history` prints as a table.
+
+    Raises:
+        ConfigError: If state, loaders and configuration do not fit, before any work.
+        LoaderError: If a loader is missing or empty.
+        StepError: If a step function returns what it must not.
+
+    Example:
+        >>> from torch import nn
+        >>> task = Task(nn.Linear(1, 1), lambda model, batch: (model(batch) - batch).square().mean(),
+        ...             configure_optimizers=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> data = [torch.ones(2, 1), torch.zeros(2, 1)]
+        >>> state = fit(TrainState.create(task, seed=0), data, FitConfig(max_epochs=3, progress=False))
+        >>> state
+        TrainState(step=6, epoch=3, batch=0, 2 parameters, SGD, stopped: 3 epochs done)
+    """
+    given = _loaders(loaders)
+    config = _dev_run(state, config) if config.fast_dev_run else config
+    state = _placed(_resumed(state, config), config)
+    train = _train_source(given, config)
+    with settings(config):
+        step = compose(state.task, config, given)
+        _preflight(state, given, config, step)
+        _write_config(config)
+        return _drain(run(step, state, train, donate=True))
+
+
+def compose(task: Task, config: FitConfig, loaders: Any = None) -> Pipe:
+    """The very pipe that `fit` runs; ``print`` shows it.
+
+    Args:
+        task: Gives the `train_step`.
+        config: How.
+        loaders: `Loaders`, or a training loader; without ``loaders.val`` nothing is evaluated.
+
+    Returns:
+        A pipe, for `run`, or to be wrapped further.
+
+    Raises:
+        ConfigError: If the configuration needs what the loaders do not have.
+
+    Example:
+        >>> task = Task(torch.nn.Linear(1, 1), lambda model, batch: model(batch).mean())
+        >>> print(compose(task, FitConfig(max_steps=10, clip_norm=1.0, progress=False)))
+        <lambda> > grad > clip_norm(1.0) > apply > check_finite(every=epochs(1)) > epoch_means > stop_when(max_steps(10))
+    """
+    given = _loaders(loaders) if loaders is not None else Loaders()
+    parts: list[Combinator | None] = [
+        autocast(torch.bfloat16) if config.precision == "bf16" else None,
+        grad(),
+        accumulate(config.accumulate) if config.accumulate != 1 else None,
+        clip_value(config.clip_value) if config.clip_value else None,
+        clip_norm(config.clip_norm) if config.clip_norm else None,
+        apply(),
+        ema(config.ema) if config.ema is not None else None,
+        check_finite(every=_looked_at(config)) if config.nonfinite == "raise" else None,
+        _evaluation(task, config, given),
+        epoch_means(),
+        checkpoint_every(config.dir, every=config.save_every or _never, keep=config.keep) if config.dir else None,
+        log_to(*config.sinks, every=config.log_every) if config.sinks else None,
+        log_to(Console(total_steps=_total_steps(given, config)), every=_EVERY_TICK, name="progress") if config.progress else None,
+        stop_when(config.bounds),
+    ]
+    return pipe(task.train_step, *(part for part in parts if part is not None))
+
+
+def _evaluation(task: Task, config: FitConfig, loaders: Loaders) -> Combinator | None:
+    if loaders.val is None or config.eval_every is None:
+        if config.eval_every not in (None, epochs(1)):
+            raise ConfigError(f"FitConfig(eval_every={config.eval_every!r}) needs data to evaluate on; give fl.Loaders(train=..., val=...)")
+        return None
+    eval_step = autocast(torch.bfloat16)(task.eval_step) if config.precision == "bf16" and task.eval_step else None
+    return evaluate_every(
+        loaders.val, config.eval_every, eval_step=eval_step, weights="ema" if config.ema is not None else None, limit=config.limit_eval
+    )
+
+
+def _never(_: Any) -> bool:
+    return False
+
+
+def _looked_at(config: FitConfig) -> Callable[[Any], bool]:
+    """Where a loss must be known to be finite: wherever something is kept or shown that would hide that it is not."""
+    whole: Any = epochs(1)
+    others = (config.eval_every, config.save_every if config.dir else None, config.log_every if config.sinks else None)
+    for when in others:
+        if when is not None and when != epochs(1):
+            whole = whole | when
+    return whole
+
+
+def _total_steps(loaders: Loaders, config: FitConfig) -> int | None:
+    """Steps at which the run ends at the latest, if that is known before it starts."""
+    bounds = [config.max_steps] if config.max_steps is not None else []
+    if config.max_epochs is not None and loaders.train is not None:
+        num_batches = _train_source(loaders, config).num_batches
+        if num_batches is not None:
+            bounds.append(sum(-(-num_batches // group_at(config.accumulate, epoch)) for epoch in range(config.max_epochs)))
+    return min(bounds, default=None)
+
+
+def _loaders(given: Any) -> Loaders:
+    return given if isinstance(given, Loaders) else Loaders(train=given)
+
+
+def _train_source(loaders: Loaders, config: FitConfig) -> Source:
+    if loaders.train is None:
+        raise LoaderError("fit needs training data, but there is none; give fl.Loaders(train=...)")
+    overfit = config.overfit_batches
+    return Source(loaders.train, limit=overfit or config.limit_train, shuffle=not overfit)
+
+
+def _dev_run(state: TrainState, config: FitConfig) -> FitConfig:
+    n = int(config.fast_dev_run)
+    return attrs.evolve(
+        config, max_epochs=state.progress.epoch + 1, max_steps=None, max_time=None, stop=None, min_epochs=0, min_steps=0,
+        limit_train=n, overfit_batches=0, limit_eval=n, eval_every=epochs(1), sanity_batches=0,
+        dir=None, save_every=epochs(1), keep=attrs.fields(FitConfig).keep.default, sinks=(), log_every=attrs.fields(FitConfig).log_every.default,
+    )  # fmt: skip
+
+
+def _resumed(state: TrainState, config: FitConfig) -> TrainState:
+    """The state to go on from; whatever it is, it may be donated."""
+    found = newest(config.dir) if config.dir is not None else None
+    if found is not None and not config.resume:
+        raise ConfigError(
+            f"{config.dir} holds a run already, up to {os.path.basename(found)}; go on from it with FitConfig(resume=True), or give another dir"
+        )
+    if found is not None:
+        return restore(config.dir or "", state)
+    return state if config.donate else state.copy()
+
+
+def _placed(state: TrainState, config: FitConfig) -> TrainState:
+    device = torch.device(_auto_device() if config.device == "auto" else config.device)
+    if device.type == state.device.type and device.index in (None, state.device.index):
+        return state
+    return state.moved(device)
+
+
+def _auto_device() -> str:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if accelerator is None else accelerator.type
+
+
+@contextmanager
+def settings(config: FitConfig) -> Iterator[None]:
+    """Torch's modes as a configuration asks for them, put back afterwards."""
+    with ExitStack() as stack:
+        if config.deterministic:
+            before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+            stack.callback(torch.use_deterministic_algorithms, before, warn_only=warn)
+            torch.use_deterministic_algorithms(True)
+        if config.detect_anomaly:
+            stack.enter_context(torch.autograd.set_detect_anomaly(True))
+        yield
+
+
+def _preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pipe) -> None:
+    """What can be known to be wrong before the first step."""
+    monitors = {name for c in step.combinators for name in c.monitors} | {state.store.optim.monitor}
+    wanted = [name for name in monitors if name is not None and name.startswith("val/")]
+    unseen = [name for name in wanted if not any(name in record.metrics for record in state.history)]
+    evaluates = loaders.val is not None and config.eval_every is not None
+    if wanted and evaluates:
+        _check_reachable(config, wanted)
+    if evaluates and (config.sanity_batches or unseen):
+        batches = config.sanity_batches or 1
+        found = evaluate(state, loaders.val, limit=batches)
+        trial = attrs.evolve(state, history=type(state.history)()).recorded({f"val/{k}": v for k, v in found.items()})
+        for name in unseen:
+            monitored(trial.history, name)
+
+
+def _check_reachable(config: FitConfig, wanted: list[str]) -> None:
+    earliest = getattr(config.eval_every, "earliest", (0, 0))
+    for unit, first, most in (("steps", earliest[0], config.max_steps), ("epochs", earliest[1], config.max_epochs)):
+        if most is not None and 0 < most < first:
+            raise ConfigError(
+                f"{wanted[0]!r} is monitored, but the first evaluation would be after {first} {unit} (eval_every={config.eval_every!r}) "
+                f"and the run ends after {most}: it could never fire; evaluate earlier"
+            )
+
+
+def _write_config(config: FitConfig) -> None:
+    if config.dir is None or "://" in config.dir:
+        return
+    try:
+        text = config.to_json()
+    except ConfigError:
+        return  # it holds a function of the user's own, which has no text
+    os.makedirs(config.dir, exist_ok=True)
+    with open(os.path.join(config.dir, "config.json"), "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+
+
+def _drain(steps: Iterator[Any]) -> TrainState:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value

@@ -1,0 +1,407 @@
+"""The loop: `run`, and the combinators that act once in a while.
+
+A tick has one order, which `pipe` enforces: **update** (`apply`, `ema`), **schedule** (the learning rate of the next update follows
+from completed work and history), **evaluate** (`evaluate_every`), **history** (`epoch_means`), **save** (`checkpoint_every`),
+**log** (`log_to`), **stop** (`stop_when`). A checkpoint therefore holds the state with its evaluation.
+After the last step of a run the same order is gone through once more with a tick whose ``end`` is True.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import attrs
+
+from fnlight.checkpoint import Retention, amend, last, prune, save, step_path, writable
+from fnlight.data import batches
+from fnlight.errors import ConfigError, NonFiniteError
+from fnlight.evaluate import evaluate_sources, sources_of, step_of
+from fnlight.metrics import MEDIA, Tally
+from fnlight.pipe import Combinator, Pipe, pipe
+from fnlight.rng import isolated
+from fnlight.rules import StopRule
+from fnlight.state import Record, TrainState
+from fnlight.when import Tick, epochs, steps
+
+Metrics = Mapping[str, Any]
+
+
+def run(
+    step: Any,
+    state: TrainState,
+    loader: Any,
+    *,
+    donate: bool = False,
+    limit: int | float | None = None,
+    shuffle: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[tuple[TrainState, Metrics]]:
+    """Train step by step: a generator, so the loop is yours.
+
+    Args:
+        step: A pipe, or any `Step`.
+        state: Where training stands; it is copied, unless `donate` is True.
+        loader: A loader, an iterable of batches, or a `Source`.
+        donate: True trains on the very tensors of `state`.
+        limit: Batches an epoch at most (int), or a fraction of them (float).
+        shuffle: False takes the data in its own order.
+        clock: Gives seconds; for ``progress.seconds``.
+
+    Yields:
+        ``(state, metrics)`` after every step. The last state has `stopped`; without a stop rule there is no last one.
+
+    Returns:
+        The last state, as the value of the generator.
+
+    Example:
+        >>> from fnlight.rules import max_steps
+        >>> from fnlight.state import Task
+        >>> from fnlight.update import apply, grad
+        >>> import torch
+        >>> task = Task(torch.nn.Linear(1, 1), lambda model, batch: model(batch).sum(),
+        ...             configure_optimizers=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> step = pipe(task.train_step, grad(), apply(), stop_when(max_steps(3)))
+        >>> [state.progress.step for state, metrics in run(step, TrainState.create(task), [torch.ones(2, 1)])]
+        [1, 2, 3]
+    """
+    whole = step if isinstance(step, Pipe) else pipe(step)
+    return _run(whole, state if donate else state.copy(), loader, limit, shuffle, clock)
+
+
+def _run(
+    step: Pipe, state: TrainState, loader: Any, limit: int | float | None, shuffle: bool, clock: Callable[[], float]
+) -> Iterator[tuple[TrainState, Metrics]]:
+    try:
+        with isolated(state.device):
+            state = step.start(attrs.evolve(state, stopped=None))
+            if state.stopped is not None:
+                return state
+            for item in batches(loader, state, step.group, limit=limit, shuffle=shuffle, device=state.device, clock=clock):
+                state, metrics = step(state, item)
+                if state.stopped is not None:
+                    state = step.finish(state)
+                    yield state, metrics
+                    return state
+                yield state, metrics
+    finally:
+        step.close()
+
+
+def evaluate_every(
+    loader: Any,
+    every: Callable[[Tick], bool] = epochs(1),
+    *,
+    name: str = "val",
+    eval_step: Callable[[Any, Any], Any] | None = None,
+    weights: str | None = None,
+    limit: int | float | None = None,
+) -> Combinator:
+    """Evaluate when it is due, and add the metrics to the history as ``val/loss`` and so on.
+
+    Args:
+        loader: A loader, or a mapping of named loaders (then ``val/NAME/loss``).
+        every: When it is due.
+        name: What stands before the metrics' names; unique in a pipe.
+        eval_step: ``(model, batch) -> metrics``; None takes the task's.
+        weights: The memory whose averaged weights are evaluated, such as ``"ema"``; None takes the parameters.
+        limit: Batches at most (int), or a fraction of them (float).
+
+    Returns:
+        A combinator from `Step` to `Step`.
+
+    Example:
+        >>> print(evaluate_every([1], every=steps(100)))
+        evaluate_every(val, every=steps(100))
+    """
+
+    opened: dict[Any, Any] = {}  # kept from one evaluation to the next, with the workers that persist
+
+    def sources(state: TrainState) -> Any:
+        if state.device not in opened:
+            opened[state.device] = sources_of(loader, state.device, limit)
+        return opened[state.device]
+
+    def evaluated_now(state: TrainState) -> TrainState:
+        fn = step_of(state, "eval_step", eval_step)
+        found = evaluate_sources(state, sources(state), fn, weights)
+        media = {f"{name}/{k}": v for k, v in found.items() if isinstance(v, MEDIA)}
+        if media:
+            state.store.media = {**(state.store.media or {}), **media}
+        return state.recorded({f"{name}/{k}": v for k, v in found.items() if not isinstance(v, MEDIA)})
+
+    def wrap(step: Any) -> Any:
+        def evaluated(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+            before = state.progress
+            state, metrics = step(state, batch)
+            return (evaluated_now(state) if every(Tick(before, state.progress)) else state), metrics
+
+        return evaluated
+
+    def start(state: TrainState) -> TrainState:
+        step_of(state, "eval_step", eval_step)
+        sources(state)
+        return state
+
+    def finish(before: TrainState, state: TrainState) -> TrainState:
+        at = state.progress
+        here = state.history and state.history[-1].step == at.step and any(k.startswith(f"{name}/") for k in state.history[-1].metrics)
+        return evaluated_now(state) if not here and every(Tick(at, at, end=True)) else state
+
+    label = f"{name}, every={every}" + (f", weights={weights!r}" if weights else "")
+    return Combinator(
+        "evaluate_every", wrap, "step", "step", args=label, key=f"evaluate_every {name}", phase="evaluate",
+        start=start, finish=finish, yields=(f"{name}/",),
+    )  # fmt: skip
+
+
+def epoch_means() -> Combinator:
+    """Add the exact means of the training metrics over each epoch to the history, as ``train/loss`` and so on.
+
+    Returns:
+        A combinator from `Step` to `Step`; an epoch that is resumed half-way still gets its exact mean.
+
+    Example:
+        >>> print(epoch_means())
+        epoch_means
+    """
+
+    def wrap(step: Any) -> Any:
+        def averaged(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+            epoch = state.progress.epoch
+            state, metrics = step(state, batch)
+            tally: Tally = state.store.memory["epoch_means"]
+            tally.add(state.progress.step, metrics)
+            if state.progress.epoch != epoch:
+                found = {f"train/{k}": v for k, v in tally.read().items() if not isinstance(v, MEDIA)}
+                state = state.recorded(found)
+                tally.clear()
+            return state, metrics
+
+        return averaged
+
+    return Combinator("epoch_means", wrap, "step", "step", init=lambda store: Tally(), phase="history", yields=("train/",))
+
+
+def check_finite(every: Callable[[Tick], bool] = steps(50)) -> Combinator:
+    """Raise when a loss was NaN or infinite; looked at when it is due, so that no step waits for the device.
+
+    Args:
+        every: When it is due; make it fire wherever a checkpoint is saved, so that none is saved after the fact.
+
+    Returns:
+        A combinator from `Step` to `Step`, whose error names the first such step.
+
+    Example:
+        >>> print(check_finite(every=steps(10)))
+        check_finite(every=steps(10))
+    """
+
+    def checked(state: TrainState, *_: Any) -> TrainState:
+        tally: Tally = state.store.memory["check_finite"]
+        tally.settle()
+        if tally.bad is not None:
+            at = state.progress
+            raise NonFiniteError(
+                f"the loss was NaN or infinite at step {tally.bad[0]} (noticed at step {at.step}, epoch {at.epoch}, batch {at.batch}); "
+                'lower the learning rate, clip with clip_norm, look into that batch, or allow it with FitConfig(nonfinite="ignore")'
+            )
+        tally.clear()
+        return state
+
+    def wrap(step: Any) -> Any:
+        def guarded(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+            before = state.progress
+            state, metrics = step(state, batch)
+            state.store.memory["check_finite"].add(state.progress.step, {"loss": metrics["loss"]})
+            return (checked(state) if every(Tick(before, state.progress)) else state), metrics
+
+        return guarded
+
+    return Combinator(
+        "check_finite", wrap, "step", "step", args=f"every={every}", init=lambda store: Tally(), phase="update",
+        finish=checked,
+    )  # fmt: skip
+
+
+def checkpoint_every(dir: str | os.PathLike[str], every: Callable[[Tick], bool] = epochs(1), keep: Retention = last(1)) -> Combinator:
+    """Save a checkpoint when it is due, and the last state of a run always; then remove what need not be kept.
+
+    Args:
+        dir: The run's directory; checkpoints go to ``DIR/checkpoints/step-00000500``.
+        every: When it is due.
+        keep: Which of this run's checkpoints stay: `last`, `best`, `every`, joined with ``|``; the newest always does.
+
+    Returns:
+        A combinator from `Step` to `Step`.
+
+    Raises:
+        ConfigError: If `keep` is no retention.
+
+    Example:
+        >>> print(checkpoint_every("runs/a", every=steps(500)))
+        checkpoint_every('runs/a', every=steps(500), keep=last(1))
+    """
+    path = os.fspath(dir)
+    if not isinstance(keep, Retention):
+        raise ConfigError(f"keep must be a retention such as last(3) or best('val/loss', 3), but got {keep!r}")
+
+    def saved(state: TrainState) -> TrainState:
+        tree = state.store.memory["checkpoint_every"]
+        step = state.progress.step
+        tree["saved"] = [*(s for s in tree["saved"] if s < step), step]
+        save(state, step_path(path, step))
+        tree["saved"] = prune(path, tree["saved"], keep, state.history)
+        return state
+
+    def wrap(step: Any) -> Any:
+        def checkpointed(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+            before = state.progress
+            state, metrics = step(state, batch)
+            return (saved(state) if every(Tick(before, state.progress)) else state), metrics
+
+        return checkpointed
+
+    def start(state: TrainState) -> TrainState:
+        writable(path)
+        return state
+
+    def finish(before: TrainState, state: TrainState) -> TrainState:
+        done = state.store.memory["checkpoint_every"]["saved"]
+        if done and done[-1] == state.progress.step:
+            amend(state, step_path(path, done[-1]))
+            return state
+        return saved(state)
+
+    return Combinator(
+        "checkpoint_every", wrap, "step", "step", args=f"{path!r}, every={every}, keep={keep}", init=lambda store: {"saved": []},
+        phase="save", start=start, finish=finish, monitors=keep.monitors,
+    )  # fmt: skip
+
+
+def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "log") -> Combinator:
+    """Send records to sinks: training metrics when they are due, as exact means since the last time, and every evaluation at once.
+
+    Training metrics are called ``train/loss`` and so on, with ``lr`` beside them; means over an epoch ``train_epoch/loss``.
+
+    Args:
+        *sinks: Any functions of a `Record`.
+        every: When the training metrics are due.
+        name: Where the window lies in the memory; unique in a pipe.
+
+    Returns:
+        A combinator from `Step` to `Step`.
+
+    Raises:
+        ConfigError: If there is no sink, or one is not callable.
+
+    Example:
+        >>> print(log_to(print, every=steps(50)))
+        log_to(print, every=steps(50))
+    """
+    if not sinks:
+        raise ConfigError('log_to needs a sink, such as fl.JSONL("log.jsonl")')
+    for sink in sinks:
+        if not callable(sink):
+            raise ConfigError(f"a sink must be a function of a record, but got {type(sink).__name__}: {sink!r:.60}")
+
+    def send(state: TrainState, metrics: dict[str, Any]) -> None:
+        record = Record(state.progress.step, state.progress.epoch, metrics)
+        for sink in sinks:
+            sink(record)
+
+    def logged_now(state: TrainState, due: bool, old: tuple[Record, ...]) -> None:
+        metrics = _news(state, old)
+        if due:
+            tally: Tally = state.store.memory[name]
+            metrics |= {f"train/{k}": v for k, v in tally.read().items()} | _learning_rates(state)
+            tally.clear()
+        if metrics:
+            send(state, metrics)
+
+    def wrap(step: Any) -> Any:
+        def logged(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+            before, old = state.progress, state.history
+            state, metrics = step(state, batch)
+            state.store.memory[name].add(state.progress.step, metrics)
+            due = every(Tick(before, state.progress))
+            if due or state.history is not old or state.store.media:
+                logged_now(state, due, old)
+            return state, metrics
+
+        return logged
+
+    def finish(before: TrainState, state: TrainState) -> TrainState:
+        due = not state.store.memory[name].is_empty()
+        if due or state.history is not before.history:
+            logged_now(state, due, before.history)
+        return state
+
+    def close() -> None:
+        for sink in sinks:
+            for method in ("flush", "close"):
+                getattr(sink, method, _nothing)()
+
+    label = ", ".join(getattr(s, "__name__", repr(s)) for s in sinks)
+    return Combinator(
+        "log_to", wrap, "step", "step", args=f"{label}, every={every}", key=name, init=lambda store: Tally(),
+        phase="log", finish=finish, close=close,
+    )  # fmt: skip
+
+
+def _nothing() -> None:
+    return None
+
+
+def _news(state: TrainState, old: tuple[Record, ...]) -> dict[str, Any]:
+    """What this tick added to the history, and the media of its evaluation."""
+    if state.history is old:
+        return dict(state.store.media or {})
+    known = old[-1].metrics if old and old[-1].step == state.history[-1].step else {}
+    new = {k: v for k, v in state.history[-1].metrics.items() if k not in known}
+    return {(f"train_epoch/{k[6:]}" if k.startswith("train/") else k): v for k, v in new.items()} | (state.store.media or {})
+
+
+def _learning_rates(state: TrainState) -> dict[str, float]:
+    optimizer = state.store.optim.optimizer
+    rates = [g["lr"] for g in optimizer.param_groups if g.get("lr") is not None] if optimizer is not None else []
+    return {"lr" if len(rates) == 1 else f"lr/{i}": float(lr) for i, lr in enumerate(rates)}
+
+
+def stop_when(*rules: Callable[[TrainState], str | None]) -> Combinator:
+    """Stop a run when a rule gives a reason; asked after every step, and before the first one.
+
+    Args:
+        *rules: Stop rules; the first reason counts.
+
+    Returns:
+        A combinator from `Step` to `Step` that sets ``state.stopped``.
+
+    Raises:
+        ConfigError: If there is no rule, or one is not callable.
+
+    Example:
+        >>> from fnlight.rules import max_steps
+        >>> print(stop_when(max_steps(10)))
+        stop_when(max_steps(10))
+    """
+    if not rules or not all(callable(rule) for rule in rules):
+        raise ConfigError(f"stop_when needs stop rules such as max_epochs(10), but got {rules!r}")
+
+    def asked(state: TrainState) -> TrainState:
+        for rule in rules:
+            reason = rule(state)
+            if reason is not None:
+                return attrs.evolve(state, stopped=reason)
+        return state
+
+    def wrap(step: Any) -> Any:
+        def stopping(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+            state, metrics = step(state, batch)
+            return asked(state), metrics
+
+        return stopping
+
+    monitors = tuple(m for rule in rules if isinstance(rule, StopRule) for m in rule.monitors)
+    label = ", ".join(getattr(rule, "__name__", repr(rule)) for rule in rules)
+    return Combinator("stop_when", wrap, "step", "step", args=label, phase="stop", start=asked, monitors=monitors)

@@ -1,0 +1,61 @@
+"""A runtime that is stricter than a user's: one thread, deterministic kernels, seeded generators, and no test that leaves traces."""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+
+import fnlight  # noqa: F401  # before doctests are collected, so that `fnlight.fit` is the function everywhere
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+os.environ.setdefault("MPLBACKEND", "agg")
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)
+
+# The same examples every time; `--hypothesis-profile=explore` looks for new ones.
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile("default")
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, *(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2", "SIGHUP") if name in dir(signal)))
+
+
+def _process() -> dict[str, Any]:
+    """What a test must leave as it found it; cheap to look at."""
+    root = logging.getLogger()
+    return {
+        "the working directory": Path.cwd(),
+        "the default dtype": torch.get_default_dtype(),
+        "the default device": torch.get_default_device(),
+        "grad mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "anomaly detection": torch.is_anomaly_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "warn-only determinism": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "the number of threads": torch.get_num_threads(),
+        "float32 precision": torch.get_float32_matmul_precision(),
+        "signal handlers": [signal.getsignal(number) for number in _SIGNALS],
+        "the environment": {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
+        "logging": (root.level, logging.root.manager.disable),
+        "threads that keep the process alive": {t.name for t in threading.enumerate() if not t.daemon},
+    }
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_traces() -> Iterator[None]:
+    """Seed torch's generator as pytest-randomly does the others; fail a test that leaves the process changed."""
+    torch.default_generator.manual_seed(0)
+    before = _process()
+    yield
+    after = _process()
+    changed = [f"{name}: {before[name]!r} became {after[name]!r}" for name in before if before[name] != after[name]]
+    if changed:
+        pytest.fail("this test leaves the process changed; use monkeypatch or a with statement:\n  " + "\n  ".join(changed), pytrace=False)
