@@ -44,7 +44,7 @@ from fnlight.errors import (
 )
 from fnlight.evaluate import collect, evaluate, predict
 from fnlight.fit import compose, fit
-from fnlight.loop import check_finite, checkpoint_every, epoch_means, evaluate_every, log_to, run, stop_when
+from fnlight.loop import checkpoint_every, evaluate_every, log_to, run, stop_when
 from fnlight.metrics import Cat, Figure, Histogram, Image, Last, Max, Mean, Min, Sum, Tally, Text
 from fnlight.optim import Optim
 from fnlight.pipe import Combinator, Pipe, pipe
@@ -56,6 +56,7 @@ from fnlight.schedules import constant, cosine, exponential, join, linear, one_c
 from fnlight.sinks import CSV, JSONL, Console, TensorBoard, fan_out
 from fnlight.state import History, Progress, Record, Store, Task, TrainState
 from fnlight.update import accumulate, apply, autocast, clip_norm, clip_value, ema, grad, pure, update
+from fnlight.watch import check_finite, epoch_means
 from fnlight.when import Tick, at_end, epochs, minutes, seconds, steps
 
 __all__ = [
@@ -186,7 +187,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_LATER = ("testing",)  # modules of the top floor, imported when somebody asks for them
+_LATER = ("report", "testing")  # modules of the top floor, imported when somebody asks for them
 
 
 def __getattr__(name: str) -> _Any:

@@ -42,7 +42,11 @@ def _count(least: int, optional: bool = True) -> Any:
 
 
 def _limit(_: Any, field: Any, value: Any) -> None:
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1) or (isinstance(value, float) and 0 < value <= 1):
+    if (
+        value is None
+        or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
+        or (isinstance(value, float) and 0 < value <= 1)
+    ):
         return
     raise ConfigError(f"FitConfig({field.name}=...) must be batches (an int >= 1), a fraction (a float in 0..1) or None, but got {value!r}")
 
@@ -190,7 +194,9 @@ class FitConfig:
         for unit in ("epochs", "steps"):
             least, most = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
             if least and self.stop is None:
-                raise ConfigError(f"FitConfig(min_{unit}={least}) says from when on `stop` is heeded, but there is no stop; give one, or leave it out")
+                raise ConfigError(
+                    f"FitConfig(min_{unit}={least}) says from when on `stop` is heeded, but there is no stop; give one, or leave it out"
+                )
             if most is not None and least > most:
                 raise ConfigError(f"FitConfig(min_{unit}={least}, max_{unit}={most}): the run would be over before `stop` is heeded")
         self._check_files()
@@ -206,9 +212,13 @@ class FitConfig:
         if self.dir is None:
             asked = [n for n, default in (("save_every", epochs(1)), ("keep", last(1))) if getattr(self, n) != default]
             if asked:
-                raise ConfigError(f"FitConfig({asked[0]}={getattr(self, asked[0])!r}) is about checkpoints, but there is no dir to write them to; give dir")
+                raise ConfigError(
+                    f"FitConfig({asked[0]}={getattr(self, asked[0])!r}) is about checkpoints, but there is no dir to write them to; give dir"
+                )
         if self.log_every != steps(50) and not self.sinks:
-            raise ConfigError(f"FitConfig(log_every={self.log_every!r}) is about sinks, but there are none; give sinks=fl.JSONL(path) or such")
+            raise ConfigError(
+                f"FitConfig(log_every={self.log_every!r}) is about sinks, but there are none; give sinks=fl.JSONL(path) or such"
+            )
 
     @property
     def bounds(self) -> StopRule:
@@ -261,7 +271,9 @@ class FitConfig:
         known = {field.name for field in attrs.fields(cls)}
         if not isinstance(given, dict) or not given.keys() <= known:
             unknown = sorted(given.keys() - known) if isinstance(given, dict) else type(given).__name__
-            raise ConfigError(f"a configuration must be a JSON object with fields of FitConfig, but got {unknown}; there are {sorted(known)}")
+            raise ConfigError(
+                f"a configuration must be a JSON object with fields of FitConfig, but got {unknown}; there are {sorted(known)}"
+            )
         for name in _TEXTS:
             if isinstance(given.get(name), str):
                 given[name] = parse(given[name])
@@ -284,7 +296,9 @@ def _text(name: str, value: Any) -> str:
     try:
         parse(text)
     except ConfigError as error:
-        raise ConfigError(f"FitConfig({name}={text:.80}) has no text that could be read back: it is, or holds, a function of your own") from error
+        raise ConfigError(
+            f"FitConfig({name}={text:.80}) has no text that could be read back: it is, or holds, a function of your own"
+        ) from error
     return text
 
 

@@ -128,9 +128,11 @@ def _averaged(store: Store, weights: str | None) -> dict[str, Tensor]:
     if weights is None:
         return {}
     tree = store.memory.get(weights)
-    if not isinstance(tree, dict) or not tree or not tree.keys() <= store.named.keys():
+    if not isinstance(tree, dict) or (store.named and not tree) or not tree.keys() <= store.named.keys():
         kept = sorted(k for k, t in store.memory.items() if isinstance(t, dict) and t and t.keys() <= store.named.keys())
-        raise ConfigError(f"weights={weights!r} asks for averaged weights, but the state's memory holds {kept or 'none'}; train with fl.ema(decay)")
+        raise ConfigError(
+            f"weights={weights!r} asks for averaged weights, but the state's memory holds {kept or 'none'}; train with fl.ema(decay)"
+        )
     return tree
 
 

@@ -1,27 +1,25 @@
 """`fit`: one standard composition of the parts; `compose` returns the very pipe that it runs."""
 
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import attrs
 import torch
 
-from fnlight.checkpoint import newest, restore
+from fnlight.checkpoint import newest, restore, writable
 from fnlight.config import FitConfig
 from fnlight.data import Loaders, Source, group_at
 from fnlight.errors import ConfigError, LoaderError
 from fnlight.evaluate import evaluate
-from fnlight.loop import check_finite, checkpoint_every, epoch_means, evaluate_every, log_to, run, stop_when
+from fnlight.loop import checkpoint_every, evaluate_every, log_to, run, stop_when
 from fnlight.optim import monitored
 from fnlight.pipe import Combinator, Pipe, pipe
-from fnlight.rng import isolated
-from fnlight.rules import max_epochs
 from fnlight.sinks import Console
 from fnlight.state import Task, TrainState
 from fnlight.update import accumulate, apply, autocast, clip_norm, clip_value, ema, grad
+from fnlight.watch import check_finite, epoch_means
 from fnlight.when import epochs, seconds
 
 _EVERY_TICK = seconds(0.1)  # how often the console is given numbers; it draws when it likes
@@ -196,12 +194,15 @@ def settings(config: FitConfig) -> Iterator[None]:
 
 def _preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pipe) -> None:
     """What can be known to be wrong before the first step."""
-    monitors = {name for c in step.combinators for name in c.monitors} | {state.store.optim.monitor}
-    wanted = [name for name in monitors if name is not None and name.startswith("val/")]
+    if config.dir is not None:
+        writable(config.dir)
+    asked = [name for c in step.combinators for name in c.monitors if name.startswith("val/")]
+    watched = [name for name in (state.store.optim.monitor,) if name is not None and name.startswith("val/")]
+    wanted = list(dict.fromkeys((*asked, *watched)))
     unseen = [name for name in wanted if not any(name in record.metrics for record in state.history)]
     evaluates = loaders.val is not None and config.eval_every is not None
-    if wanted and evaluates:
-        _check_reachable(config, wanted)
+    if asked and evaluates:  # a schedule that has nothing to watch yet holds its factor: a part of a run may end before
+        _check_reachable(config, asked)
     if evaluates and (config.sanity_batches or unseen):
         batches = config.sanity_batches or 1
         found = evaluate(state, loaders.val, limit=batches)

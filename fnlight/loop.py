@@ -1,7 +1,7 @@
 """The loop: `run`, and the combinators that act once in a while.
 
 A tick has one order, which `pipe` enforces: **update** (`apply`, `ema`), **schedule** (the learning rate of the next update follows
-from completed work and history), **evaluate** (`evaluate_every`), **history** (`epoch_means`), **save** (`checkpoint_every`),
+from completed work and history), **evaluate** (`evaluate_every`), **history** (`fnlight.watch.epoch_means`), **save** (`checkpoint_every`),
 **log** (`log_to`), **stop** (`stop_when`). A checkpoint therefore holds the state with its evaluation.
 After the last step of a run the same order is gone through once more with a tick whose ``end`` is True.
 """
@@ -15,14 +15,14 @@ import attrs
 
 from fnlight.checkpoint import Retention, amend, last, prune, save, step_path, writable
 from fnlight.data import batches
-from fnlight.errors import ConfigError, NonFiniteError
+from fnlight.errors import ConfigError
 from fnlight.evaluate import evaluate_sources, sources_of, step_of
 from fnlight.metrics import MEDIA, Tally
 from fnlight.pipe import Combinator, Pipe, pipe
 from fnlight.rng import isolated
 from fnlight.rules import StopRule
 from fnlight.state import Record, TrainState
-from fnlight.when import Tick, epochs, steps
+from fnlight.when import Tick, condition, epochs, steps
 
 Metrics = Mapping[str, Any]
 
@@ -114,7 +114,7 @@ def evaluate_every(
         >>> print(evaluate_every([1], every=steps(100)))
         evaluate_every(val, every=steps(100))
     """
-
+    due = condition(every)
     opened: dict[Any, Any] = {}  # kept from one evaluation to the next, with the workers that persist
 
     def sources(state: TrainState) -> Any:
@@ -134,7 +134,7 @@ def evaluate_every(
         def evaluated(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
             before = state.progress
             state, metrics = step(state, batch)
-            return (evaluated_now(state) if every(Tick(before, state.progress)) else state), metrics
+            return (evaluated_now(state) if due(Tick(before, state.progress)) else state), metrics
 
         return evaluated
 
@@ -146,81 +146,12 @@ def evaluate_every(
     def finish(before: TrainState, state: TrainState) -> TrainState:
         at = state.progress
         here = state.history and state.history[-1].step == at.step and any(k.startswith(f"{name}/") for k in state.history[-1].metrics)
-        return evaluated_now(state) if not here and every(Tick(at, at, end=True)) else state
+        return evaluated_now(state) if not here and due(Tick(at, at, end=True)) else state
 
     label = f"{name}, every={every}" + (f", weights={weights!r}" if weights else "")
     return Combinator(
         "evaluate_every", wrap, "step", "step", args=label, key=f"evaluate_every {name}", phase="evaluate",
         start=start, finish=finish, yields=(f"{name}/",),
-    )  # fmt: skip
-
-
-def epoch_means() -> Combinator:
-    """Add the exact means of the training metrics over each epoch to the history, as ``train/loss`` and so on.
-
-    Returns:
-        A combinator from `Step` to `Step`; an epoch that is resumed half-way still gets its exact mean.
-
-    Example:
-        >>> print(epoch_means())
-        epoch_means
-    """
-
-    def wrap(step: Any) -> Any:
-        def averaged(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-            epoch = state.progress.epoch
-            state, metrics = step(state, batch)
-            tally: Tally = state.store.memory["epoch_means"]
-            tally.add(state.progress.step, metrics)
-            if state.progress.epoch != epoch:
-                found = {f"train/{k}": v for k, v in tally.read().items() if not isinstance(v, MEDIA)}
-                state = state.recorded(found)
-                tally.clear()
-            return state, metrics
-
-        return averaged
-
-    return Combinator("epoch_means", wrap, "step", "step", init=lambda store: Tally(), phase="history", yields=("train/",))
-
-
-def check_finite(every: Callable[[Tick], bool] = steps(50)) -> Combinator:
-    """Raise when a loss was NaN or infinite; looked at when it is due, so that no step waits for the device.
-
-    Args:
-        every: When it is due; make it fire wherever a checkpoint is saved, so that none is saved after the fact.
-
-    Returns:
-        A combinator from `Step` to `Step`, whose error names the first such step.
-
-    Example:
-        >>> print(check_finite(every=steps(10)))
-        check_finite(every=steps(10))
-    """
-
-    def checked(state: TrainState, *_: Any) -> TrainState:
-        tally: Tally = state.store.memory["check_finite"]
-        tally.settle()
-        if tally.bad is not None:
-            at = state.progress
-            raise NonFiniteError(
-                f"the loss was NaN or infinite at step {tally.bad[0]} (noticed at step {at.step}, epoch {at.epoch}, batch {at.batch}); "
-                'lower the learning rate, clip with clip_norm, look into that batch, or allow it with FitConfig(nonfinite="ignore")'
-            )
-        tally.clear()
-        return state
-
-    def wrap(step: Any) -> Any:
-        def guarded(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-            before = state.progress
-            state, metrics = step(state, batch)
-            state.store.memory["check_finite"].add(state.progress.step, {"loss": metrics["loss"]})
-            return (checked(state) if every(Tick(before, state.progress)) else state), metrics
-
-        return guarded
-
-    return Combinator(
-        "check_finite", wrap, "step", "step", args=f"every={every}", init=lambda store: Tally(), phase="update",
-        finish=checked,
     )  # fmt: skip
 
 
@@ -246,6 +177,8 @@ def checkpoint_every(dir: str | os.PathLike[str], every: Callable[[Tick], bool] 
     if not isinstance(keep, Retention):
         raise ConfigError(f"keep must be a retention such as last(3) or best('val/loss', 3), but got {keep!r}")
 
+    due = condition(every)
+
     def saved(state: TrainState) -> TrainState:
         tree = state.store.memory["checkpoint_every"]
         step = state.progress.step
@@ -258,7 +191,7 @@ def checkpoint_every(dir: str | os.PathLike[str], every: Callable[[Tick], bool] 
         def checkpointed(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
             before = state.progress
             state, metrics = step(state, batch)
-            return (saved(state) if every(Tick(before, state.progress)) else state), metrics
+            return (saved(state) if due(Tick(before, state.progress)) else state), metrics
 
         return checkpointed
 
@@ -305,6 +238,8 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
         if not callable(sink):
             raise ConfigError(f"a sink must be a function of a record, but got {type(sink).__name__}: {sink!r:.60}")
 
+    is_due = condition(every)
+
     def send(state: TrainState, metrics: dict[str, Any]) -> None:
         record = Record(state.progress.step, state.progress.epoch, metrics)
         for sink in sinks:
@@ -324,7 +259,7 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
             before, old = state.progress, state.history
             state, metrics = step(state, batch)
             state.store.memory[name].add(state.progress.step, metrics)
-            due = every(Tick(before, state.progress))
+            due = is_due(Tick(before, state.progress))
             if due or state.history is not old or state.store.media:
                 logged_now(state, due, old)
             return state, metrics

@@ -6,6 +6,7 @@ The kinds of function, from the user's to the loop's: ``loss`` (`LossFn`), ``sum
 
 import warnings
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any, Literal
 
 import attrs
@@ -133,7 +134,9 @@ class Pipe:
             tree = combinator.init(store)
             if state.progress.step and _notable(tree):
                 warnings.warn(
-                    f"{combinator} starts its memory at step {state.progress.step}: the state holds none for {key!r}", MemoryWarning, stacklevel=3
+                    f"{combinator} starts its memory at step {state.progress.step}: the state holds none for {key!r}",
+                    MemoryWarning,
+                    stacklevel=3,
                 )
             store.memory[key] = tree
         store.owner = self
@@ -237,7 +240,7 @@ def _check_names(combinators: tuple[Combinator, ...]) -> None:
 
 def _check_phases(combinators: tuple[Combinator, ...]) -> None:
     phased = [c for c in combinators if c.phase is not None]
-    for before, after in zip(phased, phased[1:], strict=False):
+    for before, after in pairwise(phased):
         if TICK.index(before.phase or "") > TICK.index(after.phase or ""):
             raise SeamError(
                 f"{after} ({after.phase}) stands behind {before} ({before.phase}), but a tick has one order: {', '.join(TICK)}; "
@@ -249,7 +252,12 @@ def _seam(c: Combinator, kind: Kind, before: Combinator | None, fn: Any) -> str:
     whom = f"behind {before}" if before else f"behind {getattr(fn, '__name__', type(fn).__name__)}"
     order: tuple[Kind, ...] = ("loss", "sum", "grad", "step")
     if order.index(c.takes) < order.index(kind):
-        where = {"loss": "in front of grad()", "sum": "directly behind grad()", "grad": "between grad() and apply()", "step": "behind apply()"}[c.takes]
+        where = {
+            "loss": "in front of grad()",
+            "sum": "directly behind grad()",
+            "grad": "between grad() and apply()",
+            "step": "behind apply()",
+        }[c.takes]
         what = f"move {c} {where}"
     else:
         need = {"loss": "", "sum": "grad()", "grad": "grad()", "step": "apply()" if kind != "loss" else "grad() and apply()"}[c.takes]

@@ -76,8 +76,10 @@ def _rule(given: Any) -> StopRule:
     if isinstance(given, StopRule):
         return given
     if not callable(given):
-        raise ConfigError(f'a stop rule joins with another one or with a function of a state, but got {given!r}; write e.g. patience("val/loss", 3)')
-    return StopRule(getattr(given, "__name__", repr(given)), given)
+        raise ConfigError(
+            f'a stop rule joins with another one or with a function of a state, but got {given!r}; write e.g. patience("val/loss", 3)'
+        )
+    return StopRule(getattr(given, "__name__", repr(given)), given)  # pyright: ignore[reportArgumentType]  # callable() knows no more
 
 
 def _of_history(text: str, monitor: str, fn: Callable[[list[float]], str | None]) -> StopRule:
@@ -209,7 +211,9 @@ def nonfinite(monitor: str | None = None) -> StopRule:
         'val/loss is nan'
     """
     if monitor is not None:
-        return _of_history(f"nonfinite({monitor!r})", monitor, lambda v: f"{monitor} is {v[-1]}" if v and not math.isfinite(v[-1]) else None)
+        return _of_history(
+            f"nonfinite({monitor!r})", monitor, lambda v: f"{monitor} is {v[-1]}" if v and not math.isfinite(v[-1]) else None
+        )
 
     def rule(state: Any) -> str | None:
         metrics = state.history[-1].metrics if state.history else {}

@@ -320,7 +320,9 @@ def _configure(task: Task, module: nn.Module) -> Optim:
     made = task.configure_optimizers(module)
     changed = [name for (name, p), version in zip(named.items(), before, strict=True) if p._version != version]
     if changed:
-        raise OptimizerError(f"configure_optimizers must only build an optimizer, but it changed {changed[:5]}; do not step or initialise there")
+        raise OptimizerError(
+            f"configure_optimizers must only build an optimizer, but it changed {changed[:5]}; do not step or initialise there"
+        )
     for p in named.values():
         p.grad = None  # what is left there would be added to the first gradients
     return prepare(made, module)

@@ -3,6 +3,7 @@
 Nothing here runs once a step over many leaves; the loop keeps to flat dicts and lists.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -81,10 +82,10 @@ def _rebuild(node: Any, values: list[Any]) -> Any:
         return kind(*values)
     if isinstance(node, list | tuple):
         return kind(values)
-    names = [name for name, _ in _children(node) or ()]
-    if dataclasses.is_dataclass(node):
-        return dataclasses.replace(node, **dict(zip(names, values, strict=True)))  # pyright: ignore[reportArgumentType]  # an instance
-    return attrs.evolve(node, **dict(zip((f.alias for f in attrs.fields(kind)), values, strict=True)))
+    twin = copy.copy(node)  # no constructor runs: it may take other arguments, or compute what is given here
+    for (name, _), value in zip(_children(node) or (), values, strict=True):
+        object.__setattr__(twin, name, value)
+    return twin
 
 
 def _rebuild_mapping(node: Mapping[Any, Any], pairs: dict[Any, Any]) -> Any:
@@ -129,9 +130,11 @@ def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
         return
     left, right = _children(a), _children(b)
     if left is None or right is None:
-        same = type(a) is type(b) and (a == b or (a != a and b != b))
-        if not same:
+        if not _same_leaf(a, b):
             yield f"{path}: {a!r} against {b!r}"
+        return
+    if type(a) is not type(b) and not (isinstance(a, Mapping) and isinstance(b, Mapping)):
+        yield f"{path}: {type(a).__name__} against {type(b).__name__}"
         return
     one, two = dict(left), dict(right)
     for name in [*one, *(n for n in two if n not in one)]:
@@ -140,6 +143,18 @@ def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
             yield f"{where}: only in the {'first' if name in one else 'second'}"
         else:
             yield from differences(one[name], two[name], where)
+    if isinstance(a, Mapping) and one.keys() == two.keys() and a.keys() != b.keys():
+        yield f"{path}: keys of other types, {list(a)} against {list(b)}"
+
+
+def _same_leaf(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return False
+    if getattr(a, "dtype", None) is None:
+        return bool(a == b or (a != a and b != b))
+    if a.shape != b.shape or a.dtype != b.dtype:  # arrays and scalars of NumPy
+        return False
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _tensor_differences(a: Tensor, b: Tensor, path: str) -> Iterator[str]:

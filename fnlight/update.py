@@ -103,7 +103,9 @@ def _read_metrics(out: Any, metrics: dict[str, Any]) -> Any:
         raise StepError(f"train_step must return loss or (loss, metrics) with metrics a dict, but returned a tuple of {kinds}")
     found: Any = out[1]
     if "loss" in found:
-        raise StepError("train_step returned a metric called 'loss', which is the name of the loss itself; call it something else or leave it out")
+        raise StepError(
+            "train_step returned a metric called 'loss', which is the name of the loss itself; call it something else or leave it out"
+        )
     for name, value in found.items():
         metrics[name] = _detached(name, value)
     return out[0]
@@ -216,8 +218,9 @@ def clip_value(max_value: float) -> Combinator:
         def clipped(store: Store, batches: Any, key: int) -> Gradients:
             found: Gradients = grad_fn(store, batches, key)
             held = [v for v in found.values if v is not None]
-            torch._foreach_clamp_min_(held, -max_value)
-            torch._foreach_clamp_max_(held, max_value)
+            if held:
+                torch._foreach_clamp_min_(held, -max_value)
+                torch._foreach_clamp_max_(held, max_value)
             return found
 
         return clipped
@@ -279,7 +282,9 @@ def _optimize(store: Store, grad_fn: Callable[..., Gradients], batches: Any, key
         _put(store, found)
         optimizer.step()
     elif store.params:
-        raise OptimizerError("this task cannot train: its parameters require gradients, but it has no configure_optimizers; give fl.Task one")
+        raise OptimizerError(
+            "this task cannot train: its parameters require gradients, but it has no configure_optimizers; give fl.Task one"
+        )
     return found
 
 
@@ -336,8 +341,9 @@ def ema(decay: float, name: str = "ema") -> Combinator:
         def averaged(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
             state, metrics = step(state, batch)
             average, named = state.store.memory[name], state.store.named
-            with torch.no_grad():
-                torch._foreach_lerp_(list(average.values()), [named[n] for n in average], 1 - decay)  # by name: files do not keep order
+            if average:
+                with torch.no_grad():
+                    torch._foreach_lerp_(list(average.values()), [named[n] for n in average], 1 - decay)  # by name: files do not keep order
             return state, metrics
 
         return averaged

@@ -170,7 +170,9 @@ def test_names_that_change_between_batches_are_an_error():
 
 def test_a_missing_step_function_is_named():
     """The error shows how to give it."""
-    with pytest.raises(ConfigError, match=r"this task has no eval_step; give it one, as in fl.Task\(model, train_step, eval_step=eval_step"):
+    with pytest.raises(
+        ConfigError, match=r"this task has no eval_step; give it one, as in fl.Task\(model, train_step, eval_step=eval_step"
+    ):
         evaluate(created(eval_step=None), loader())
     with pytest.raises(ConfigError, match="this task has no predict_step"):
         predict(created(predict_step=None), loader())

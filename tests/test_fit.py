@@ -237,7 +237,9 @@ def test_a_plateau_schedule_watches_the_history():
 
 def test_a_rule_that_can_never_fire_is_refused():
     """An evaluation that would come after the end of the run cannot be monitored."""
-    with pytest.raises(ConfigError, match=r"the first evaluation would be after 100 steps .* and the run ends after 10: it could never fire"):
+    with pytest.raises(
+        ConfigError, match=r"the first evaluation would be after 100 steps .* and the run ends after 10: it could never fire"
+    ):
         fit(created(), both(), config(max_steps=10, eval_every=steps(100), stop=reached("val/loss", 0.1, "min")))
     with pytest.raises(ConfigError, match="after 5 epochs"):
         fit(created(), both(), config(max_epochs=2, eval_every=epochs(5), stop=reached("val/loss", 0.1, "min")))

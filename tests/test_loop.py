@@ -9,13 +9,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from fnlight.checkpoint import checkpoints, last, load
-from fnlight.errors import ConfigError, NonFiniteError
-from fnlight.loop import check_finite, checkpoint_every, epoch_means, evaluate_every, log_to, run, stop_when
+from fnlight.errors import ConfigError
+from fnlight.loop import checkpoint_every, evaluate_every, log_to, run, stop_when
 from fnlight.metrics import Mean, Text
 from fnlight.pipe import pipe
-from fnlight.rules import max_epochs, max_steps, patience
+from fnlight.rules import max_epochs, max_steps
 from fnlight.state import Task, TrainState
 from fnlight.update import accumulate, apply, ema, grad
+from fnlight.watch import epoch_means
 from fnlight.when import at_end, epochs, steps
 
 
@@ -29,7 +30,9 @@ def eval_step(model, batch):
 
 def created(train_step=train_step, eval_step=eval_step):
     torch.manual_seed(0)
-    return TrainState.create(Task(nn.Linear(3, 3), train_step, eval_step, configure_optimizers=lambda m: torch.optim.SGD(m.parameters(), lr=0.1)))
+    return TrainState.create(
+        Task(nn.Linear(3, 3), train_step, eval_step, configure_optimizers=lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+    )
 
 
 def rows(n=8):
@@ -126,7 +129,9 @@ def test_evaluations_are_records_of_the_history():
 def test_several_evaluations_have_names_of_their_own():
     """Two evaluations at one step make one record."""
     state, _ = ran(
-        evaluate_every({"a": loader(), "b": loader()}, epochs(1)), evaluate_every(loader(), epochs(1), name="test"), stop_when(max_epochs(1))
+        evaluate_every({"a": loader(), "b": loader()}, epochs(1)),
+        evaluate_every(loader(), epochs(1), name="test"),
+        stop_when(max_epochs(1)),
     )
     assert list(state.history[0].metrics) == ["val/a/loss", "val/b/loss", "test/loss"]
 
@@ -139,28 +144,9 @@ def test_an_evaluation_at_the_end_happens_once():
     assert [r.step for r in state.history] == [3]
 
 
-def test_epoch_means_are_exact_and_survive_a_resume_within_the_epoch():
-    """The mean over an epoch is that of its losses, however often the run was stopped in between."""
-    whole, found = ran(epoch_means(), stop_when(max_epochs(1)))
-    losses = [float(metrics["loss"]) for _, metrics in found]
-    assert whole.history[0].metrics == {"train/loss": pytest.approx(sum(losses) / 4)}
-    for k in (1, 2, 3):
-        part, _ = ran(epoch_means(), stop_when(max_steps(k)))
-        again, _ = ran(epoch_means(), stop_when(max_epochs(1)), state=part)
-        assert again.history == whole.history
-
-
-def test_a_rule_may_monitor_training_metrics():
-    """train/loss can be monitored where epoch_means yields it."""
-    state, _ = ran(epoch_means(), stop_when(patience("train/loss", 1) | max_epochs(3)))
-    assert state.stopped is not None
-
-
 def test_checkpoints_hold_the_state_with_its_evaluation(tmp_path):
     """Saving comes after evaluation; the last state is saved with the reason why it ended."""
-    state, _ = ran(
-        evaluate_every(loader(), epochs(1)), checkpoint_every(tmp_path, epochs(1), keep=last(5)), stop_when(max_steps(6))
-    )
+    state, _ = ran(evaluate_every(loader(), epochs(1)), checkpoint_every(tmp_path, epochs(1), keep=last(5)), stop_when(max_steps(6)))
     assert [step for step, _ in checkpoints(tmp_path)] == [4, 6]
     first, final = (load(path, state.task) for _, path in checkpoints(tmp_path))
     assert [r.step for r in first.history] == [4]
@@ -245,7 +231,9 @@ def test_media_reach_the_sinks_but_not_the_history():
 
     sink = Recorder()
     state = created(speaking, speaking_eval)
-    after, _ = ran(evaluate_every(loader(), steps(2)), epoch_means(), log_to(sink, every=steps(2)), stop_when(max_steps(4)), state=state, fn=speaking)
+    after, _ = ran(
+        evaluate_every(loader(), steps(2)), epoch_means(), log_to(sink, every=steps(2)), stop_when(max_steps(4)), state=state, fn=speaking
+    )
     assert [(r.metrics["train/note"].data, r.metrics["val/note"].data) for r in sink.records] == [("hello", "evaluated")] * 2
     assert all("note" not in name for r in after.history for name in r.metrics)
 
@@ -262,23 +250,6 @@ def test_two_logs_need_two_names():
     """A second log_to says name=."""
     step = pipe(train_step, grad(), apply(), log_to(print), log_to(print, name="other"), stop_when(max_steps(1)))
     assert str(step).endswith("log_to(print, every=steps(50)) > log_to(print, every=steps(50)) > stop_when(max_steps(1))")
-
-
-def test_a_loss_that_is_not_finite_names_its_step():
-    """It is noticed when looked at, and the first bad step is named."""
-
-    def failing(model, batch):
-        return train_step(model, batch) * (float("nan") if batch.sum() == 0 else 1.0)
-
-    data = [torch.ones(2, 3), torch.ones(2, 3), torch.zeros(2, 3), torch.ones(2, 3)]
-    with pytest.raises(NonFiniteError, match=r"the loss was NaN or infinite at step 3 \(noticed at step 4, epoch 1, batch 0\)"):
-        ran(check_finite(epochs(1)), stop_when(max_epochs(2)), fn=failing, data=data)
-
-
-def test_a_loss_that_is_not_finite_is_noticed_at_the_end_of_a_run():
-    """Nothing is let through because the run was short."""
-    with pytest.raises(NonFiniteError, match="at step 2"):
-        ran(check_finite(steps(100)), stop_when(max_steps(2)), fn=lambda m, b: train_step(m, b) / 0)
 
 
 def test_the_mean_of_a_group_is_one_step():

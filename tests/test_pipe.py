@@ -111,7 +111,9 @@ def test_a_tick_has_one_order():
         return Combinator(phase, lambda step: step, "step", "step", phase=phase)
 
     assert pipe(train_step, grad(), apply(), *map(phased, TICK[1:])).kind == "step"
-    with pytest.raises(SeamError, match=r"evaluate \(evaluate\) stands behind save \(save\), but a tick has one order: .*; move evaluate in front of save"):
+    with pytest.raises(
+        SeamError, match=r"evaluate \(evaluate\) stands behind save \(save\), but a tick has one order: .*; move evaluate in front of save"
+    ):
         pipe(train_step, grad(), apply(), phased("save"), phased("evaluate"))
 
 

@@ -239,7 +239,9 @@ def test_parameters_without_a_gradient_stay_as_they_are():
         return torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
 
     state = created(fn, configure, model)
-    after, metrics = pipe(fn, grad(), accumulate(2), clip_norm(1.0), clip_value(1.0), apply())(state.copy(), Item.of(data(), data(), state=state))
+    after, metrics = pipe(fn, grad(), accumulate(2), clip_norm(1.0), clip_value(1.0), apply())(
+        state.copy(), Item.of(data(), data(), state=state)
+    )
     assert torch.equal(after.params["idle.weight"], state.params["idle.weight"])
     assert not torch.equal(after.params["used.weight"], state.params["used.weight"])
     assert metrics["grad_norm"] > 0

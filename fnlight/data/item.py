@@ -193,16 +193,20 @@ def _items(source: Source, state: Any, group: int | Mapping[int, int], clock: Ca
     position = _position_of(state) if keeps else None
     then = clock()
     while True:
-        size, done, taken, samples = group_at(group, epoch), start, [], 0
+        size, done, samples, taken = group_at(group, epoch), start, 0, []
         for batch, count, last in source.epoch(seed, epoch, start, position=position):
             done += 1
-            taken.append(batch)
             samples += count
-            if last or len(taken) == size:
-                found, batch, taken, now = tuple(taken), None, [], clock()
-                place = _placed(source, epoch, done, last) if keeps else None
-                yield Item(found, epoch, done, last, samples, now - then, place)
-                found, samples, then = None, 0, now
+            if size == 1:
+                found = (batch,)
+            else:
+                taken.append(batch)
+                if not last and len(taken) < size:
+                    continue
+                found, taken = tuple(taken), []
+            now, batch = clock(), None  # nothing is kept of what is handed out
+            yield Item(found, epoch, done, last, samples, now - then, _placed(source, epoch, done, last) if keeps else None)
+            found, samples, then = None, 0, now
         epoch, start, position = epoch + 1, 0, None
 
 

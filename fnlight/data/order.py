@@ -109,6 +109,7 @@ def tasks(loader: DataLoader[Any], span: Span, shuffle: bool = True) -> Iterator
 
     A ``SequentialSampler`` and a ``RandomSampler`` over all of the data are understood: their order is a keyed permutation, of which
     any part is a slice. Any other sampler is kept: a copy of it is drawn from the start, which costs its indices but loads nothing.
+    It is told the epoch if it has ``set_epoch``; one that counts epochs in itself always counts from where the user left it.
 
     Args:
         loader: A map-style loader; it is not changed, nor are its samplers.

@@ -36,13 +36,15 @@ def num_samples(batch: Any) -> int:
         (3, 1)
     """
     first: Any = batch
-    kind = first.__class__
-    if kind is tuple or kind is list:
-        first = first[0] if first else None
+    kind = batch.__class__
+    if (kind is tuple or kind is list) and batch:
+        first = batch[0]
     elif kind is dict:
-        first = next(iter(first.values()), None)
-    if first.__class__ is Tensor and first.dim():
-        return first.shape[0]
+        first = next(iter(batch.values()), None)
+    if first.__class__ is Tensor:
+        shape = first.shape
+        if shape:
+            return shape[0]
     return _search_samples(batch)
 
 

@@ -1,294 +1,21 @@
-"""Metrics as monoids: values that merge exactly over batches, micro-batches and ranks, and a tally that merges them late.
-
-A mean of means is wrong when batches differ in size; ``Mean(total, weight)`` is not. A plain scalar counts as a mean of weight 1.
-"""
+"""Metrics of many steps, merged late: one list append a step, one copy from the device when somebody reads."""
 
 import math
 from collections.abc import Callable, Mapping
 from functools import reduce
-from typing import Any, Self
+from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
 from fnlight.errors import StepError
+from fnlight.metrics.media import MEDIA
+from fnlight.metrics.monoids import Last, Max, Mean, Min, Sum, _pick
 
-
-@attrs.frozen(eq=False)  # tensors do not compare to one bool
-class Mean:
-    """A mean that is exact over uneven parts: a sum and what to divide it by.
-
-    Args:
-        total: The sum, a scalar tensor, shape [], or a number.
-        weight: Samples, tokens or any other weight: a number or a scalar tensor.
-
-    Example:
-        >>> Mean(6.0, 2).merge(Mean(3.0, 1)).compute()
-        3.0
-    """
-
-    total: Any
-    weight: Any = 1
-
-    @classmethod
-    def empty(cls) -> Self:
-        """The neutral element: merging it changes nothing."""
-        return cls(0.0, 0)
-
-    def merge(self, other: Self) -> Self:
-        """The mean of both parts together."""
-        return type(self)(self.total + other.total, self.weight + other.weight)
-
-    def compute(self) -> Any:
-        """The value; NaN where nothing was counted."""
-        if not isinstance(self.weight, Tensor) and self.weight == 0:
-            return math.nan
-        return self.total / self.weight
-
-    def __float__(self) -> float:
-        return float(self.compute())
-
-
-@attrs.frozen(eq=False)
-class Sum:
-    """A sum over all parts.
-
-    Args:
-        value: A scalar tensor, shape [], or a number.
-
-    Example:
-        >>> Sum(2).merge(Sum(3)).compute()
-        5
-    """
-
-    value: Any
-
-    @classmethod
-    def empty(cls) -> Self:
-        """The neutral element."""
-        return cls(0)
-
-    def merge(self, other: Self) -> Self:
-        """The sum of both."""
-        return type(self)(self.value + other.value)
-
-    def compute(self) -> Any:
-        """The value."""
-        return self.value
-
-    def __float__(self) -> float:
-        return float(self.value)
-
-
-@attrs.frozen(eq=False)
-class Max:
-    """The largest of all parts.
-
-    Args:
-        value: A scalar tensor, shape [], or a number.
-
-    Example:
-        >>> Max(2.0).merge(Max(3.0)).compute()
-        3.0
-    """
-
-    value: Any
-
-    @classmethod
-    def empty(cls) -> Self:
-        """The neutral element."""
-        return cls(-math.inf)
-
-    def merge(self, other: Self) -> Self:
-        """The larger of both; NaN wins, so that it is seen."""
-        return type(self)(_pick(self.value, other.value, torch.maximum, max))
-
-    def compute(self) -> Any:
-        """The value."""
-        return self.value
-
-    def __float__(self) -> float:
-        return float(self.value)
-
-
-@attrs.frozen(eq=False)
-class Min:
-    """The smallest of all parts.
-
-    Args:
-        value: A scalar tensor, shape [], or a number.
-
-    Example:
-        >>> Min(2.0).merge(Min(3.0)).compute()
-        2.0
-    """
-
-    value: Any
-
-    @classmethod
-    def empty(cls) -> Self:
-        """The neutral element."""
-        return cls(math.inf)
-
-    def merge(self, other: Self) -> Self:
-        """The smaller of both; NaN wins, so that it is seen."""
-        return type(self)(_pick(self.value, other.value, torch.minimum, min))
-
-    def compute(self) -> Any:
-        """The value."""
-        return self.value
-
-    def __float__(self) -> float:
-        return float(self.value)
-
-
-def _pick(a: Any, b: Any, tensors: Callable[..., Any], numbers: Callable[..., Any]) -> Any:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return tensors(torch.as_tensor(a), torch.as_tensor(b))
-    return next((v for v in (a, b) if v != v), None) if a != a or b != b else numbers(a, b)
-
-
-@attrs.frozen(eq=False)
-class Last:
-    """The value of the last part.
-
-    Args:
-        value: A scalar tensor, shape [], a number, or None for "nothing yet".
-
-    Example:
-        >>> Last(2).merge(Last(3)).merge(Last.empty()).compute()
-        3
-    """
-
-    value: Any
-
-    @classmethod
-    def empty(cls) -> Self:
-        """The neutral element."""
-        return cls(None)
-
-    def merge(self, other: Self) -> Self:
-        """The later one."""
-        return self if other.value is None else other
-
-    def compute(self) -> Any:
-        """The value."""
-        return self.value
-
-    def __float__(self) -> float:
-        return math.nan if self.value is None else float(self.value)
-
-
-@attrs.frozen(eq=False)
-class Cat:
-    """All parts, concatenated, for what is no mean of parts (AUC, F1, correlation); for `eval_step`.
-
-    Args:
-        values: A tensor or a tuple of tensors with samples in the first dimension, shape [N, ...].
-        fn: Maps the concatenated tensors to a scalar; None gives the tensors themselves.
-
-    Example:
-        >>> spread = lambda x: x.max() - x.min()
-        >>> Cat(torch.tensor([1.0, 2.0]), spread).merge(Cat(torch.tensor([5.0]), spread)).compute()
-        tensor(4.)
-    """
-
-    values: Any
-    fn: Callable[..., Any] | None = None
-    _parts: tuple[Any, ...] = attrs.field(default=(), alias="parts", repr=False)
-
-    @classmethod
-    def empty(cls) -> Self:
-        """The neutral element."""
-        return cls(None)
-
-    def _all(self) -> tuple[Any, ...]:
-        return self._parts if self.values is None else (*self._parts, self.values)
-
-    def merge(self, other: Self) -> Self:
-        """The parts of both, in order."""
-        return type(self)(None, self.fn or other.fn, (*self._all(), *other._all()))
-
-    def compute(self) -> Any:
-        """The function of the concatenated tensors; NaN where there are none."""
-        parts = [p if isinstance(p, tuple) else (p,) for p in self._all()]
-        if not parts:
-            return math.nan
-        joined = tuple(torch.cat(column) for column in zip(*parts, strict=True))
-        if self.fn is not None:
-            return self.fn(*joined)
-        return joined[0] if len(joined) == 1 else joined
-
-    def __float__(self) -> float:
-        return float(self.compute())
-
-
-@attrs.frozen(eq=False)
-class Image:
-    """A picture, or a batch of them drawn as a grid, for the sinks that show pictures.
-
-    Args:
-        data: A tensor, shape [C, H, W], [H, W] or [N, C, H, W]; floats in 0..1 or uint8.
-
-    Example:
-        >>> Image(torch.zeros(3, 8, 8)).data.shape
-        torch.Size([3, 8, 8])
-    """
-
-    data: Any
-
-
-@attrs.frozen(eq=False)
-class Histogram:
-    """The distribution of a tensor's values, for the sinks that show histograms.
-
-    Args:
-        data: A tensor of any shape.
-
-    Example:
-        >>> Histogram(torch.arange(3.0)).data.numel()
-        3
-    """
-
-    data: Any
-
-
-@attrs.frozen(eq=False)
-class Figure:
-    """A matplotlib figure, for the sinks that show pictures.
-
-    Args:
-        data: A ``matplotlib.figure.Figure``.
-
-    Example:
-        >>> Figure(None).data
-    """
-
-    data: Any
-
-
-@attrs.frozen(eq=False)
-class Text:
-    """A piece of text, for the sinks that show text.
-
-    Args:
-        data: The text; TensorBoard reads it as Markdown.
-
-    Example:
-        >>> Text("a *note*").data
-        'a *note*'
-    """
-
-    data: str
-
-
-MEDIA = (Image, Histogram, Figure, Text)
 SCALARS = {"Mean": Mean, "Sum": Sum, "Max": Max, "Min": Min, "Last": Last}
 
 _FOLD: dict[str, Callable[[Any, Any], Any]] = {
-    "Mean": lambda a, b: a + b,
-    "Sum": lambda a, b: a + b,
     "Max": lambda a, b: _pick(a, b, torch.maximum, max),
     "Min": lambda a, b: _pick(a, b, torch.minimum, min),
     "Last": lambda a, b: b,
@@ -388,26 +115,25 @@ class Tally:
             self._objects.setdefault(name, []).extend(values)
 
     def _merge(self, name: str, kind: str, fields: list[list[Any]], steps: list[int]) -> None:
-        fold, neutral = _FOLD[kind], _NEUTRAL.get(kind)
         merged = self.totals.get(name)
         old = merged[1:] if merged else [None] * len(fields)
-        new = list[Any]()
-        for total, values in zip(old, fields, strict=True):
-            for step, value in zip(steps, values, strict=True):
-                total = value if total is None else fold(total, value)
-                if not math.isfinite(value) and value != neutral and (self.bad is None or step < self.bad[0]):
-                    self.bad = (step, name)
-            new.append(total)
-        if steps:
-            self.totals[name] = [kind, *new]
+        self.totals[name] = [kind, *(_folded(kind, total, values) for total, values in zip(old, fields, strict=True))]
+        for values in fields:
+            if not all(map(math.isfinite, values)):
+                self._blame(name, values, steps, _NEUTRAL.get(kind))
+
+    def _blame(self, name: str, values: list[Any], steps: list[int], neutral: float | None) -> None:
+        for step, value in zip(steps, values, strict=True):
+            if not math.isfinite(value) and value != neutral and (self.bad is None or step < self.bad[0]):
+                self.bad = (step, name)
 
     def read(self) -> dict[str, Any]:
         """Settle, then give names to floats (and to media, where there are any)."""
         self.settle()
-        scalars = {name: float(SCALARS[kind](*fields).compute()) for name, (kind, *fields) in self.totals.items()}
+        scalars = {name: float(SCALARS[kind](*fields)) for name, (kind, *fields) in self.totals.items()}
         objects = {name: _compute(name, values) for name, values in self._objects.items()}
         found = {**scalars, **objects}
-        return {name: found.get(name, math.nan) for name in self._names or found}
+        return {name: found[name] for name in self._names or found}
 
     def is_empty(self) -> bool:
         """Say whether nothing was added since the last `clear`."""
@@ -423,8 +149,20 @@ class Tally:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Tally":
         self.settle()
         twin = Tally({name: list(fields) for name, fields in self.totals.items()}, self.bad)
-        twin._names, twin._objects = self._names, {name: list(values) for name, values in self._objects.items()}
+        twin._objects = {name: list(values) for name, values in self._objects.items()}
         return twin
+
+
+def _folded(kind: str, total: Any, values: list[Any]) -> Any:
+    """Add up one value after the other, so that it does not matter how many come at a time."""
+    if not values:
+        return total
+    if kind in ("Mean", "Sum"):
+        total, rest = (values[0], values[1:]) if total is None else (total, values)
+        for value in rest:
+            total += value
+        return total
+    return reduce(_FOLD[kind], values if total is None else [total, *values])
 
 
 def _one_kind(name: str, values: list[Any], total: list[Any] | None) -> str | None:
@@ -449,15 +187,17 @@ def _kind(value: Any) -> str | None:
 def _fields(kind: str, values: list[Any]) -> list[list[Any]]:
     if kind != "Mean":
         return [[v.value for v in values]]
+    if not any(isinstance(v, Mean) for v in values):
+        return [values, [1] * len(values)]
     pairs = [(v.total, v.weight) if isinstance(v, Mean) else (v, 1) for v in values]
     return [[total for total, _ in pairs], [weight for _, weight in pairs]]
 
 
 def _column(values: list[Any]) -> Any:
     """A column of scalars: one stacked tensor where all are tensors of one type, else the list itself, so that no number is rounded."""
-    if len({(v.dtype, v.device) if isinstance(v, Tensor) else None for v in values}) != 1 or not isinstance(values[0], Tensor):
+    if not all(isinstance(v, Tensor) for v in values) or len({(v.dtype, v.device) for v in values}) != 1:
         return values
-    return torch.stack([t.detach().reshape(()) for t in values])
+    return torch.stack(values).detach().reshape(len(values))
 
 
 def _to_host(columns: list[Any]) -> list[list[Any]]:
@@ -478,7 +218,7 @@ def _compute(name: str, values: list[Any]) -> Any:
     if isinstance(values[0], MEDIA):
         return values[-1]
     found = reduce(lambda a, b: a.merge(b), values).compute()
-    if isinstance(found, Tensor) and found.numel() != 1 or not isinstance(found, Tensor | int | float):
+    if (isinstance(found, Tensor) and found.numel() != 1) or not isinstance(found, Tensor | int | float):
         raise StepError(
             f"metric {name!r} must come to one number, but {type(values[0]).__name__}.compute() gave {type(found).__name__}"
             f"{list(found.shape) if isinstance(found, Tensor) else ''}; pass Cat(values, fn) a function that gives a scalar"

@@ -1,0 +1,149 @@
+"""Trees as strict JSON: every value comes back with its type; tensors stand as references to names in a safetensors file.
+
+JSON knows no tuples, no NaN and no keys but strings, so these are written as objects with one key, a tag that starts with ``$``.
+"""
+
+import base64
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Size, Tensor
+
+from fnlight.errors import CheckpointError
+from fnlight.metrics import SCALARS, Tally
+
+Put = Callable[[str, Tensor], str]
+"""Takes the wanted name of a tensor and the tensor, gives the name under which it lies in the file."""
+
+
+def encode(tree: Any, put: Put, path: str) -> Any:
+    """Turn a tree into what ``json.dumps(..., allow_nan=False)`` takes.
+
+    Subclasses of numbers, strings, dicts and lists come back as their plain type; a ``torch.Size`` comes back as a tuple.
+
+    Args:
+        tree: Dicts, lists, tuples, tensors, numbers, strings, bytes, bools, None and `Tally`.
+        put: What takes the tensors.
+        path: The name of the tree, for tensors and for errors.
+
+    Returns:
+        Dicts with string keys, lists, strings, finite numbers, bools and None.
+
+    Raises:
+        CheckpointError: If the tree holds anything else.
+
+    Example:
+        >>> encode({"a": (1, None), 0.5: [float("nan")]}, lambda name, tensor: name, "memory")
+        {'$dict': [['a', {'$tuple': [1, None]}], [0.5, [{'$float': 'nan'}]]]}
+    """
+    if tree is None or isinstance(tree, bool):
+        return tree
+    if isinstance(tree, Tensor):
+        return {"$tensor": put(path, tree)}
+    if isinstance(tree, str | bytes | numbers.Complex):
+        return _scalar(tree)
+    if isinstance(tree, Mapping):
+        return _mapping(tree, put, path)
+    if isinstance(tree, list):
+        return [encode(item, put, f"{path}/{i}") for i, item in enumerate(tree)]
+    if type(tree) in (tuple, Size):  # of named ones, only code could make another
+        return {"$tuple": [encode(item, put, f"{path}/{i}") for i, item in enumerate(tree)]}
+    if isinstance(tree, Tally):
+        return {"$tally": [_mapping(tree.totals, put, path), encode(tree.bad, put, path)]}
+    raise CheckpointError(
+        f"{path} holds {type(tree).__name__}: {tree!r:.60}, but a checkpoint holds dicts, lists, tuples, tensors, numbers, strings, bytes, "
+        "bools and None only, so that loading never runs code; keep it in such a form"
+    )
+
+
+def _scalar(value: Any) -> Any:
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, bytes):
+        return {"$bytes": base64.b64encode(value).decode("ascii")}
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        number = float(value)
+        return number if math.isfinite(number) else {"$float": str(number)}
+    whole = complex(value)
+    return {"$complex": [_scalar(whole.real), _scalar(whole.imag)]}
+
+
+def _mapping(tree: Mapping[Any, Any], put: Put, path: str) -> dict[str, Any]:
+    pairs = [(key, encode(value, put, f"{path}/{key}")) for key, value in tree.items()]
+    if all(type(key) is str and not key.startswith("$") for key, _ in pairs):
+        return dict(pairs)
+    return {"$dict": [[encode(key, _no_key, path), value] for key, value in pairs]}
+
+
+def _no_key(path: str, _: Tensor) -> str:
+    raise CheckpointError(f"{path} has a tensor as the key of a dict, which a checkpoint cannot hold; use a string or a number")
+
+
+def decode(value: Any, get: Callable[[str], Tensor]) -> Any:
+    """Turn what `encode` gave back into the tree; the inverse, for untrusted input.
+
+    Args:
+        value: What ``json.loads`` gave.
+        get: Gives a tensor by its name in the file.
+
+    Returns:
+        The tree.
+
+    Raises:
+        ValueError: If the value is nothing that `encode` gives; `KeyError` and `TypeError` likewise.
+
+    Example:
+        >>> decode({"$tuple": [1, {"$float": "-inf"}]}, {}.__getitem__)
+        (1, -inf)
+    """
+    if isinstance(value, list):
+        return [decode(item, get) for item in value]
+    if not isinstance(value, dict):
+        return value
+    tag = next(iter(value), "")
+    if not tag.startswith("$"):
+        return {_plain(key): decode(item, get) for key, item in value.items()}
+    (content,) = value.values()
+    if tag == "$tensor":
+        return get(content)
+    if tag == "$tuple":
+        return tuple(decode(item, get) for item in content)
+    if tag == "$dict":
+        return {decode(key, get): decode(item, get) for key, item in content}
+    return _decode_scalar(tag, content)
+
+
+def _plain(key: str) -> str:
+    if key.startswith("$"):
+        raise ValueError(f"the tag {key!r} stands among plain keys")
+    return key
+
+
+def _decode_scalar(tag: str, content: Any) -> Any:
+    if tag == "$float" and content in ("nan", "inf", "-inf"):
+        return float(content)
+    if tag == "$bytes":
+        return base64.b64decode(content, validate=True)
+    if tag == "$complex":
+        real, imag = (decode(part, _no_tensor) for part in content)
+        return complex(real, imag)
+    if tag == "$tally":
+        return _tally(*(decode(part, _no_tensor) for part in content))
+    raise ValueError(f"the tag {tag!r} with the content {content!r:.40} is unknown")
+
+
+def _no_tensor(name: str) -> Tensor:
+    raise ValueError(f"the tensor {name!r} stands where only numbers may")
+
+
+def _tally(totals: Any, bad: Any) -> Tally:
+    for name, (kind, *fields) in totals.items():
+        if kind not in SCALARS or len(fields) != 1 + (kind == "Mean") or not all(isinstance(f, int | float | None) for f in fields):
+            raise ValueError(f"the tally of {name!r} is none: {[kind, *fields]!r:.60}")
+    if bad is not None:
+        bad = (int(bad[0]), str(bad[1]))
+    return Tally(totals, bad)

@@ -1,0 +1,245 @@
+"""A folder on this machine, where files are written so that they survive a crash: flushed to disk, then renamed into place."""
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+from fnlight.checkpoint.manifest import FILES, STATE
+from fnlight.errors import CheckpointError
+
+_PIECE = 1 << 24  # bytes hashed and written at a time
+_HINTS = {
+    errno.ENOSPC: "free some space and save again",
+    errno.EDQUOT: "raise the quota or free some space, and save again",
+    errno.EFBIG: "raise the limit on the size of files",
+    errno.EACCES: "give yourself the right to write there, or choose another path",
+    errno.EPERM: "give yourself the right to write there, or choose another path",
+    errno.EROFS: "choose a path on a file system that can be written",
+    errno.ENOTDIR: "choose a path whose parents are directories",
+}
+
+
+def cannot_write(path: str, error: Exception) -> CheckpointError:
+    """The error for a failed write: what failed, and what to do.
+
+    Args:
+        path: The checkpoint or directory that was to be written.
+        error: What the system said.
+
+    Returns:
+        The error to raise.
+
+    Example:
+        >>> str(cannot_write("runs/a", OSError(errno.ENOSPC, "No space left on device")))
+        'cannot write runs/a: [Errno 28] No space left on device; free some space and save again. Older checkpoints are as they were.'
+    """
+    hint = _HINTS.get(getattr(error, "errno", None) or 0, "see the cause above")
+    return CheckpointError(f"cannot write {path}: {error or type(error).__name__}; {hint}. Older checkpoints are as they were.")
+
+
+@attrs.frozen
+class Folder:
+    """A directory on this machine.
+
+    Args:
+        path: Its path; it need not exist.
+
+    Example:
+        >>> Folder("no/such/folder").names()
+        []
+    """
+
+    path: str
+
+    def child(self, name: str) -> "Folder":
+        """A folder in this one."""
+        return Folder(os.path.join(self.path, name))
+
+    def parent(self) -> "Folder":
+        """The folder that this one is in."""
+        return Folder(os.path.dirname(os.path.abspath(self.path)))
+
+    def name(self) -> str:
+        """The last part of the path."""
+        return os.path.basename(os.path.abspath(self.path))
+
+    def names(self) -> list[str]:
+        """What is in it, sorted; nothing if it does not exist."""
+        return sorted(os.listdir(self.path)) if os.path.isdir(self.path) else []
+
+    def exists(self) -> bool:
+        """Say whether there is anything at the path."""
+        return os.path.lexists(self.path)
+
+    def size(self, name: str) -> int | None:
+        """The bytes of a regular file; None if there is none."""
+        path = os.path.join(self.path, name)
+        return os.path.getsize(path) if os.path.isfile(path) else None
+
+    def read(self, name: str) -> bytes:
+        """The content of a file."""
+        with open(os.path.join(self.path, name), "rb") as file:
+            return file.read()
+
+    def digest(self, name: str) -> str:
+        """The digest of a file."""
+        with open(os.path.join(self.path, name), "rb") as file:
+            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a safetensors file; they are views of the mapped file, to be copied."""
+        from safetensors.torch import load_file
+
+        return load_file(os.path.join(self.path, name))
+
+    def write(self, name: str, chunks: Iterable[memoryview | bytes]) -> dict[str, Any]:
+        """Write a new file and flush it to disk; its size and digest are taken on the way."""
+        size, digest = 0, hashlib.sha256()
+        file = os.open(os.path.join(self.path, name), os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+        try:
+            for chunk in chunks:
+                size += len(chunk)
+                for start in range(0, len(chunk), _PIECE):
+                    piece = memoryview(chunk)[start : start + _PIECE]
+                    digest.update(piece)
+                    while piece:
+                        piece = piece[os.write(file, piece) :]
+            os.fsync(file)
+        finally:
+            os.close(file)
+        return {"size": size, "digest": f"sha256:{digest.hexdigest()}"}
+
+    @contextmanager
+    def replacing(self, overwrite: bool) -> Iterator["Folder"]:
+        """A hidden sibling to write into; it becomes this folder if all goes well, and disappears if not."""
+        target = Folder(os.path.realpath(self.path))
+        _check_target(target, self.path, overwrite)
+        hidden = _hidden(target, "tmp")
+        try:
+            make(target.parent())
+            os.mkdir(hidden.path)
+            yield hidden
+            _sync(hidden.path)
+            _publish(hidden, target)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        finally:
+            shutil.rmtree(hidden.path, ignore_errors=True)
+        for name in hidden_siblings(target):
+            shutil.rmtree(os.path.join(target.parent().path, name), ignore_errors=True)
+
+    def rewrite(self, name: str, data: bytes) -> None:
+        """Replace the content of one file, atomically."""
+        hidden = f".{name}.tmp-{secrets.token_hex(4)}"
+        try:
+            self.write(hidden, [data])
+            os.replace(os.path.join(self.path, hidden), os.path.join(self.path, name))
+            _sync(self.path)
+        except OSError as error:
+            raise cannot_write(os.path.join(self.path, name), error) from error
+        finally:
+            if self.size(hidden) is not None:
+                os.unlink(os.path.join(self.path, hidden))
+
+    def remove(self) -> None:
+        """Delete it: first out of sight in one move, so that no reader sees half of it."""
+        if self.exists():
+            os.rename(self.path, _hidden(self, "gone").path)
+        for name in hidden_siblings(self):
+            shutil.rmtree(self.parent().child(name).path)
+
+
+def _hidden(folder: Folder, kind: str) -> Folder:
+    return folder.parent().child(f".{folder.name()}.{kind}-{secrets.token_hex(4)}")
+
+
+def hidden_siblings(folder: Folder, *kinds: str) -> list[str]:
+    """What an interrupted save or deletion of a folder has left beside it.
+
+    Args:
+        folder: The folder that was being written or deleted.
+        *kinds: ``tmp`` (being written), ``old`` (set aside) or ``gone`` (being deleted); all of them if left out.
+
+    Returns:
+        Names, sorted.
+
+    Example:
+        >>> hidden_siblings(Folder("no/such/folder"))
+        []
+    """
+    heads = tuple(f".{folder.name()}.{kind}-" for kind in kinds or ("tmp", "old", "gone"))
+    return [name for name in folder.parent().names() if name.startswith(heads)]
+
+
+def _check_target(target: Folder, path: str, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not os.path.isdir(target.path):
+        raise CheckpointError(f"cannot write a checkpoint to {path}: it is a file; give the path of a new directory, or delete the file")
+    foreign = [name for name in target.names() if name not in (*FILES, STATE) and not name.startswith(f".{STATE}.tmp-")]
+    if foreign:
+        raise CheckpointError(
+            f"cannot write a checkpoint to {path}: it holds {', '.join(foreign[:3])}, which are no files of a checkpoint and would be lost; "
+            "give the path of a new directory"
+        )
+    if not overwrite:
+        raise CheckpointError(f"cannot write a checkpoint to {path}: there is one already; pass overwrite=True or give another path")
+
+
+def _publish(hidden: Folder, target: Folder) -> None:
+    """Put the new folder in the place of the old one; when that fails, the old one stands again."""
+    aside = _hidden(target, "old")
+    try:
+        if target.exists():
+            os.rename(target.path, aside.path)
+        os.rename(hidden.path, target.path)
+        _sync(target.parent().path)
+    except BaseException:
+        if not hidden.exists():
+            os.rename(target.path, hidden.path)
+        if aside.exists():
+            os.rename(aside.path, target.path)
+        raise
+
+
+def make(folder: Folder) -> None:
+    """Make a directory and its parents, each flushed to disk.
+
+    Args:
+        folder: What shall exist afterwards.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     make(Folder(path).child("a").child("b"))
+        ...     Folder(path).child("a").names()
+        ['b']
+    """
+    if os.path.isdir(folder.path):
+        return
+    make(folder.parent())
+    try:
+        os.mkdir(folder.path)
+    except FileExistsError:
+        if not os.path.isdir(folder.path):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder.path) from None
+    _sync(folder.parent().path)
+
+
+def _sync(path: str) -> None:
+    """Flush a directory, so that the names in it survive a crash."""
+    if os.name == "nt":
+        return
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

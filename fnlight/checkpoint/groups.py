@@ -1,0 +1,147 @@
+"""An optimizer from a checkpoint: slots by parameter name, group values by whose parameters they are, and the code has the last word."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fnlight.checkpoint.encode import decode
+from fnlight.checkpoint.manifest import OPTIMIZER
+from fnlight.checkpoint.places import Opened
+from fnlight.optim import OTHER, Optim, named_groups, place_slot
+from fnlight.tree import equal, map_tensors
+
+_ABSENT = object()
+_KERNELS = ("fused", "foreach")  # how it is computed: the business of this machine, never of a file
+
+
+def place_optimizer(optim: Optim, module: nn.Module, opened: Opened, loaded: frozenset[str]) -> list[str]:
+    """Give an optimizer the memory and the group values of a checkpoint, in place.
+
+    Args:
+        optim: The prepared optimizer.
+        module: Its module.
+        opened: The checkpoint.
+        loaded: Names of the parameters whose values were taken.
+
+    Returns:
+        What differs, one line each.
+
+    Example:
+        >>> from fnlight.checkpoint.folder import Folder
+        >>> place_optimizer(Optim(None), nn.Linear(1, 1), Opened("a", Folder("a"), {"optimizer": None}), frozenset())
+        []
+    """
+    section = opened.body["optimizer"]
+    saved_class = "none" if section is None else section["class"]
+    kind = type(optim.optimizer)
+    own_class = "none" if optim.optimizer is None else f"{kind.__module__}.{kind.__qualname__}"
+    if not _same_class(saved_class, own_class):
+        return [f"optimizer changed: {saved_class} in the checkpoint, {own_class} now; its memory starts afresh"]
+    if section is None:
+        return []
+    tensors = opened.tensors(OPTIMIZER)
+    _place_slots(optim, module, section, tensors, loaded)
+    return _place_groups(optim, module, section["groups"], tensors) + _unheld(optim, module, section, loaded)
+
+
+def _same_class(a: str, b: str) -> bool:
+    """Say whether two optimizers are of one class; a script that is imported is no longer ``__main__``."""
+    (module_a, _, name_a), (module_b, _, name_b) = a.partition("."), b.partition(".")
+    last = name_a.rpartition(".")[2] == name_b.rpartition(".")[2]
+    return last and (module_a == module_b or "__main__" in (module_a, module_b))
+
+
+def _held(optim: Optim) -> dict[int, Mapping[str, Any]]:
+    return {id(p): group for group in optim.optimizer.param_groups for p in group["params"]}
+
+
+def _place_slots(optim: Optim, module: nn.Module, section: Any, tensors: dict[str, Tensor], loaded: frozenset[str]) -> None:
+    groups, state = _held(optim), optim.optimizer.state
+    known = {name for group in section["groups"] for name in group["params"]}
+    for name, p in module.named_parameters():
+        if id(p) not in groups or name not in known or name not in loaded:
+            continue  # it keeps what the optimizer gave it when it was made
+        state.pop(p, None)
+        if name in section["slots"]:
+            slots = decode(section["slots"][name], tensors.__getitem__)
+            state[p] = {slot: _like(slot, value, p, groups[id(p)]) for slot, value in slots.items()}
+    for key, value in decode(section["slots"].get(OTHER, {}), tensors.__getitem__).items():
+        state[key] = map_tensors(torch.clone, value)
+
+
+def _like(slot: str, value: Any, p: Tensor, group: Mapping[str, Any]) -> Any:
+    """A slot's value in live memory; one of the parameter's shape gets its strides too, which fused kernels take for granted."""
+    if not isinstance(value, Tensor):
+        return map_tensors(lambda t: t.to(p.device, copy=True), value)
+    if group.get("fused") and not _kernel_may_read(slot, value, p):
+        raise ValueError(f"the slot {slot!r} of a parameter of shape {list(p.shape)} is {value.dtype} {list(value.shape)}")
+    value = place_slot(slot, value, p, group)
+    if value.shape == p.shape:
+        return torch.empty_like(p, dtype=value.dtype, device=value.device, requires_grad=False).copy_(value)
+    return value.clone()
+
+
+def _kernel_may_read(slot: str, value: Tensor, p: Tensor) -> bool:
+    """Fused kernels do not look at shapes: they would read and write beyond the end of a smaller tensor."""
+    if slot == "step":
+        return value.shape == () and value.dtype == torch.float32
+    return value.shape == p.shape and value.dtype == p.dtype
+
+
+def _place_groups(optim: Optim, module: nn.Module, saved: list[Any], tensors: dict[str, Tensor]) -> list[str]:
+    owner = {name: i for i, group in enumerate(saved) for name in group["params"]}
+    notes: list[str] = []
+    for group, names, configured in zip(optim.optimizer.param_groups, named_groups(optim, module), optim.configured, strict=True):
+        sources = {owner[name] for name in names["params"] if name in owner}
+        if len(sources) == 1:
+            (source,) = sources
+            notes += _place_values(group, configured, saved[source], tensors)
+        elif sources:
+            notes.append(
+                f"a group of the optimizer joins parameters of {len(sources)} groups of the checkpoint; its values are those of the code"
+            )
+    return list(dict.fromkeys(notes))
+
+
+def _place_values(group: dict[str, Any], configured: Mapping[str, Any], saved: Any, tensors: dict[str, Tensor]) -> list[str]:
+    values, before = (decode(saved[part], tensors.__getitem__) for part in ("values", "configured"))
+    changed: dict[str, str] = {}
+    for key in (key for key in values if key not in _KERNELS):
+        now, then = configured.get(key, _ABSENT), before.get(key, _ABSENT)
+        if equal(_host(now), _host(then)):
+            _assign(group, key, values[key])
+            continue
+        if now is not _ABSENT:
+            _assign(group, key, now)
+        changed[key] = f"{key}: {_say(then)} in the checkpoint, {_say(now)} now; {_say(now)} is used"
+    if "lr" in changed:
+        changed.pop("initial_lr", None)  # it follows
+    return list(changed.values())
+
+
+def _host(value: Any) -> Any:
+    return map_tensors(lambda t: t.cpu(), value)
+
+
+def _assign(group: dict[str, Any], key: str, value: Any) -> None:
+    current = group.get(key)
+    home: Any = current if isinstance(current, Tensor) else next(iter(group["params"]), torch.empty(0))
+    group[key] = map_tensors(lambda t: t.to(home.device, copy=True), copy.deepcopy(value))
+
+
+def _say(value: Any) -> str:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return f"{value.item():g}"
+    return "not set" if value is _ABSENT else f"{value!r:.60}"
+
+
+def _unheld(optim: Optim, module: nn.Module, section: Any, loaded: frozenset[str]) -> list[str]:
+    """Parameters whose memory lies in the checkpoint, but which the optimizer of today does not hold."""
+    held = {name for group in named_groups(optim, module) for name in group["params"]}
+    left = [name for name in section["slots"] if name != OTHER and name in loaded and name not in held]
+    new = [name for name in held if name in loaded and not any(name in group["params"] for group in section["groups"])]
+    lines = [f"the optimizer holds these no more, and their memory is dropped: {', '.join(left[:8])}"] if left else []
+    return lines + ([f"the optimizer did not hold these then, and their memory starts afresh: {', '.join(sorted(new)[:8])}"] if new else [])

@@ -1,0 +1,124 @@
+"""`state.json`, the commit mark of a checkpoint: what it says, and how damage to it is found.
+
+Its first line holds the format and the digest of all that follows; the whole is one JSON object.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fnlight.errors import BrokenCheckpointError, CheckpointError
+
+FORMAT = 1
+STATE = "state.json"
+MODEL, OPTIMIZER, MEMORY = FILES = ("model.safetensors", "optimizer.safetensors", "memory.safetensors")
+
+_FIRST = re.compile(rb'\{"format": ([0-9]{1,9}), "digest": "(sha256:[0-9a-f]{64})",\n')
+_ANY_FORMAT = re.compile(rb'\{"format": ([0-9]{1,9}),')
+_WRITER = re.compile(rb'^"fnlight": "([^"\n]{1,40})"', re.MULTILINE)
+
+
+def digest_of(data: bytes) -> str:
+    """The digest of bytes, with the name of its algorithm.
+
+    Args:
+        data: Any bytes.
+
+    Returns:
+        ``sha256:`` and 64 hexadecimal digits.
+
+    Example:
+        >>> digest_of(b"")[:15]
+        'sha256:e3b0c442'
+    """
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def render(body: Mapping[str, Any]) -> bytes:
+    """The bytes of `state.json`: one line a section.
+
+    Args:
+        body: What `encode` gave, by section.
+
+    Returns:
+        ASCII bytes, the same for the same body.
+
+    Raises:
+        CheckpointError: If the body is nested too deeply, or a number is too long for JSON.
+
+    Example:
+        >>> parse(render({"seed": 0, "files": {}}))["seed"]
+        0
+    """
+    try:
+        lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in body.items()]
+    except (RecursionError, ValueError) as error:
+        raise CheckpointError(
+            f"the state cannot be written as JSON: {error}; keep the memory of combinators flat and its numbers short"
+        ) from error
+    rest = (",\n".join(lines) + "\n}\n").encode("ascii")
+    return f'{{"format": {FORMAT}, "digest": "{digest_of(rest)}",\n'.encode("ascii") + rest
+
+
+def parse(data: bytes) -> dict[str, Any]:
+    """Read `state.json`, which may be damaged.
+
+    Args:
+        data: The bytes of the file.
+
+    Returns:
+        The sections; those that list files are checked, the others are not.
+
+    Raises:
+        BrokenCheckpointError: If the bytes are not what was written, or were written by a newer fnlight.
+
+    Example:
+        >>> parse(b"{}")
+        Traceback (most recent call last):
+        fnlight.errors.BrokenCheckpointError: state.json does not begin as one of fnlight's does: b'{}'
+    """
+    found = _ANY_FORMAT.match(data)
+    if found and int(found[1]) > FORMAT:
+        writer = _WRITER.search(data)
+        version = f"fnlight {writer[1].decode('ascii', 'replace')}" if writer else "a newer fnlight"
+        raise BrokenCheckpointError(
+            f"state.json has format {int(found[1])}, written by {version}, but this fnlight reads format {FORMAT}; install {version} or later"
+        )
+    first = _FIRST.match(data)
+    if not first or int(first[1]) != FORMAT:
+        raise BrokenCheckpointError(f"state.json does not begin as one of fnlight's does: {data[:60]!r}")
+    if digest_of(data[first.end() :]) != first[2].decode("ascii"):
+        raise BrokenCheckpointError("state.json is cut short or altered: its digest differs from the one in its first line")
+    try:
+        body = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
+        _check(body)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BrokenCheckpointError(f"state.json holds what fnlight does not write: {error!r:.200}") from error
+    return body
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _check(body: Mapping[str, Any]) -> None:
+    """Refuse files that the format does not define: only its own names are ever opened."""
+    for name, entry in body["files"].items():
+        if name not in FILES:
+            raise ValueError(f"{name!r} is none of the files of a checkpoint, {list(FILES)}")
+        if type(entry["size"]) is not int or entry["size"] < 0:
+            raise ValueError(f"the size of {name} is {entry['size']!r}")
+        if not re.fullmatch("sha256:[0-9a-f]{64}", entry["digest"]):
+            raise ValueError(f"the digest of {name} is {entry['digest']!r:.80}")
+        for dtype, shape in entry["tensors"].values():
+            if not isinstance(dtype, str) or not all(type(n) is int for n in shape):
+                raise ValueError(f"{name} lists a tensor as {[dtype, shape]!r:.80}")

@@ -1,0 +1,288 @@
+"""Where checkpoints lie: ``DIR/checkpoints/step-00000500``; which of them are sound, and which is the newest."""
+
+import os
+import re
+import secrets
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+from fnlight.checkpoint.bucket import Bucket
+from fnlight.checkpoint.folder import Folder, cannot_write, hidden_siblings, make
+from fnlight.checkpoint.manifest import FILES, MODEL, STATE, parse
+from fnlight.checkpoint.tensors import as_listed
+from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning
+
+_STEP = re.compile(r"step-([0-9]{8,})")
+_ASIDE = re.compile(r"\.(step-[0-9]{8,})\.old-[0-9a-f]+")
+
+Path = str | os.PathLike[str]
+
+
+def at(path: Path) -> Folder | Bucket:
+    """The folder at a path: on this machine, or, for a URL, in a remote store.
+
+    Args:
+        path: A path, or a URL such as ``s3://bucket/runs/a``.
+
+    Returns:
+        Something to read and write files in.
+
+    Example:
+        >>> at("runs/a"), at("memory://runs/a")
+        (Folder(path='runs/a'), Bucket(path='memory://runs/a'))
+    """
+    text = os.fspath(path)
+    if not isinstance(text, str):
+        raise TypeError(f"the path of a checkpoint must be a str or os.PathLike, but got {type(path).__name__}")
+    text = text.removeprefix("file://")
+    return Bucket(text) if "://" in text else Folder(text)
+
+
+def step_path(dir: Path, step: int) -> str:
+    """The path of the checkpoint of a step in a run's directory.
+
+    Args:
+        dir: The run's directory, or a URL.
+        step: Completed optimizer updates.
+
+    Returns:
+        The path, eight digits at least.
+
+    Example:
+        >>> step_path("runs/a", 500)
+        'runs/a/checkpoints/step-00000500'
+    """
+    return at(dir).child("checkpoints").child(f"step-{step:08d}").path
+
+
+def checkpoints(dir: Path) -> list[tuple[int, str]]:
+    """The checkpoints of a run, oldest first, by their names alone; `verify` says which are sound.
+
+    Args:
+        dir: The run's directory, or its ``checkpoints`` directory, or a URL.
+
+    Returns:
+        Pairs of step and path.
+
+    Example:
+        >>> checkpoints("no/such/run")
+        []
+    """
+    folder = at(dir)
+    inside = folder.child("checkpoints")
+    folder = inside if inside.exists() else folder
+    found = [_STEP.fullmatch(name) or _ASIDE.fullmatch(name) for name in folder.names()]
+    names = {match[1] if match.re is _ASIDE else match[0] for match in found if match}
+    return sorted((int(name.removeprefix("step-")), folder.child(name).path) for name in names)
+
+
+def newest(dir: Path) -> str | None:
+    """The newest sound checkpoint of a run; each broken one that is passed over is named in a `CheckpointWarning`.
+
+    Args:
+        dir: The run's directory, or its ``checkpoints`` directory, or a URL.
+
+    Returns:
+        Its path; None if there is no sound one.
+
+    Example:
+        >>> newest("no/such/run")
+    """
+    found = next(_sound(dir), None)
+    return found and found.path
+
+
+def _sound(dir: Path) -> "Iterator[Opened]":
+    for _, path in reversed(checkpoints(dir)):
+        try:
+            yield _open_one(path)
+        except BrokenCheckpointError as error:
+            warnings.warn(f"passed over a broken checkpoint: {error}", CheckpointWarning, stacklevel=4)
+
+
+@attrs.frozen(eq=False)
+class Opened:
+    """A checkpoint whose manifest and digests hold.
+
+    Args:
+        path: Its path, for messages.
+        folder: Where its files are.
+        body: The sections of its manifest.
+
+    Example:
+        >>> Opened("a", Folder("a"), {"files": {}}).tensors("memory.safetensors")
+        {}
+    """
+
+    path: str
+    folder: Folder | Bucket
+    body: Mapping[str, Any]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one of its files, mapped where possible; none if it was not written."""
+        if name not in self.body["files"]:
+            return {}
+        try:
+            return as_listed(self.folder.tensors(name), self.body["files"][name]["tensors"])
+        except Exception as error:  # the safetensors library raises its own class, and others on damage
+            raise BrokenCheckpointError(f"checkpoint {self.path} is broken: {name} cannot be read: {error}") from error
+
+
+def open_checkpoint(path: Path) -> Opened:
+    """Find a checkpoint and check all of it.
+
+    Args:
+        path: A checkpoint, or a run's directory, of which the newest sound one is taken.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        BrokenCheckpointError: If it is damaged, or all of a run are.
+        CheckpointError: If there is none.
+
+    Example:
+        >>> open_checkpoint("no/such/run")
+        Traceback (most recent call last):
+        fnlight.errors.CheckpointError: no checkpoint at no/such/run: there is no such directory
+    """
+    folder = at(path)
+    present = folder.names()
+    if STATE in present or any(name in present for name in FILES):
+        return _open_one(folder.path)
+    listed = checkpoints(path)
+    if listed:
+        for found in _sound(path):
+            return found
+        raise BrokenCheckpointError(
+            f"none of the {len(listed)} checkpoints in {folder.path} is sound, see the warnings above; restore a backup or start afresh"
+        )
+    if hidden_of(folder):
+        return _open_one(folder.path)
+    raise CheckpointError(
+        f"no checkpoint at {folder.path}: {f'it holds {present[:5]}' if folder.exists() else 'there is no such directory'}"
+    )
+
+
+def hidden_of(folder: Folder | Bucket) -> list[Folder]:
+    """What stands in for a checkpoint whose replacement was cut short between two renames: the new one, else the old one.
+
+    Args:
+        folder: The checkpoint's place.
+
+    Returns:
+        Folders to try, best first; none if the place is taken.
+
+    Example:
+        >>> hidden_of(Folder("no/such/folder"))
+        []
+    """
+    if isinstance(folder, Bucket) or folder.exists() or not hidden_siblings(folder, "old"):
+        return []
+    return [folder.parent().child(name) for kind in ("tmp", "old") for name in hidden_siblings(folder, kind)]
+
+
+def _open_one(path: str) -> Opened:
+    folder = at(path)
+    problems: list[str] = []
+    for place in (*hidden_of(folder), folder):
+        body, problems = examine(place)
+        if body is not None and not problems:
+            if place != folder:
+                warnings.warn(
+                    f"checkpoint {path} was being replaced when its writer died; read from {place.path}", CheckpointWarning, stacklevel=4
+                )
+            return Opened(path, place, body)
+    raise BrokenCheckpointError(f"checkpoint {path} is broken: {'; '.join(problems)}. Load its run's directory to use the newest sound one")
+
+
+def examine(folder: Folder | Bucket, digests: bool = True) -> tuple[dict[str, Any] | None, list[str]]:
+    """Read the manifest of a checkpoint and hold every file against it.
+
+    Args:
+        folder: The checkpoint.
+        digests: Whether every byte is read, too.
+
+    Returns:
+        The sections of the manifest, None if it cannot be read, and what is wrong, one line a problem.
+
+    Example:
+        >>> examine(Folder("no/such/folder"))
+        (None, ['state.json is missing: the save was cut short, or the file was deleted'])
+    """
+    try:
+        if folder.size(STATE) is None:
+            return None, ["state.json is missing: the save was cut short, or the file was deleted"]
+        body = parse(folder.read(STATE))
+    except (BrokenCheckpointError, OSError) as error:
+        return None, [str(error) if isinstance(error, BrokenCheckpointError) else f"state.json cannot be read: {error}"]
+    missing = [f"state.json does not list {MODEL}"] if MODEL not in body["files"] else []
+    return body, missing + [problem for name, entry in body["files"].items() if (problem := _compare(folder, name, entry, digests))]
+
+
+def _compare(folder: Folder | Bucket, name: str, entry: Mapping[str, Any], digests: bool) -> str | None:
+    try:
+        size = folder.size(name)
+        if size is None:
+            return f"{name} is missing"
+        if size != entry["size"]:
+            return f"{name} has {size} bytes, but {entry['size']} were written"
+        if digests and folder.digest(name) != entry["digest"]:
+            return f"{name} is altered: its digest differs from the one in state.json"
+    except OSError as error:
+        return f"{name} cannot be read: {error}"
+    return None
+
+
+def verify(path: Path) -> list[str]:
+    """Check a checkpoint: its manifest, and the size and digest of every file.
+
+    Args:
+        path: The checkpoint's directory, or a URL.
+
+    Returns:
+        What is wrong, one line a problem; an empty list if it is sound.
+
+    Example:
+        >>> verify("no/such/checkpoint")
+        ['state.json is missing: the save was cut short, or the file was deleted']
+    """
+    folder = at(path)
+    body, problems = examine(folder)
+    if body is None or problems:
+        return problems
+    opened, found = Opened(folder.path, folder, body), list[str]()
+    for name in body["files"]:
+        try:
+            opened.tensors(name)
+        except BrokenCheckpointError as error:
+            found.append(str(error))
+    return found
+
+
+def writable(dir: Path) -> None:
+    """Make sure, before any work is done, that a run's checkpoints can be written.
+
+    Args:
+        dir: The run's directory, which is made if need be, or a URL, of which nothing is tried.
+
+    Raises:
+        CheckpointError: If it cannot be made, or no file can be written there.
+
+    Example:
+        >>> writable("memory://runs/a")
+    """
+    folder = at(dir).child("checkpoints")
+    if isinstance(folder, Bucket):
+        return
+    try:
+        make(folder)
+        probe = folder.child(f".probe-{secrets.token_hex(4)}")
+        os.mkdir(probe.path)
+        os.rmdir(probe.path)
+    except OSError as error:
+        raise cannot_write(folder.path, error) from error

@@ -1,0 +1,173 @@
+"""Which checkpoints stay: pure functions of steps and history, joined with ``|``, and the deletion of the others."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import attrs
+
+from fnlight.checkpoint.folder import Folder, hidden_siblings
+from fnlight.checkpoint.places import Path, at, step_path
+from fnlight.errors import CheckpointWarning, ConfigError
+
+
+@attrs.frozen(repr=False)
+class Retention:
+    """Which checkpoints stay; made by `last`, `best` and `every`, joined with ``|``.
+
+    Args:
+        text: Its source text; two of the same text are equal.
+        choose: Maps the steps and the history to the steps that stay.
+        monitors: Names in the history that it needs.
+
+    Example:
+        >>> keep = last(1) | every(100)
+        >>> keep, sorted(keep([50, 100, 150, 200, 250], ()))
+        (last(1) | every(100), [100, 200, 250])
+    """
+
+    text: str
+    choose: Callable[[Sequence[int], Iterable[Any]], set[int]] = attrs.field(eq=False)
+    monitors: tuple[str, ...] = ()
+
+    def __call__(self, steps: Sequence[int], history: Iterable[Any]) -> set[int]:
+        """Choose those of the steps whose checkpoints stay."""
+        return self.choose(steps, history)
+
+    def __or__(self, other: "Retention") -> "Retention":
+        """What either of both keeps."""
+        if not isinstance(other, Retention):
+            return NotImplemented
+        return Retention(f"{self} | {other}", lambda steps, history: self(steps, history) | other(steps, history), _both(self, other))
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _both(a: Retention, b: Retention) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*a.monitors, *b.monitors)))
+
+
+def last(n: int) -> Retention:
+    """Keep the newest n checkpoints.
+
+    Args:
+        n: How many, at least 1.
+
+    Returns:
+        A retention.
+
+    Raises:
+        ConfigError: If n is below 1.
+
+    Example:
+        >>> sorted(last(2)([10, 20, 30], ()))
+        [20, 30]
+    """
+    _count("last", n)
+    return Retention(f"last({n})", lambda steps, history: set(sorted(steps)[-n:]))
+
+
+def every(n: int) -> Retention:
+    """Keep the checkpoints of every n-th step: those whose step n divides.
+
+    Args:
+        n: In optimizer steps, at least 1.
+
+    Returns:
+        A retention.
+
+    Raises:
+        ConfigError: If n is below 1.
+
+    Example:
+        >>> sorted(every(20)([10, 20, 30, 40], ()))
+        [20, 40]
+    """
+    _count("every", n)
+    return Retention(f"every({n})", lambda steps, history: {step for step in steps if step % n == 0})
+
+
+def best(monitor: str, n: int = 1, mode: str = "min") -> Retention:
+    """Keep the n checkpoints with the best value of a metric at their step; NaN is worst, and of equals the earlier is better.
+
+    Args:
+        monitor: A name in the history, such as ``"val/loss"``; steps without it are not among the best.
+        n: How many, at least 1.
+        mode: ``"min"`` if less is better, ``"max"`` if more is.
+
+    Returns:
+        A retention.
+
+    Raises:
+        ConfigError: If n is below 1, the mode is neither, or the monitor is no name.
+
+    Example:
+        >>> from fnlight.state import Record
+        >>> history = [Record(10, 1, {"val/loss": 0.5}), Record(20, 2, {"val/loss": 0.25}), Record(30, 3, {"val/loss": 0.75})]
+        >>> sorted(best("val/loss", 2)([10, 20, 30], history))
+        [10, 20]
+    """
+    _count("best", n)
+    if not isinstance(monitor, str) or not monitor:
+        raise ConfigError(f'best(monitor, n) takes the name of a metric such as "val/loss", but got {monitor!r}')
+    if mode not in ("min", "max"):
+        raise ConfigError(f"best(..., mode=) must be 'min' or 'max', but got {mode!r}")
+    sign = 1.0 if mode == "min" else -1.0
+
+    def choose(steps: Sequence[int], history: Iterable[Any]) -> set[int]:
+        values = {record.step: sign * float(record.metrics[monitor]) for record in history if monitor in record.metrics}
+        held = [step for step in set(steps) if step in values]
+        return set(
+            sorted(held, key=lambda step: (math.isnan(values[step]), math.inf if math.isnan(values[step]) else values[step], step))[:n]
+        )
+
+    tail = "" if mode == "min" else ", mode='max'"
+    return Retention(f"best({monitor!r}, {n}{tail})", choose, (monitor,))
+
+
+def _count(name: str, n: Any) -> None:
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ConfigError(f"{name}(n) must keep a whole number of at least 1, but got {n!r}; the newest checkpoint of a run is always kept")
+
+
+def prune(dir: Path, steps: Sequence[int], keep: Retention, history: Iterable[Any]) -> list[int]:
+    """Delete those of a run's own checkpoints that need not stay; the newest always does, and no other file is touched.
+
+    Args:
+        dir: The run's directory, or a URL.
+        steps: The steps that this run has saved.
+        keep: Which of them stay.
+        history: The records so far.
+
+    Returns:
+        The steps whose checkpoints are still there, in order. One that could not be deleted is among them, with a
+        `CheckpointWarning`, so that the next call tries again.
+
+    Example:
+        >>> prune("no/such/run", [10, 20], last(1), ())
+        []
+    """
+    there = [step for step in sorted(set(steps)) if _present(step_path(dir, step))]
+    stay = keep(there, history) | set(there[-1:])
+    return [step for step in there if step in stay or not _delete(step_path(dir, step))]
+
+
+def _present(path: str) -> bool:
+    folder = at(path)
+    return folder.exists() or (isinstance(folder, Folder) and bool(hidden_siblings(folder)))
+
+
+def _delete(path: str) -> bool:
+    folder = at(path)
+    try:
+        folder.remove()
+    except Exception as error:  # noqa: BLE001  # remote stores have errors of their own; a file too many is no reason to end a run
+        warnings.warn(
+            f"cannot delete checkpoint {path}: {error}; delete it by hand, or it is tried again at the next save",
+            CheckpointWarning,
+            stacklevel=4,
+        )
+        return False
+    return True

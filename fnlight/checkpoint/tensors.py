@@ -1,0 +1,135 @@
+"""The safetensors format, written tensor by tensor, so that no second copy of the state is held in memory."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fnlight.errors import CheckpointError
+
+_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+_AS_REAL = {torch.complex128: torch.float64, torch.complex32: torch.float16}  # no code of their own: a last dimension of 2
+
+
+def describe(tensor: Tensor) -> list[Any]:
+    """The dtype and shape of a tensor, as the manifest lists them.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        ``[dtype, shape]``.
+
+    Example:
+        >>> describe(torch.zeros(2, 3))
+        ['float32', [2, 3]]
+    """
+    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+
+
+def chunks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """The bytes of a safetensors file: its header, then one tensor at a time.
+
+    Equal tensors give equal bytes. Large elements come first, so that all are aligned in a mapped file.
+
+    Args:
+        tensors: Names to dense tensors of any shape, strides and device.
+
+    Returns:
+        An iterator of views; each is valid until the next one is asked for.
+
+    Raises:
+        CheckpointError: If a tensor has no bytes to write (sparse, meta), or a dtype or name that the format lacks.
+
+    Example:
+        >>> sum(len(chunk) for chunk in chunks({"x": torch.zeros(2)})) % 8
+        0
+    """
+    for name, tensor in tensors.items():
+        _check(name, tensor)
+    order = sorted(tensors, key=lambda name: (-_stored(tensors[name]).itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # one key only: several are written in random order by the library
+    end = 0
+    for name in order:
+        tensor, start = tensors[name], end
+        end += tensor.numel() * tensor.itemsize
+        shape = [*tensor.shape, 2] if tensor.dtype in _AS_REAL else list(tensor.shape)
+        header[name] = {"dtype": _CODES[_stored(tensor)], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for name in order[::-1]:
+        if tensors[name].numel():
+            yield _bytes(tensors[name])
+
+
+def _stored(tensor: Tensor) -> torch.dtype:
+    return _AS_REAL.get(tensor.dtype, tensor.dtype)
+
+
+def _check(name: str, tensor: Tensor) -> None:
+    if name == "__metadata__":
+        raise CheckpointError("a parameter or buffer is called '__metadata__', which the safetensors format keeps for itself; rename it")
+    if tensor.layout != torch.strided or tensor.is_meta:
+        kind = "on the meta device" if tensor.is_meta else f"sparse ({tensor.layout})"
+        raise CheckpointError(f"{name} is {kind}, but a checkpoint holds dense tensors with values; make it one, e.g. with .to_dense()")
+    if _stored(tensor) not in _CODES:
+        known = ", ".join(str(d).removeprefix("torch.") for d in _CODES)
+        raise CheckpointError(f"{name} is {tensor.dtype}, but the safetensors format holds {known}; convert it")
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
+    if flat.dtype in _AS_REAL:
+        flat = torch.view_as_real(flat).reshape(-1)
+    array: Any = flat.contiguous().view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def as_listed(found: Mapping[str, Tensor], listed: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Give the tensors of a file the dtypes that the manifest lists, and check that both agree.
+
+    Args:
+        found: What the safetensors file holds.
+        listed: Names to ``[dtype, shape]``.
+
+    Returns:
+        Names to tensors, in the order of the manifest.
+
+    Raises:
+        ValueError: If a name, dtype or shape differs.
+
+    Example:
+        >>> as_listed({"x": torch.zeros(1, 2)}, {"x": ["float32", [1, 2]]})["x"].shape
+        torch.Size([1, 2])
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, (dtype, shape) in listed.items():
+        tensor = found[name]
+        if dtype in ("complex128", "complex32"):
+            tensor = torch.view_as_complex(tensor)
+        if describe(tensor) != [dtype, shape]:
+            raise ValueError(f"{name} is {describe(tensor)} in the file, but {[dtype, shape]} in state.json")
+        tensors[name] = tensor
+    if len(found) != len(tensors):
+        raise ValueError(f"{sorted(set(found) - set(tensors))[:5]} stand in the file, but not in state.json")
+    return tensors

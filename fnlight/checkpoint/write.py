@@ -1,0 +1,222 @@
+"""Write a state: first said as data (`describe_state`), then written so that it is there whole or not at all (`write`)."""
+
+import functools
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from fnlight.checkpoint.bucket import Bucket
+from fnlight.checkpoint.encode import Put, encode
+from fnlight.checkpoint.folder import Folder
+from fnlight.checkpoint.manifest import FILES, MEMORY, MODEL, OPTIMIZER, STATE, render
+from fnlight.checkpoint.places import Path, at, examine
+from fnlight.checkpoint.tensors import chunks, describe
+from fnlight.checkpoint.weights import extra_states, split_buffers
+from fnlight.errors import CheckpointError
+from fnlight.optim import named_groups, named_state
+from fnlight.state import Store, TrainState
+from fnlight.tree import equal
+
+Tensors = dict[str, dict[str, Tensor]]
+"""By file, names to tensors."""
+
+
+def save(state: TrainState, path: Path, *, overwrite: bool = True) -> str:
+    """Write a checkpoint; it is there whole or not at all, and what was there before stands until it is.
+
+    Files are written into a hidden sibling, flushed to disk and renamed into place. In a remote store, which has no renames, the
+    manifest is written last, and one that is replaced is gone from the first byte on. No second copy of tensors on the CPU is made.
+    Strides are not saved: tensors come back in the memory format that the task's model has.
+
+    Args:
+        state: What is saved; it stays as it is.
+        path: The directory to write, or a URL for fsspec (``s3://``, ``memory://``); parents are made.
+        overwrite: False refuses to replace a checkpoint.
+
+    Returns:
+        The path.
+
+    Raises:
+        CheckpointError: If it cannot be written: no space, no permission, other files in the directory, or a value in the
+            state that is no data. The older checkpoint stands then, and nothing else is left.
+        DonatedStateError: If a later step has overwritten the tensors.
+
+    Example:
+        >>> import tempfile
+        >>> from fnlight.state import Task
+        >>> state = TrainState.create(Task(torch.nn.Linear(2, 1), lambda model, batch: model(batch).sum()))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = save(state, f"{folder}/state")
+        ...     at(path).names()
+        ['model.safetensors', 'state.json']
+    """
+    folder = at(path)
+    body, tensors = describe_state(state)
+    write(folder, body, tensors, overwrite)
+    return folder.path
+
+
+def write(folder: Folder | Bucket, body: Mapping[str, Any], tensors: Tensors, overwrite: bool = True) -> None:
+    """Write what `describe_state` gave.
+
+    Args:
+        folder: Where to.
+        body: The sections of the manifest, without the list of files.
+        tensors: By file, names to tensors.
+        overwrite: False refuses to replace a checkpoint.
+
+    Raises:
+        CheckpointError: If it cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     write(Folder(path).child("a"), {"seed": 0}, {"model.safetensors": {}})
+        ...     Folder(path).child("a").names()
+        ['model.safetensors', 'state.json']
+    """
+    with folder.replacing(overwrite) as place:
+        files = {name: place.write(name, chunks(tensors[name])) | {"tensors": _listed(tensors[name])} for name in FILES if name in tensors}
+        place.write(STATE, [render({**body, "files": files})])
+
+
+def _listed(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: describe(tensor) for name, tensor in tensors.items()}
+
+
+def amend(state: TrainState, path: Path) -> None:
+    """Bring the manifest of a checkpoint up to date with a state whose tensors are those saved there.
+
+    Only `state.json` is written, atomically: progress, history, why the run stopped, and numbers in the memory of combinators.
+
+    Args:
+        state: The state of the same step.
+        path: Its checkpoint.
+
+    Raises:
+        CheckpointError: If there is no sound manifest, it is of another step, its tensors have other names, or writing fails.
+
+    Example:
+        >>> import attrs, tempfile
+        >>> from fnlight.state import Task
+        >>> state = TrainState.create(Task(torch.nn.Linear(2, 1), lambda model, batch: model(batch).sum()))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = save(state, f"{folder}/state")
+        ...     amend(attrs.evolve(state, stopped="enough"), path)
+        ...     b'"stopped": "enough"' in at(path).read("state.json")
+        True
+    """
+    folder = at(path)
+    old, problems = examine(folder, digests=False)
+    if old is None or problems:
+        raise CheckpointError(f"cannot amend checkpoint {folder.path}: {'; '.join(problems)}; save the state anew")
+    body, tensors = describe_state(state)
+    listed = {name: _listed(held) for name, held in tensors.items()}
+    if listed != {name: entry["tensors"] for name, entry in old["files"].items()} or body["progress"]["step"] != old["progress"]["step"]:
+        raise CheckpointError(
+            f"cannot amend checkpoint {folder.path}: it holds other tensors than the state of step {state.progress.step}; save it anew"
+        )
+    folder.rewrite(STATE, render({**body, "files": old["files"]}))
+
+
+def describe_state(state: TrainState) -> tuple[dict[str, Any], Tensors]:
+    """Say a state as data: the sections of the manifest, and by file the tensors, which are not copied.
+
+    Args:
+        state: Any state.
+
+    Returns:
+        The sections and the tensors.
+
+    Raises:
+        CheckpointError: If the state holds what is no data.
+
+    Example:
+        >>> from fnlight.state import Task
+        >>> state = TrainState.create(Task(torch.nn.Linear(2, 1), lambda model, batch: model(batch).sum()), seed=7)
+        >>> body, tensors = describe_state(state)
+        >>> body["seed"], list(tensors["model.safetensors"])
+        (7, ['weight', 'bias'])
+    """
+    store = state.live
+    store.settle()
+    persistent, derived = split_buffers(store.module)
+    params = {name: p.detach() for name, p in store.module.named_parameters()}
+    tensors: Tensors = {MODEL: {**params, **persistent}, OPTIMIZER: {}, MEMORY: {}}
+    put = _collector(tensors[MEMORY])
+    try:
+        body = {
+            "fnlight": _version(),
+            "torch": torch.__version__,
+            "progress": attrs.asdict(state.progress),
+            "seed": state.seed,
+            "stopped": state.stopped,
+            "history": [[r.step, r.epoch, encode(dict(r.metrics), _refuse, f"history of step {r.step}")] for r in state.history],
+            "parameters": list(params),
+            "optimizer": _optimizer(store, _collector(tensors[OPTIMIZER])),
+            "memory": {key: encode(tree, put, key) for key, tree in store.memory.items()},
+            "buffers": encode(derived, put, "buffers"),
+            "extra": encode(extra_states(store.module), put, "extra"),
+        }
+    except RecursionError as error:
+        raise CheckpointError("the memory of the state is nested too deeply, or contains itself; keep it flat") from error
+    if store.optim.optimizer is None:
+        del tensors[OPTIMIZER]
+    if not tensors[MEMORY]:
+        del tensors[MEMORY]
+    return body, tensors
+
+
+def _collector(tensors: dict[str, Tensor]) -> Put:
+    def put(name: str, tensor: Tensor) -> str:
+        while name in tensors or name == "__metadata__":
+            name += "'"
+        tensors[name] = tensor.detach()
+        return name
+
+    return put
+
+
+def _refuse(path: str, tensor: Tensor) -> str:
+    raise CheckpointError(f"{path} is a tensor of shape {list(tensor.shape)}, but a history holds numbers; record float(value)")
+
+
+def _optimizer(store: Store, put: Put) -> dict[str, Any] | None:
+    optim = store.optim
+    if optim.optimizer is None:
+        return None
+    kind = type(optim.optimizer)
+    slots = {name: encode(found, put, name) for name, found in named_state(optim, store.module).items()}
+    groups = [
+        {
+            "params": group.pop("params"),
+            "values": _values(group, was, put, f"groups/{i}"),
+            "configured": _values(was, was, put, f"configured/{i}"),
+        }
+        for i, (group, was) in enumerate(zip(named_groups(optim, store.module), optim.configured, strict=True))
+    ]
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "slots": slots, "groups": groups}
+
+
+def _values(group: Mapping[str, Any], configured: Mapping[str, Any], put: Put, path: str) -> dict[str, Any]:
+    """The values of a group; what is no data is left out where it is still as the code configured it, which will do so again."""
+    found: dict[str, Any] = {}
+    for key, value in group.items():
+        try:
+            found[key] = encode(value, put, f"{path}/{key}")
+        except CheckpointError:
+            if key not in configured or not equal(value, configured[key]):
+                raise
+    return found
+
+
+@functools.cache
+def _version() -> str:
+    try:
+        return importlib.metadata.version("fnlight")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

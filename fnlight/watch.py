@@ -1,0 +1,85 @@
+"""Combinators that look at the metrics of every step: exact means over an epoch, and losses that are no numbers.
+
+Both put off their work: a step appends to a list, and what was put off is done where it is due.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fnlight.errors import NonFiniteError
+from fnlight.metrics import MEDIA, Tally
+from fnlight.pipe import Combinator
+from fnlight.state import TrainState
+from fnlight.when import Tick, condition, steps
+
+Metrics = Mapping[str, Any]
+
+
+def epoch_means() -> Combinator:
+    """Add the exact means of the training metrics over each epoch to the history, as ``train/loss`` and so on.
+
+    Returns:
+        A combinator from `Step` to `Step`; an epoch that is resumed half-way still gets its exact mean.
+
+    Example:
+        >>> print(epoch_means())
+        epoch_means
+    """
+
+    def wrap(step: Any) -> Any:
+        def averaged(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+            epoch = state.progress.epoch
+            state, metrics = step(state, batch)
+            tally: Tally = state.store.memory["epoch_means"]
+            tally.add(state.progress.step, metrics)
+            if state.progress.epoch != epoch:
+                found = {f"train/{k}": v for k, v in tally.read().items() if not isinstance(v, MEDIA)}
+                state = state.recorded(found)
+                tally.clear()
+            return state, metrics
+
+        return averaged
+
+    return Combinator("epoch_means", wrap, "step", "step", init=lambda store: Tally(), phase="history", yields=("train/",))
+
+
+def check_finite(every: Callable[[Tick], bool] = steps(50)) -> Combinator:
+    """Raise when a loss was NaN or infinite; looked at when it is due, so that no step waits for the device.
+
+    Args:
+        every: When it is due; make it fire wherever a checkpoint is saved, so that none is saved after the fact.
+
+    Returns:
+        A combinator from `Step` to `Step`, whose error names the first such step.
+
+    Example:
+        >>> print(check_finite(every=steps(10)))
+        check_finite(every=steps(10))
+    """
+    due = condition(every)
+
+    def checked(state: TrainState, *_: Any) -> TrainState:
+        tally: Tally = state.store.memory["check_finite"]
+        tally.settle()
+        if tally.bad is not None:
+            at = state.progress
+            raise NonFiniteError(
+                f"the loss was NaN or infinite at step {tally.bad[0]} (noticed at step {at.step}, epoch {at.epoch}, batch {at.batch}); "
+                'lower the learning rate, clip with clip_norm, look into that batch, or allow it with FitConfig(nonfinite="ignore")'
+            )
+        tally.clear()
+        return state
+
+    def wrap(step: Any) -> Any:
+        def guarded(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+            before = state.progress
+            state, metrics = step(state, batch)
+            state.store.memory["check_finite"].add(state.progress.step, {"loss": metrics["loss"]})
+            return (checked(state) if due(Tick(before, state.progress)) else state), metrics
+
+        return guarded
+
+    return Combinator(
+        "check_finite", wrap, "step", "step", args=f"every={every}", init=lambda store: Tally(), phase="update",
+        finish=checked,
+    )  # fmt: skip

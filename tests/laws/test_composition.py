@@ -1,0 +1,112 @@
+"""Law 5: `fit` is the pipe by hand is a plain loop by hand, bitwise."""
+
+import copy
+
+import pytest
+import torch
+
+from fnlight.checkpoint import last
+from fnlight.config import FitConfig
+from fnlight.data import Loaders
+from fnlight.fit import compose, fit
+from fnlight.loop import check_finite, checkpoint_every, epoch_means, evaluate_every, log_to, run, stop_when
+from fnlight.metrics import Mean
+from fnlight.pipe import pipe
+from fnlight.rng import TRAIN, fold_in, isolated, seed_generators
+from fnlight.rules import max_epochs, patience
+from fnlight.state import TrainState
+from fnlight.testing import RecordingSink, assert_trees_equal, trees_equal
+from fnlight.update import accumulate, apply, autocast, clip_norm, clip_value, ema, grad
+from fnlight.when import epochs, steps
+from tests.laws.tasks import TASKS
+
+
+def ended(step, state, loader):
+    """The last state of a run that stops by itself."""
+    return list(run(step, state, loader))[-1][0]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_fit_is_the_pipe_by_hand(name, tmp_path):
+    """A full configuration, and the thirteen combinators that it stands for, written out: one state, one history, one log, one text."""
+    case, task, val = TASKS[name], TASKS[name].make(), TASKS[name].batches(2)
+    logs = [RecordingSink(), RecordingSink(), RecordingSink()]
+
+    def config(place, log):
+        return FitConfig(
+            max_epochs=4, stop=patience("val/loss", 3), accumulate=2, precision="bf16", clip_value=0.5, clip_norm=1.0, ema=0.9,
+            dir=tmp_path / place, save_every=steps(3), keep=last(2), log_every=steps(2), sinks=log, device="cpu", progress=False,
+        )  # fmt: skip
+
+    loaders = Loaders(train=case.batches(), val=val)
+    by_config = fit(TrainState.create(task, seed=1), loaders, config("a", logs[0]))
+    composed = compose(task, config("b", logs[1]), loaders)
+    by_compose = ended(composed, TrainState.create(task, seed=1), case.batches())
+    looked_at = epochs(1) | steps(3) | steps(2)
+    by_hand = pipe(
+        task.train_step,
+        autocast(torch.bfloat16),
+        grad(),
+        accumulate(2),
+        clip_value(0.5),
+        clip_norm(1.0),
+        apply(),
+        ema(0.9),
+        check_finite(every=looked_at),
+        evaluate_every(val, epochs(1), eval_step=autocast(torch.bfloat16)(task.eval_step), weights="ema"),
+        epoch_means(),
+        checkpoint_every(tmp_path / "b", every=steps(3), keep=last(2)),
+        log_to(logs[2], every=steps(2)),
+        stop_when(patience("val/loss", 3) | max_epochs(4)),
+    )
+    assert str(by_hand) == str(composed)
+    assert_trees_equal(by_config, by_compose)
+    assert_trees_equal(by_config, ended(by_hand, TrainState.create(task, seed=1), case.batches()))
+    assert trees_equal(logs[0].records, logs[1].records)
+    assert trees_equal(logs[0].records, logs[2].records)
+
+
+def plain_loop(task, batches, num_epochs, seed):
+    """What everybody writes: forward, backward, step, with the generators seeded as fnlight documents it."""
+    model, losses, step = copy.deepcopy(task.model), [], 0
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=1e-2, fused=True) if params else None
+    for _ in range(num_epochs):
+        for batch in batches:
+            seed_generators(fold_in(seed, TRAIN, step, 0))
+            loss, _ = task.train_step(model, batch)
+            total, weight = (loss.total, loss.weight) if isinstance(loss, Mean) else (loss, 1)
+            if optimizer is not None:
+                total.backward()
+                for p in params:
+                    p.grad *= 1 / weight
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append((float(total.detach()), float(weight)))
+            step += 1
+    return model, losses
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_fit_is_a_plain_loop(name):
+    """On every task: weights, buffers and every single loss of `fit` are bitwise those of a loop without fnlight."""
+    case, task, log = TASKS[name], TASKS[name].make(), RecordingSink()
+    config = FitConfig(max_epochs=3, log_every=steps(1), sinks=log, device="cpu", progress=False)
+    state = fit(TrainState.create(task, seed=6), case.batches(), config)
+    with isolated():
+        model, losses = plain_loop(task, case.batches(), 3, seed=6)
+    assert_trees_equal(state.module(), model)
+    assert log.steps("train/loss") == {i: total / weight for i, (total, weight) in enumerate(losses, 1)}
+    parts = [losses[i : i + 3] for i in (0, 3, 6)]
+    assert [r.metrics["train/loss"] for r in state.history] == [sum(t for t, _ in each) / sum(w for _, w in each) for each in parts]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_states_compose(name):
+    """`fit` to two epochs and `fit` on to four is `fit` to four."""
+    case = TASKS[name]
+    config = {"device": "cpu", "progress": False, "ema": 0.5}
+    loaders = Loaders(train=case.batches(), val=case.batches(1))
+    whole = fit(TrainState.create(case.make()), loaders, FitConfig(max_epochs=4, **config))
+    first = fit(TrainState.create(case.make()), loaders, FitConfig(max_epochs=2, **config))
+    assert_trees_equal(fit(first, loaders, FitConfig(max_epochs=4, **config)), whole)

@@ -1,0 +1,63 @@
+"""Docs cannot rot: every Python block of every page runs, every page is in the menu, every link leads somewhere."""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.repo.source import ROOT, fences, lacking
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+LANGUAGES = {"python", "pycon", "sh", "text", "toml", "json"}
+"""What blocks may be: `python` and `pycon` run; what must not run, such as code of another library, is `text`."""
+
+
+def assert_page_runs(page: Path) -> None:
+    """Run the Python blocks of a page in a process and a folder of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+        command = [sys.executable, str(Path(__file__).with_name("run_page.py")), str(page)]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    output = (done.stdout[-2000:] + done.stderr[-4000:]).strip()
+    assert done.returncode == 0, (
+        f"a block of {page.relative_to(ROOT)} fails (try: python tests/repo/run_page.py {page.relative_to(ROOT)}):\n{output}"
+    )
+
+
+def _has_code(page: Path) -> bool:
+    return any(language in ("python", "pycon") for _, language, _ in fences(page))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if _has_code(p)], ids=lambda p: str(p.relative_to(DOCS)))
+def test_every_block_of_a_page_runs(page: Path) -> None:
+    """The Python blocks of a page run, one after the other, in one namespace."""
+    assert_page_runs(page)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_block_says_what_it_is(page: Path) -> None:
+    """Every block names its language, so that no program escapes the tests by having none."""
+    wrong = [f"{page.name}:{line}: {language or 'nothing'}" for line, language, _ in fences(page) if language not in LANGUAGES]
+    assert not wrong, lacking(wrong, f"a block must be one of {sorted(LANGUAGES)}:")
+
+
+def test_the_menu_holds_every_page() -> None:
+    """The pages in the menu of .mkdocs.yml are those in docs/, each once."""
+    menu = re.findall(r":\s+(\S+\.md)\s*$", (ROOT / ".mkdocs.yml").read_text(encoding="utf-8").split("\nnav:", 1)[1], re.M)
+    pages = sorted(p.relative_to(DOCS).as_posix() for p in PAGES)
+    missing, gone = sorted(set(pages) - set(menu)), sorted(set(menu) - set(pages))
+    assert sorted(menu) == pages, f"not in the nav of .mkdocs.yml: {missing}; in it, but not in docs/: {gone}"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    """Every relative link of a page leads to a file of this repository."""
+    prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", prose) if not re.match(r"[a-z]+:|#", link)]
+    wrong = [link for link in links if not (page.parent / link.split("#")[0]).exists()]
+    assert not wrong, f"{page.relative_to(ROOT)} links to what is not there: {wrong}"

@@ -1,0 +1,90 @@
+"""Floors: a module imports only from lower floors, so that whoever reads one never has to look up."""
+
+import ast
+from pathlib import Path
+
+from tests.repo.source import PACKAGE, called, functions, lacking, modules, noun, nouns, place, tree
+
+FLOORS = {
+    0: {"errors", "protocols"},
+    1: {"rng", "tree"},
+    2: {"metrics", "schedules", "replay"},
+    3: {"optim"},
+    4: {"state"},
+    5: {"checkpoint", "data", "when", "rules", "sinks", "pipe"},
+    6: {"update", "evaluate", "watch"},
+    7: {"loop", "config"},
+    8: {"fit"},
+    9: {"cli", "testing", "report", "__init__"},
+}
+"""One row a floor: a module imports from rows above its own, and, in a package, from the package's other files."""
+
+FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
+
+
+def _imported(path: Path, node: ast.AST) -> list[str]:
+    """The nouns of fnlight that a node imports; ``__init__`` stands for the facade itself."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and node.level:
+        base = path.relative_to(PACKAGE.parent).parts[: -node.level]
+        names = [".".join([*base, node.module or ""]).rstrip(".")]
+    elif isinstance(node, ast.ImportFrom):
+        names = [f"fnlight.{alias.name}" for alias in node.names] if node.module == "fnlight" else [node.module or ""]
+    else:
+        return []
+    parts = [name.split(".") for name in names if name.split(".")[0] == "fnlight"]
+    return [p[1] if len(p) > 1 and p[1] in nouns() else "__init__" for p in parts]
+
+
+def test_every_module_stands_on_a_floor() -> None:
+    """Every module of the package has a floor."""
+    missing = sorted(nouns() - FLOOR.keys())
+    assert not missing, f"give {missing} a floor in FLOORS of {Path(__file__).name}: one above everything that it imports"
+
+
+def test_imports_point_to_lower_floors_only() -> None:
+    """An import points down, or to a file of the same package, so nothing has to be dodged."""
+    wrong = [
+        f"{place(path, node)}: {noun(path)} (floor {FLOOR[noun(path)]}) imports {other} (floor {FLOOR[other]})"
+        for path in modules()
+        if noun(path) in FLOOR
+        for node in ast.walk(tree(path))
+        for other in _imported(path, node)
+        if other != noun(path) and FLOOR.get(other, -1) >= FLOOR[noun(path)]
+    ]
+    assert not wrong, lacking(wrong, "imports must point to lower floors; move what both need down, or hand it over as an argument:")
+
+
+def _neighbours(path: Path) -> set[Path]:
+    """The files of its own package that a file imports."""
+    found: set[Path] = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            target = PACKAGE.parent.joinpath(*node.module.split("."))
+            inner = [target / f"{alias.name}.py" for alias in node.names]
+            found |= {p for p in (target.with_suffix(".py"), target / "__init__.py", *inner) if p.exists() and noun(p) == noun(path)}
+    return found - {path}
+
+
+def test_the_files_of_a_package_have_an_order_too() -> None:
+    """Within a package, imports make no cycle: its files can be read one after the other."""
+    left = {path: _neighbours(path) for path in modules() if path.parent != PACKAGE}
+    while free := [path for path, needs in left.items() if not needs & left.keys()]:
+        for path in free:
+            del left[path]
+    assert not left, lacking([str(p.relative_to(PACKAGE.parent)) for p in sorted(left)], "these files import each other in a cycle:")
+
+
+def test_no_import_is_hidden_from_the_floors() -> None:
+    """Imports of fnlight stand at the top of a module: neither TYPE_CHECKING nor a function hides one."""
+    wrong: list[str] = []
+    for path in modules():
+        wrong += [f"{place(path, n)}: TYPE_CHECKING" for n in ast.walk(tree(path)) if isinstance(n, ast.Name) and n.id == "TYPE_CHECKING"]
+        if path == PACKAGE / "__init__.py":
+            continue  # its __getattr__ brings the submodules of the top floor when they are asked for
+        for function in functions(tree(path)):
+            for node in ast.walk(function):
+                late = bool(_imported(path, node)) or (called(node).endswith("import_module") and "fnlight" in ast.unparse(node))
+                wrong += [f"{place(path, node)}: {ast.unparse(node)}, in {function.name}"] if late else []
+    assert not wrong, lacking(wrong, "import modules of fnlight at the top of the file; only heavy outside packages are imported late:")

@@ -1,0 +1,95 @@
+"""The examples run in an empty folder, without a warning, and end with the line that their docstrings promise."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def lines_of(name: str, folder: Path, *args: str) -> list[str]:
+    """What an example prints when it is run in a folder."""
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    command = [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"), *args]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout.splitlines()
+
+
+def number_in(line: str, pattern: str) -> float:
+    """The number in a line that must look like a pattern."""
+    found = re.fullmatch(pattern, line)
+    assert found, f"{line!r} does not look like {pattern!r}"
+    return float(found[1])
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_says_how_it_is_run_and_how_it_ends(path: Path) -> None:
+    """The docstring of an example holds its command and its last line, and a test below runs it."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    assert f"    python examples/{path.name}" in text
+    assert "Expected last line: ``" in text
+    assert f'lines_of("{path.stem}"' in Path(__file__).read_text(encoding="utf-8")
+
+
+def test_digits_trains_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """The main job recognises digits it has not seen, leaves a checkpoint and logs, and resumes to a later end."""
+    first = lines_of("digits", tmp_path, "--epochs", "10")
+    assert number_in(first[-1], r"test accuracy (0\.\d{4}|1\.0000)") > 0.95
+    run = tmp_path / "runs/digits/1"
+    assert (run / "checkpoints/step-00000190/state.json").exists()
+    assert list(run.glob("events.out.tfevents.*"))
+    more = lines_of("digits", tmp_path, "--resume", "--epochs", "11")
+    assert number_in(more[-1], r"test accuracy (0\.\d{4}|1\.0000)") > 0.95
+    table = [line for line in first if re.match(r" *\d+ +\d+ +\d", line)]
+    assert len(table) == 10
+    assert [line for line in more if re.match(r" *\d+ +\d+ +\d", line)][:10] == table
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 209
+    assert [path.name for path in run.parent.iterdir()] == ["1"]
+
+
+def test_a_second_run_of_digits_leaves_the_first_alone(tmp_path: Path) -> None:
+    """Without --resume every run has a folder of its own."""
+    (tmp_path / "runs/digits/7").mkdir(parents=True)
+    lines_of("digits", tmp_path, "--epochs", "1")
+    assert sorted(path.name for path in (tmp_path / "runs/digits").iterdir()) == ["7", "8"]
+    assert not list((tmp_path / "runs/digits/7").iterdir())
+
+
+def test_a_killed_training_ends_in_the_same_bits(tmp_path: Path) -> None:
+    """A training that is killed within an epoch and resumed equals one that was not, to the last bit."""
+    lines = lines_of("resume", tmp_path)
+    assert lines[-1] == "bitwise equal after kill -9 at step 137: True"
+    assert "status -9" in lines[0]
+    assert "step=120" in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loop_of_ones_own_trains(tmp_path: Path) -> None:
+    """Without `fit` a task trains, is evaluated, saved and loaded all the same."""
+    lines = lines_of("own_loop", tmp_path)
+    assert len([line for line in lines if line.startswith("epoch ")]) == 10
+    assert number_in(lines[-1], r"test accuracy (0\.\d{4})") > 0.94
+    assert (tmp_path / "runs/own_loop/state.json").exists()
+
+
+def test_an_autoencoder_reconstructs_and_shows_pictures(tmp_path: Path) -> None:
+    """The reconstructions come close, and TensorBoard's files hold pictures of them."""
+    lines = lines_of("autoencoder", tmp_path)
+    assert number_in(lines[-1], r"mean squared error of the reconstructions: (0\.\d{4})") < 0.02
+    (events,) = (tmp_path / "runs/autoencoder").glob("events.out.tfevents.*")
+    assert b"val/images" in events.read_bytes()
+
+
+def test_dropout_at_prediction_knows_where_it_errs(tmp_path: Path) -> None:
+    """The entropy of many predictions with dropout is higher where the answer is wrong."""
+    lines = lines_of("mc_dropout", tmp_path)
+    assert re.fullmatch(r"mean entropy \d\.\d\d where right, \d\.\d\d where wrong: True", lines[-1])

@@ -1,0 +1,67 @@
+"""Laws of `fnlight.protocols`: each contract is written down, and what fnlight makes fits it."""
+
+import inspect
+from typing import Any, get_type_hints
+
+import pytest
+import torch
+from torch import nn
+
+from fnlight import protocols
+from fnlight.pipe import pipe
+from fnlight.protocols import Gradients
+from fnlight.schedules import cosine
+from fnlight.state import Task, TrainState
+from fnlight.update import apply, grad
+
+KINDS = {n: k for n, k in vars(protocols).items() if inspect.isclass(k) and getattr(k, "_is_protocol", False) and n != "Protocol"}
+PARAMETERS = {"GradFn": 3, "LossFn": 2, "EvalFn": 2, "PredictFn": 2, "Step": 2, "When": 1, "Rule": 1, "Sink": 1, "Schedule": 1}
+
+
+def train_step(model: nn.Module, batch: Any) -> Any:
+    """A loss and a metric."""
+    loss = model(batch).pow(2).mean()
+    return loss, {"twice": 2 * loss}
+
+
+def task() -> Task:
+    """A small task."""
+    return Task(nn.Linear(2, 1), train_step, configure_optimizers=lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+
+
+def test_every_protocol_is_listed() -> None:
+    """The table of this test names all protocols and the number of their parameters."""
+    assert set(KINDS) == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_contract_stands_at_the_call(name: str) -> None:
+    """Each protocol is one call, with its contract in the docstring, every type given, and parameters by position only."""
+    call = KINDS[name].__call__
+    _, *parameters = inspect.signature(call).parameters.values()
+    assert len(parameters) == PARAMETERS[name]
+    assert all(p.kind is p.POSITIONAL_ONLY for p in parameters)
+    assert (inspect.getdoc(call) or "").split("\n")[0].endswith(".")
+    assert set(get_type_hints(call)) == {*(p.name for p in parameters), "return"}
+
+
+def test_a_grad_fn_gives_gradients_in_the_order_of_the_store() -> None:
+    """What `grad` makes fits GradFn: one value a trainable parameter, a detached scalar loss, its weight and the metrics."""
+    store = TrainState.create(task()).live
+    found = pipe(train_step, grad()).fn(store, torch.ones(3, 2), 0)
+    assert isinstance(found, Gradients)
+    assert [v.shape for v in found.values] == [p.shape for p in store.params]
+    assert (found.loss.shape, found.loss.requires_grad, found.weight, found.finite) == (torch.Size([]), False, 1.0, None)
+    assert list(found.metrics) == ["loss", "twice"]
+
+
+def test_a_step_maps_state_and_batch_to_state_and_metrics() -> None:
+    """What `apply` makes fits Step."""
+    state, metrics = pipe(train_step, grad(), apply())(TrainState.create(task()), torch.ones(3, 2))
+    assert isinstance(state, TrainState)
+    assert [v.requires_grad for v in metrics.values()] == [False, False]
+
+
+def test_a_schedule_maps_a_count_to_a_factor() -> None:
+    """What `schedules` makes fits Schedule, as any plain function does."""
+    assert isinstance(cosine(10)(3), float)
