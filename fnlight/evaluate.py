@@ -76,7 +76,24 @@ def sources_of(loader: Any, device: torch.device, limit: int | float | None = No
 
 
 def evaluate_sources(state: TrainState, sources: Mapping[str, Source], fn: EvalStep, weights: str | None) -> dict[str, Any]:
-    """Evaluate on prepared sources; the global generators are the caller's to put back."""
+    """Evaluate on prepared sources; the global generators are the caller's to put back.
+
+    Args:
+        state: Where training stands.
+        sources: What `sources_of` gave.
+        fn: ``(model, batch) -> metrics``.
+        weights: The memory whose averaged weights are used; None takes the parameters.
+
+    Returns:
+        Names to floats, and to media where there are any.
+
+    Example:
+        >>> from fnlight.state import Task
+        >>> state = TrainState.create(Task(nn.Identity(), lambda model, batch: batch.sum()))
+        >>> with isolated():
+        ...     evaluate_sources(state, sources_of([torch.ones(2)], state.device), lambda model, batch: {"n": batch.sum()}, None)
+        {'n': 2.0}
+    """
     found: dict[str, Any] = {}
     with inference(state.live, weights) as module:
         for name, source in sources.items():
@@ -98,7 +115,25 @@ def _one_source(state: TrainState, module: nn.Module, source: Source, fn: EvalSt
 
 
 def step_of(state: TrainState, name: str, given: Any) -> Any:
-    """The function that was given, or else the task's; an error that says what is missing."""
+    """The function that was given, or else the task's.
+
+    Args:
+        state: Gives the task.
+        name: Such as ``"eval_step"``.
+        given: A function, or None.
+
+    Returns:
+        The function.
+
+    Raises:
+        ConfigError: If there is neither.
+
+    Example:
+        >>> from fnlight.state import Task
+        >>> state = TrainState.create(Task(nn.Identity(), lambda model, batch: batch.sum(), eval_step=max))
+        >>> step_of(state, "eval_step", None), step_of(state, "eval_step", min)
+        (<built-in function max>, <built-in function min>)
+    """
     fn = given if given is not None else getattr(state.task, name)
     if fn is None:
         raise ConfigError(f"this task has no {name}; give it one, as in fl.Task(model, train_step, {name}={name}, ...)")
@@ -107,7 +142,23 @@ def step_of(state: TrainState, name: str, given: Any) -> Any:
 
 @contextmanager
 def inference(store: Store, weights: str | None = None) -> Iterator[nn.Module]:
-    """The live module in eval mode, without gradients and with averaged weights if asked; everything is put back afterwards."""
+    """The live module in eval mode, without gradients and with averaged weights if asked; everything is put back afterwards.
+
+    Args:
+        store: Holds the module.
+        weights: The memory whose averaged weights are used; None takes the parameters.
+
+    Raises:
+        ConfigError: If there is no memory of that name.
+
+    Example:
+        >>> store = Store(nn.Dropout(), type("No", (), {"optimizer": None})(), {})
+        >>> with inference(store) as module:
+        ...     module.training
+        False
+        >>> store.module.training
+        True
+    """
     module, modes = store.module, [(m, m.training) for m in store.module.modules()]
     average = _averaged(store, weights)
     raw = {name: store.named[name].data for name in average}

@@ -181,7 +181,18 @@ def _auto_device() -> str:
 
 @contextmanager
 def settings(config: FitConfig) -> Iterator[None]:
-    """Torch's modes as a configuration asks for them, put back afterwards."""
+    """Torch's modes as a configuration asks for them, put back afterwards.
+
+    Args:
+        config: Its ``deterministic`` and ``detect_anomaly``.
+
+    Example:
+        >>> with settings(FitConfig(max_steps=1, detect_anomaly=True)):
+        ...     torch.is_anomaly_enabled()
+        True
+        >>> torch.is_anomaly_enabled()
+        False
+    """
     with ExitStack() as stack:
         if config.deterministic:
             before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

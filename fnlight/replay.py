@@ -8,7 +8,6 @@ to save, and a resumed run cannot drift.
 import copy
 import inspect
 import math
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -154,7 +153,7 @@ def _own(value: Any) -> Any:
 
 
 class _Replay:
-    """One scheduler on its shadow, somewhere on its way; only ever used under the lock of its `TorchSchedule`."""
+    """One scheduler on its shadow, somewhere on its way."""
 
     def __init__(self, make: Callable[[Any], Any], configured: Sequence[Mapping[str, Any]]) -> None:
         self.configured, self.shadow = configured, _Shadow(configured)
@@ -221,7 +220,6 @@ class TorchSchedule:
     make: Callable[[Any], Any]
     monitored: bool = False
     _last: dict[str, _Replay] = attrs.field(factory=dict, init=False)
-    _lock: Any = attrs.field(factory=threading.Lock, init=False)
 
     def groups(self, configured: Sequence[Mapping[str, Any]], count: int, values: Sequence[float] | None = None) -> list[dict[str, Any]]:
         """What each group holds after `count` steps of the scheduler, or after these values if it is monitored.
@@ -239,12 +237,11 @@ class TorchSchedule:
         """
         seen = list(values or ()) if self.monitored else None
         steps = count if seen is None else len(seen)
-        with self._lock:
-            replay = self._last.pop("replay", None)  # put back only if the scheduler did not fail half-way
-            if replay is None or not replay.stands_before(configured, steps, seen):
-                replay = _Replay(self.make, configured)
-            found = replay.forward(steps, seen)
-            self._last["replay"] = replay
+        replay = self._last.pop("replay", None)  # nobody else has it now, in any thread; put back only if the scheduler did not fail
+        if replay is None or not replay.stands_before(configured, steps, seen):
+            replay = _Replay(self.make, configured)
+        found = replay.forward(steps, seen)
+        self._last["replay"] = replay
         return found
 
     def resolved(self, groups: Sequence[Mapping[str, Any]]) -> "TorchSchedule":

@@ -77,7 +77,7 @@ def chunks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
     text = json.dumps(header, separators=(",", ":")).encode("ascii")
     text += b" " * (-len(text) % 8)
     yield memoryview(len(text).to_bytes(8, "little") + text)
-    for name in order[::-1]:
+    for name in order:
         if tensors[name].numel():
             yield _bytes(tensors[name])
 

@@ -1,13 +1,16 @@
 """What holds for every sink: nothing before the first record, any number of closes, and a text that makes it again."""
 
 import io
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import fnlight as fl
 from fnlight.config import parse
 from fnlight.errors import ConfigError, StepError
 from fnlight.sinks import CSV, JSONL, Console, TensorBoard, fan_out
@@ -176,3 +179,28 @@ def test_fan_out_refuses_what_is_no_sink() -> None:
     """A path is no sink."""
     with pytest.raises(ConfigError, match=r"fan_out takes functions of a record, but got str: 'log\.jsonl'"):
         fan_out(JSONL("a"), "log.jsonl")
+
+
+def test_a_training_that_is_done_again_from_the_middle_is_logged_once(tmp_path: Path) -> None:
+    """Three epochs, then the last two again from the state of the first: every file holds each step once."""
+
+    def train_step(model: Any, batch: Any) -> Any:
+        return model(batch).square().mean()
+
+    task = fl.Task(torch.nn.Linear(2, 1), train_step, configure_optimizers=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
+    made = JSONL(tmp_path / "log.jsonl"), CSV(tmp_path / "log.csv"), TensorBoard(tmp_path / "tb")
+    loaders = fl.Loaders(train=[torch.ones(1, 2)] * 4)
+
+    def train(state: Any, epochs: int) -> Any:
+        config = fl.FitConfig(max_epochs=epochs, sinks=made, log_every=fl.steps(2), progress=False, device="cpu")
+        return fl.fit(state, loaders, config)
+
+    first = train(fl.TrainState.create(task), 1)
+    train(first, 3)
+    once = made[0].path, Path(made[0].path).read_text(), Path(made[1].path).read_text()
+    train(first, 3)
+    assert once == (made[0].path, Path(made[0].path).read_text(), Path(made[1].path).read_text())
+    assert [json.loads(line)["step"] for line in once[1].splitlines()] == [2, 4, 6, 8, 10, 12]
+    shown = EventAccumulator(str(tmp_path / "tb"))
+    shown.Reload()
+    assert [event.step for event in shown.Scalars("train/loss")] == [2, 4, 6, 8, 10, 12]
