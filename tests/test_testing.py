@@ -6,14 +6,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fnlight.errors import ConfigError, FnlightError, StepError, TaskCheckError
-from fnlight.metrics import Mean
-from fnlight.optim import Optim
-from fnlight.pipe import pipe
-from fnlight.state import Record, Task, TrainState
+from fnlight import ConfigError, FnlightError, Mean, Optim, Record, StepError, Task, TrainState, apply, ema, grad, pipe, update
+from fnlight.errors import TaskCheckError
 from fnlight.testing import RecordingSink, assert_pure, assert_trees_equal, check_task, tiny_batches, tiny_task, trees_equal
 from fnlight.testing.compare import next_numbers
-from fnlight.update import apply, ema, grad, update
 
 KINDS = ("mlp", "convnet", "tokens")
 

@@ -143,6 +143,7 @@ def describe_state(state: TrainState) -> tuple[dict[str, Any], Tensors]:
         (7, ['weight', 'bias'])
     """
     store = state.live
+    store.settle()
     persistent, derived = split_buffers(store.module)
     params = {name: p.detach() for name, p in store.module.named_parameters()}
     tensors: Tensors = {MODEL: {**params, **persistent}, OPTIMIZER: {}, MEMORY: {}}

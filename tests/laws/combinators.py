@@ -7,14 +7,30 @@ from typing import Any
 import attrs
 import torch
 
-from fnlight.checkpoint import last
-from fnlight.loop import check_finite, checkpoint_every, epoch_means, evaluate_every, log_to, stop_when
-from fnlight.pipe import Combinator, Pipe, pipe
-from fnlight.rules import max_epochs
-from fnlight.state import Task
+from fnlight import (
+    Combinator,
+    Pipe,
+    Task,
+    accumulate,
+    apply,
+    autocast,
+    check_finite,
+    checkpoint_every,
+    clip_norm,
+    clip_value,
+    ema,
+    epoch_means,
+    epochs,
+    evaluate_every,
+    grad,
+    last,
+    log_to,
+    max_epochs,
+    pipe,
+    steps,
+    stop_when,
+)
 from fnlight.testing import RecordingSink
-from fnlight.update import accumulate, apply, autocast, clip_norm, clip_value, ema, grad
-from fnlight.when import epochs, steps
 
 
 @attrs.frozen

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fnlight.checkpoint import load, save
-from fnlight.loop import run
+from fnlight import load, run, save
 from tests.laws.combinators import pipe_with
 from tests.laws.tasks import TASKS
 from tests.laws.test_resume import loader_of

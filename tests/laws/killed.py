@@ -8,12 +8,8 @@ from pathlib import Path
 import attrs
 import torch
 
-from fnlight.checkpoint import save
-from fnlight.config import FitConfig
-from fnlight.fit import fit
-from fnlight.state import TrainState
+from fnlight import FitConfig, TrainState, fit, save, steps
 from fnlight.testing import tiny_batches, tiny_task
-from fnlight.when import steps
 
 CALLS = ("open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
 """What a save is made of, as the system sees it."""

@@ -7,9 +7,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from fnlight.metrics import Mean
-from fnlight.rng import isolated
-from fnlight.state import Task
+from fnlight import Mean, Task, isolated
 from fnlight.testing import tiny_batches, tiny_task
 
 

@@ -4,13 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fnlight.config import FitConfig
-from fnlight.data import Item
-from fnlight.fit import fit
-from fnlight.metrics import Mean
-from fnlight.pipe import pipe
-from fnlight.state import Task, TrainState
-from fnlight.update import accumulate, apply, clip_norm, grad
+from fnlight import FitConfig, Item, Mean, Task, TrainState, accumulate, apply, clip_norm, fit, grad, pipe
 from tests.laws.tasks import TASKS
 
 TRAINED = [name for name, case in TASKS.items() if case.trains]

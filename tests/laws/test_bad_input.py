@@ -12,36 +12,49 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from fnlight.checkpoint import best, load, restore, save, verify
-from fnlight.config import FitConfig
-from fnlight.data import Loaders
-from fnlight.errors import (
+from fnlight import (
     CheckpointError,
     ConfigError,
     DonatedStateError,
+    FitConfig,
     LoaderError,
+    Loaders,
+    Mean,
     MismatchError,
     MonitorError,
     NonFiniteError,
+    Optim,
     OptimizerError,
     OptimizerWarning,
     SeamError,
     StepError,
-    TaskCheckError,
+    Task,
+    TrainState,
+    apply,
+    best,
+    ema,
+    evaluate,
+    evaluate_every,
+    fit,
+    grad,
+    load,
+    log_to,
+    max_epochs,
+    max_steps,
+    patience,
+    pipe,
+    plateau,
+    reached,
+    restore,
+    run,
+    save,
+    steps,
+    stop_when,
+    verify,
 )
-from fnlight.evaluate import evaluate
-from fnlight.fit import fit
-from fnlight.loop import evaluate_every, log_to, run, stop_when
-from fnlight.metrics import Mean
-from fnlight.optim import Optim
-from fnlight.pipe import pipe
-from fnlight.replay import plateau
-from fnlight.rules import max_epochs, max_steps, patience, reached
-from fnlight.state import Task, TrainState
+from fnlight.errors import TaskCheckError
 from fnlight.testing import RecordingSink, assert_trees_equal, check_task, tiny_batches, tiny_task
 from fnlight.testing.compare import next_numbers, snapshot
-from fnlight.update import apply, ema, grad
-from fnlight.when import steps
 
 QUIET = {"device": "cpu", "progress": False}
 

@@ -5,19 +5,39 @@ import copy
 import pytest
 import torch
 
-from fnlight.checkpoint import last
-from fnlight.config import FitConfig
-from fnlight.data import Loaders
-from fnlight.fit import compose, fit
-from fnlight.loop import check_finite, checkpoint_every, epoch_means, evaluate_every, log_to, run, stop_when
-from fnlight.metrics import Mean
-from fnlight.pipe import pipe
-from fnlight.rng import TRAIN, fold_in, isolated, seed_generators
-from fnlight.rules import max_epochs, patience
-from fnlight.state import TrainState
+from fnlight import (
+    FitConfig,
+    Loaders,
+    Mean,
+    TrainState,
+    accumulate,
+    apply,
+    autocast,
+    check_finite,
+    checkpoint_every,
+    clip_norm,
+    clip_value,
+    compose,
+    ema,
+    epoch_means,
+    epochs,
+    evaluate_every,
+    fit,
+    fold_in,
+    grad,
+    isolated,
+    last,
+    log_to,
+    max_epochs,
+    patience,
+    pipe,
+    run,
+    seed_generators,
+    steps,
+    stop_when,
+)
+from fnlight.rng import TRAIN
 from fnlight.testing import RecordingSink, assert_trees_equal, trees_equal
-from fnlight.update import accumulate, apply, autocast, clip_norm, clip_value, ema, grad
-from fnlight.when import epochs, steps
 from tests.laws.tasks import TASKS
 
 

@@ -4,15 +4,8 @@ import inspect
 
 import pytest
 
-from fnlight.checkpoint import save
-from fnlight.config import FitConfig
-from fnlight.errors import DonatedStateError
-from fnlight.evaluate import evaluate, predict
-from fnlight.fit import fit
-from fnlight.loop import run
-from fnlight.state import TrainState
+from fnlight import DonatedStateError, FitConfig, TrainState, evaluate, fit, predict, pure, run, save, update
 from fnlight.testing import trees_equal
-from fnlight.update import pure, update
 from tests.laws.combinators import CHOICES, pipe_with
 from tests.laws.tasks import TASKS
 

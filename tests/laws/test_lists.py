@@ -8,7 +8,7 @@ import typing
 import pytest
 
 import fnlight
-from fnlight.pipe import Combinator
+from fnlight import Combinator
 from fnlight.testing import check_task
 from tests.laws.combinators import ENTRIES
 from tests.laws.tasks import TASKS

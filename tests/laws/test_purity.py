@@ -7,16 +7,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from fnlight.config import FitConfig
-from fnlight.data import Item, Loaders
-from fnlight.errors import MemoryWarning
-from fnlight.evaluate import evaluate, predict
-from fnlight.fit import fit
-from fnlight.loop import run
-from fnlight.state import TrainState
+from fnlight import FitConfig, Item, Loaders, MemoryWarning, TrainState, evaluate, fit, predict, pure, run, update
 from fnlight.testing import assert_pure, assert_trees_equal, trees_equal
 from fnlight.testing.compare import next_numbers, snapshot
-from fnlight.update import pure, update
 from tests.laws.combinators import CHOICES, pipe_with
 from tests.laws.tasks import TASKS
 

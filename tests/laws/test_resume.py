@@ -12,16 +12,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from fnlight.checkpoint import load, save, step_path
-from fnlight.config import FitConfig
-from fnlight.data import Loaders
-from fnlight.fit import fit
-from fnlight.loop import run
-from fnlight.optim import Optim
-from fnlight.replay import plateau
-from fnlight.state import TrainState
+from fnlight import FitConfig, Loaders, Optim, TrainState, fit, load, plateau, run, save, steps
+from fnlight.checkpoint import step_path
 from fnlight.testing import assert_trees_equal, tiny_batches, tiny_task
-from fnlight.when import steps
 from tests.laws.combinators import CHOICES, pipe_with
 from tests.laws.tasks import TASKS
 

@@ -9,17 +9,25 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fnlight
-from fnlight.config import FitConfig
-from fnlight.data import Loaders
-from fnlight.fit import compose, fit
-from fnlight.loop import run, stop_when
-from fnlight.pipe import pipe
-from fnlight.rules import max_steps
-from fnlight.sinks import CSV, JSONL, TensorBoard
-from fnlight.state import Task, TrainState
+from fnlight import (
+    CSV,
+    JSONL,
+    FitConfig,
+    Loaders,
+    Task,
+    TensorBoard,
+    TrainState,
+    apply,
+    compose,
+    fit,
+    grad,
+    max_steps,
+    pipe,
+    run,
+    steps,
+    stop_when,
+)
 from fnlight.testing import RecordingSink, tiny_batches, tiny_task
-from fnlight.update import apply, grad
-from fnlight.when import steps
 
 PACKAGE = str(Path(fnlight.__file__).parent)
 SYNCS = ("item", "tolist", "numpy", "cpu", "__float__", "__int__", "__bool__", "__index__", "__array__", "is_nonzero")

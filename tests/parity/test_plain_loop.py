@@ -11,17 +11,24 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, Re
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fnlight.config import FitConfig
-from fnlight.data import Loaders, Source
-from fnlight.evaluate import evaluate
-from fnlight.fit import fit
-from fnlight.metrics import Mean
-from fnlight.optim import Optim
-from fnlight.replay import from_torch
-from fnlight.rng import TRAIN, fold_in, isolated, seed_generators
-from fnlight.state import Task, TrainState
+from fnlight import (
+    FitConfig,
+    Loaders,
+    Mean,
+    Optim,
+    Source,
+    Task,
+    TrainState,
+    evaluate,
+    fit,
+    fold_in,
+    from_torch,
+    isolated,
+    seed_generators,
+    steps,
+)
+from fnlight.rng import TRAIN
 from fnlight.testing import RecordingSink, assert_trees_equal
-from fnlight.when import steps
 
 SEED, EPOCHS = 8, 3
 ADAMW = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
