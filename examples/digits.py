@@ -8,7 +8,7 @@
 The images are moved, turned and scaled a little each time they are read. Their random numbers follow from the seed, the epoch and
 the image, so a resumed run sees the very images that the uninterrupted one sees.
 
-Expected last line: ``test accuracy 0.9975`` or so, above 0.985 in any case.
+Expected last line: ``test accuracy 1.0000``; other hardware may miss one or two of the 397 images, 0.0025 each, but stays above 0.985.
 """
 
 from pathlib import Path

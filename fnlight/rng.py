@@ -67,8 +67,11 @@ def seed_generators(key: int, device: torch.device | None = None) -> None:
     random.seed(key)
     numpy: Any = sys.modules.get("numpy")
     if numpy is not None:
-        numpy.random.seed(low)
-    extra = _accelerator(device)
+        try:
+            numpy.random.mtrand._rand.seed(low)  # what numpy.random.seed calls, at a third of the time
+        except (AttributeError, TypeError):  # a bit generator of the user's choice
+            numpy.random.seed(low)
+    extra = None if device is None or device.type == "cpu" else _accelerator(device)
     if extra is not None:
         _device_generator(extra).manual_seed(key >> 1)  # signed 64 bits
 

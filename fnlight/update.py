@@ -14,7 +14,7 @@ from torch import Tensor
 from fnlight.data import Item
 from fnlight.errors import ConfigError, OptimizerError, StepError
 from fnlight.metrics import Mean
-from fnlight.optim import set_lr
+from fnlight.optim import set_lr, take_step
 from fnlight.pipe import Combinator, Pipe, mean_of_group, pipe
 from fnlight.protocols import Gradients
 from fnlight.rng import TRAIN, fold_in, isolated, seed_generators
@@ -280,7 +280,7 @@ def _optimize(store: Store, grad_fn: Callable[..., Gradients], batches: Any, key
     found = grad_fn(store, batches, key)
     if optimizer is not None:
         _put(store, found)
-        optimizer.step()
+        take_step(optimizer)
     elif store.params:
         raise OptimizerError(
             "this task cannot train: its parameters require gradients, but it has no configure_optimizers; give fl.Task one"

@@ -14,6 +14,8 @@ from fnlight.testing import tiny_batches, tiny_task
 CALLS = ("open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
 """What a save is made of, as the system sees it."""
 
+MANY = 1 << 60
+
 
 class Countdown:
     """Kill this process at the n-th of the calls that change files."""
@@ -71,8 +73,12 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     root = Path(sys.argv[1])
-    save(train(root / "uninterrupted", resume=False), root / "whole")
-    instants = [(dying_in_a_step, 1), (dying_in_a_step, 5), *((dying_in_a_save, n) for n in (4, 9, 15, 22, 28, 33, 37, 43, 50, 56, 61, 67))]
+    counter = Countdown(MANY)
+    whole = train(root / "uninterrupted", resume=False)
+    calls = MANY - counter.left
+    save(whole, root / "whole")
+    saves = [calls * part // 13 for part in range(1, 13)] + [calls - 1, calls]
+    instants = [(dying_in_a_step, 1), (dying_in_a_step, 5), *((dying_in_a_save, n) for n in saves)]
     for at, (dying, when) in enumerate(instants):
         folder = root / f"killed-{at}"
         print(in_a_child(dying(folder, when)), flush=True)
