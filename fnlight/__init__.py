@@ -41,6 +41,7 @@ from fnlight.errors import (
     OptimizerWarning,
     SeamError,
     StepError,
+    TaskCheckError,
 )
 from fnlight.evaluate import collect, evaluate, predict
 from fnlight.fit import compose, fit
@@ -112,6 +113,7 @@ __all__ = [
     "Sum",
     "Tally",
     "Task",
+    "TaskCheckError",
     "TensorBoard",
     "Text",
     "Tick",

@@ -210,3 +210,10 @@ def test_a_mapping_of_the_user_is_a_mapping() -> None:
     """What tokenisers return is walked like a dict."""
     assert isinstance(Batch(), Mapping)
     assert dict(leaves(Batch(ids=ONE))) == {"ids": ONE}
+
+
+def test_a_zero_of_another_sign_is_a_difference():
+    """Bitwise means the sign of zero too, while NaN equals NaN of any sign."""
+    assert list(differences(torch.tensor([0.0]), torch.tensor([-0.0]))) == [": zeros of another sign"]
+    assert equal(torch.tensor([float("nan"), 1.0]), torch.tensor([-float("nan"), 1.0]))
+    assert not equal(torch.tensor([float("nan"), 1.0]), torch.tensor([1.0, 1.0]))

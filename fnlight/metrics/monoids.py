@@ -41,7 +41,7 @@ class Mean:
         return self.total / self.weight
 
     def __float__(self) -> float:
-        return float(self.compute())
+        return _float(self.compute())
 
 
 @attrs.frozen(eq=False)
@@ -72,7 +72,7 @@ class Sum:
         return self.value
 
     def __float__(self) -> float:
-        return float(self.value)
+        return _float(self.value)
 
 
 @attrs.frozen(eq=False)
@@ -103,7 +103,7 @@ class Max:
         return self.value
 
     def __float__(self) -> float:
-        return float(self.value)
+        return _float(self.value)
 
 
 @attrs.frozen(eq=False)
@@ -134,7 +134,11 @@ class Min:
         return self.value
 
     def __float__(self) -> float:
-        return float(self.value)
+        return _float(self.value)
+
+
+def _float(value: Any) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 def _pick(a: Any, b: Any, tensors: Callable[..., Any], numbers: Callable[..., Any]) -> Any:
@@ -171,7 +175,7 @@ class Last:
         return self.value
 
     def __float__(self) -> float:
-        return math.nan if self.value is None else float(self.value)
+        return math.nan if self.value is None else _float(self.value)
 
 
 @attrs.frozen(eq=False)

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fnlight as fl
 
-BATCH, STEPS = 32, 1000
+BATCH, STEPS = 32, 3000
 
 
 def mlp() -> nn.Module:
