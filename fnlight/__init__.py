@@ -42,6 +42,7 @@ from fnlight.errors import (
     SeamError,
     StepError,
     TaskCheckError,
+    TaskWarning,
 )
 from fnlight.evaluate import collect, evaluate, predict
 from fnlight.fit import compose, fit
@@ -114,6 +115,7 @@ __all__ = [
     "Tally",
     "Task",
     "TaskCheckError",
+    "TaskWarning",
     "TensorBoard",
     "Text",
     "Tick",

@@ -87,3 +87,7 @@ class LoaderWarning(UserWarning):
 
 class OptimizerWarning(UserWarning):
     """A trainable parameter that no optimizer holds."""
+
+
+class TaskWarning(UserWarning):
+    """A task that trains, but probably not as it was meant to."""

@@ -1,6 +1,7 @@
 """`fit`: one standard composition of the parts; `compose` returns the very pipe that it runs."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from fnlight.checkpoint import newest, restore, writable
 from fnlight.config import FitConfig
 from fnlight.data import Loaders, Source, group_at
-from fnlight.errors import ConfigError, LoaderError
+from fnlight.errors import ConfigError, LoaderError, TaskWarning
 from fnlight.evaluate import evaluate
 from fnlight.loop import checkpoint_every, evaluate_every, log_to, run, stop_when
 from fnlight.optim import monitored
@@ -205,8 +206,16 @@ def settings(config: FitConfig) -> Iterator[None]:
 
 def _preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pipe) -> None:
     """What can be known to be wrong before the first step."""
+    _check_alone(config)
     if config.dir is not None:
         writable(config.dir)
+    if state.store.params and not state.store.module.training:
+        warnings.warn(
+            "the model is in eval mode: dropout is off and BatchNorm does not learn its statistics; if that is not meant, call model.train() "
+            "before fl.Task(model, ...)",
+            TaskWarning,
+            stacklevel=3,
+        )
     asked = [name for c in step.combinators for name in c.monitors if name.startswith("val/")]
     watched = [name for name in (state.store.optim.monitor,) if name is not None and name.startswith("val/")]
     wanted = list(dict.fromkeys((*asked, *watched)))
@@ -220,6 +229,17 @@ def _preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pip
         trial = attrs.evolve(state, history=type(state.history)()).recorded({f"val/{k}": v for k, v in found.items()})
         for name in unseen:
             monitored(trial.history, name)
+
+
+def _check_alone(config: FitConfig) -> None:
+    """Several processes would each train a model of their own, and nobody would notice."""
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    world = torch.distributed.get_world_size() if started else int(os.environ.get("WORLD_SIZE", "1"))
+    if config.parallel == "auto" and world > 1:
+        raise ConfigError(
+            f"this process is one of {world}, but this version of fnlight trains in one; start one process, "
+            "or let each train for itself with FitConfig(parallel=None)"
+        )
 
 
 def _check_reachable(config: FitConfig, wanted: list[str]) -> None:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from fnlight.checkpoint import checkpoints, last
 from fnlight.config import FitConfig
 from fnlight.data import Loaders
-from fnlight.errors import ConfigError, LoaderError, MonitorError, StepError
+from fnlight.errors import ConfigError, LoaderError, MonitorError, StepError, TaskWarning
 from fnlight.fit import compose, fit
 from fnlight.metrics import Mean
 from fnlight.optim import Optim
@@ -310,3 +310,18 @@ def test_retention_holds_over_a_resume(tmp_path):
     assert [step for step, _ in checkpoints(tmp_path)] == [4, 8]
     fit(created(), both(), config(max_epochs=4, dir=tmp_path, keep=last(2), resume=True))
     assert [step for step, _ in checkpoints(tmp_path)] == [12, 16]
+
+
+def test_several_processes_are_refused_rather_than_trained_apart(monkeypatch):
+    """Under a launcher each process would train a model of its own; that has to be asked for."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"this process is one of 2, but this version of fnlight trains in one; .*parallel=None"):
+        fit(created(), both(), config(max_steps=1))
+    assert fit(created(), both(), config(max_steps=1, parallel=None)).progress.step == 1
+
+
+def test_a_model_in_eval_mode_is_trained_as_it_is_with_a_warning():
+    """Modes are the user's, but dropout that is off by oversight is worth a word."""
+    with pytest.warns(TaskWarning, match=r"the model is in eval mode: dropout is off .*call model.train\(\)"):
+        state = fit(created(model=nn.Linear(3, 3).eval()), both(), config(max_steps=1))
+    assert not state.store.module.training

@@ -58,6 +58,7 @@ def boundary(case, task, state, tmp_path):
     }
 
 
+@pytest.mark.filterwarnings("ignore:the model is in eval mode")
 @pytest.mark.parametrize("function", ["update", "pure", "run", "fit", "evaluate", "predict", "create"])
 @pytest.mark.parametrize("name", TASKS)
 def test_the_caller_finds_everything_as_it_was(name, function, tmp_path):
