@@ -91,6 +91,14 @@ def test_any_bytes_are_refused_as_a_manifest(data: bytes) -> None:
         parse(data)
 
 
+def test_a_size_says_more_than_a_digest(run: Path) -> None:
+    """A file that is cut short is told apart from one that is altered, without reading all of it."""
+    file = Path(step_path(run, 2)) / "model.safetensors"
+    size = file.stat().st_size
+    DAMAGE["cut short"](file)
+    assert verify(file.parent) == [f"model.safetensors has {size - 1} bytes, but {size} were written"]
+
+
 def test_all_broken_is_an_error_and_no_newest(run: Path) -> None:
     """Where no checkpoint is sound, nothing is loaded, and each one is named."""
     for step in (1, 2):

@@ -51,17 +51,22 @@ def test_a_state_comes_back_from_a_remote_store(run: str) -> None:
 
 
 def test_the_manifest_is_written_last(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files go first, so that a checkpoint with a manifest is whole."""
+    """Files go first, and an old manifest goes before them, so that a checkpoint with a manifest is whole."""
     written: list[str] = []
+    marked: list[bool] = []
     real = MemoryFileSystem.open
 
     def recorded(self: Any, path: str, mode: str = "rb", **more: Any) -> Any:
-        written.extend([path.rpartition("/")[2]] * (mode == "wb"))
+        if mode == "wb":
+            written.append(path.rpartition("/")[2])
+            marked.append(self.exists(f"{path.rpartition('/')[0]}/state.json"))
         return real(self, path, mode, **more)
 
     monkeypatch.setattr(MemoryFileSystem, "open", recorded)
     save(OLD, run)
-    assert written == ["model.safetensors", "optimizer.safetensors", "memory.safetensors", "state.json"]
+    save(NEW, run)
+    assert written == 2 * ["model.safetensors", "optimizer.safetensors", "memory.safetensors", "state.json"]
+    assert marked == 8 * [False]
 
 
 def test_damage_in_a_remote_store_is_named_and_passed_over(run: str) -> None:

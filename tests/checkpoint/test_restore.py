@@ -154,6 +154,15 @@ def test_a_value_changed_in_the_code_wins_and_is_reported(tmp_path: Path, reader
     assert unlike(saved, load(path, mlp(2, 1))) == []
 
 
+def test_the_code_wins_over_the_state_that_is_filled_as_well(tmp_path: Path) -> None:
+    """A value that the code configures otherwise than the checkpoint is what the code configures, not what a schedule made of it since."""
+    path = save(stepped(mlp(2, 1)), tmp_path / "state")
+    like = stepped(mlp(2, 1, configure=lambda model: sgd(model, lr=0.05)))
+    groups(like)[0]["lr"] = 0.001
+    with pytest.warns(CheckpointWarning, match=r"lr: 0\.1 in the checkpoint, 0\.05 now"):
+        assert groups(restore(path, like))[0]["lr"] == 0.05
+
+
 def test_several_changed_values_are_all_named(tmp_path: Path) -> None:
     """Each changed value has its line, whatever its type; equal lines of several groups are one."""
     path = save(trained(), tmp_path / "state")
@@ -250,6 +259,17 @@ def test_freezing_a_part_drops_its_memory_and_says_so(tmp_path: Path) -> None:
     assert sorted(frozen.opt_state) == ["1.bias", "1.weight"]
     with pytest.warns(CheckpointWarning, match=r"the optimizer did not hold these then, and their memory starts afresh: 0.bias, 0.weight"):
         assert sorted(load(save(frozen, tmp_path / "state"), mlp(2, 2, 1)).opt_state) == ["1.bias", "1.weight"]
+
+
+def test_a_part_that_is_trained_anew_keeps_the_memory_that_its_optimizer_made(tmp_path: Path) -> None:
+    """Adagrad makes its slots at once; those of a parameter that was frozen when it was saved are still there."""
+    adagrad = lambda model: torch.optim.Adagrad(p for p in model.parameters() if p.requires_grad)
+    task = mlp(2, 2, 1, configure=adagrad)
+    task.model[0].requires_grad_(requires_grad=False)  # pyright: ignore[reportIndexIssue]
+    path = save(stepped(task), tmp_path / "state")
+    with pytest.warns(CheckpointWarning, match="did not hold these then, and their memory starts afresh"):
+        found = load(path, mlp(2, 2, 1, configure=adagrad))
+    assert [found.opt_state[name]["step"].item() for name in found.params] == [0, 0, 2, 2]
 
 
 def test_buffers_outside_the_state_dict_may_change_with_the_model(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from fnlight.errors import CheckpointWarning, ConfigError
 from fnlight.state import Record
 from tests.checkpoint.tasks import trained
 
-STEPS = st.lists(st.integers(0, 60), unique=True)
-HISTORIES = st.dictionaries(st.integers(0, 60), st.sampled_from([0.0, 1.0, 2.0, math.inf, -math.inf, math.nan]) | st.none()).map(
+STEPS = st.lists(st.integers(0, 12), unique=True)
+HISTORIES = st.dictionaries(st.integers(0, 12), st.sampled_from([0.0, 1.0, 2.0, math.inf, -math.inf, math.nan]) | st.none()).map(
     lambda values: [Record(step, 0, {} if value is None else {"val/loss": value}) for step, value in values.items()]
 )
 ATOMS = st.one_of(st.builds(last, st.integers(1, 9)), st.builds(every, st.integers(1, 9)),
@@ -69,6 +69,13 @@ def test_best_keeps_the_best(n: int, mode: str, steps: list[int], history: list[
     assert len(chosen) == min(n, len(values))
     assert chosen <= set(values)
     assert all(rank(kept) < rank(dropped) for kept in chosen for dropped in set(values) - chosen)
+
+
+def test_of_equals_the_earlier_is_better() -> None:
+    """A value has to be beaten, not met; NaN is beaten by anything."""
+    history = [Record(step, 0, {"x": value}) for step, value in [(1, math.nan), (2, 0.5), (3, 0.5), (4, math.inf), (5, math.nan)]]
+    chosen = [best("x", n)([5, 4, 3, 2, 1], history) for n in range(1, 6)]
+    assert chosen == [{2}, {2, 3}, {2, 3, 4}, {1, 2, 3, 4}, {1, 2, 3, 4, 5}]
 
 
 def test_every_counts_steps() -> None:
