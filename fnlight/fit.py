@@ -9,10 +9,10 @@ from typing import Any
 import attrs
 import torch
 
-from fnlight.checkpoint import newest, restore, writable
+from fnlight.checkpoint import checkpoints, newest, restore, writable
 from fnlight.config import FitConfig
 from fnlight.data import Loaders, Source, group_at
-from fnlight.errors import ConfigError, LoaderError, TaskWarning
+from fnlight.errors import BrokenCheckpointError, ConfigError, LoaderError, TaskWarning
 from fnlight.evaluate import evaluate
 from fnlight.loop import checkpoint_every, evaluate_every, log_to, run, stop_when
 from fnlight.optim import monitored
@@ -164,7 +164,13 @@ def _resumed(state: TrainState, config: FitConfig) -> TrainState:
             f"{config.dir} holds a run already, up to {os.path.basename(found)}; go on from it with FitConfig(resume=True), or give another dir"
         )
     if found is not None:
-        return restore(config.dir or "", state)
+        return restore(found, state)
+    broken = checkpoints(config.dir) if config.dir is not None else []
+    if broken:
+        raise BrokenCheckpointError(
+            f"none of the {len(broken)} checkpoints of {config.dir} is sound, so there is nothing to go on from, and starting afresh there would "
+            "overwrite them; look at fl.verify(path), restore them from a copy, or give another dir"
+        )
     return state if config.donate else state.copy()
 
 

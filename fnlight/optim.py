@@ -178,6 +178,8 @@ def _choose_fused(optimizer: Optimizer, module: nn.Module) -> None:
         chosen = group.get("foreach") is not None or group.get("differentiable") or group.get("capturable")
         if "fused" not in group or group["fused"] is not None or chosen:
             return
+        if type(optimizer) is torch.optim.SGD and group["momentum"]:
+            return  # torch's fused kernel fails where a parameter gets its first gradient later than others
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if not all(p.is_floating_point() and p.device.type in ("cpu", "cuda") and type(p) is nn.Parameter for p in params):
         return

@@ -15,6 +15,8 @@ import attrs
 import torch
 
 _MASK = (1 << 64) - 1
+_PYTHON: Any = random.seed.__self__  # the generator behind `random.random` and the others
+_seed_python: Any = random.Random.__base__.seed  # pyright: ignore[reportOptionalMemberAccess]  # what random.seed comes to for a number
 
 # The first number folded into a seed says what the random numbers are for, so that no two purposes share a stream.
 TRAIN, ORDER, SAMPLE, COLLATE, LOADER, EVALUATE, PREDICT = range(1, 8)
@@ -64,7 +66,8 @@ def seed_generators(key: int, device: torch.device | None = None) -> None:
     """
     low = key & 0xFFFFFFFF  # torch's CPU generator and NumPy take 32 bits
     torch.default_generator.manual_seed(low)
-    random.seed(key)
+    _seed_python(_PYTHON, key)
+    _PYTHON.gauss_next = None
     numpy: Any = sys.modules.get("numpy")
     if numpy is not None:
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import LBFGS
 
 from fnlight.data import Item
 from fnlight.errors import ConfigError, OptimizerError, StepError
@@ -70,7 +71,9 @@ def grad() -> Combinator:
     def wrap(loss_fn: Any) -> Any:
         def grad_fn(store: Store, batch: Any, key: int) -> Gradients:
             seed_generators(key, store.device)
-            total, weight, metrics = _read(loss_fn(store.module, batch), store)
+            total, weight, metrics = loss_fn(store.module, batch), 1.0, {}
+            if total.__class__ is not Tensor or total.dim() or not total.requires_grad:
+                total, weight, metrics = _read(total, store)
             if store.params:
                 total.backward()
             loss = total.detach()
@@ -245,27 +248,26 @@ def apply() -> Combinator:
         >>> print(pipe(lambda model, batch: model(batch).sum(), grad(), apply()))
         <lambda> > grad > apply
     """
+    streams: dict[int, int] = {}  # of a pure function: seeds and what they are folded to
 
     def wrap(grad_fn: Any) -> Any:
         def step(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
-            store, progress = state.live, state.progress
+            store, progress = state.store, state.progress
+            if store.version != state.version:
+                store = state.live  # raises
             item = batch if batch.__class__ is Item else Item.of(batch, state=state)
             if store.optim.schedule is not None:
                 set_lr(store.optim, progress, state.history)
+            key = fold_in(streams.get(state.seed) or streams.setdefault(state.seed, fold_in(state.seed, TRAIN)), progress.step)
             store.version += 1  # from here on the input is donated, whatever happens
             try:
-                found = _optimize(store, grad_fn, item.batches, fold_in(state.seed, TRAIN, progress.step))
+                found = _optimize(store, grad_fn, item.batches, key)
             finally:
                 for p in store.params:
                     p.grad = None
             store.position, store.media = item.position, None
-            after = Progress(
-                progress.step + 1,
-                item.epoch + item.last,
-                0 if item.last else item.batch,
-                progress.samples + item.samples,
-                progress.seconds + item.seconds,
-            )
+            batch, seconds = (0 if item.last else item.batch), progress.seconds + item.seconds
+            after = Progress(progress.step + 1, item.epoch + item.last, batch, progress.samples + item.samples, seconds)
             return TrainState(state.task, after, state.seed, state.history, None, store, store.version), found.metrics
 
         return step
@@ -275,7 +277,7 @@ def apply() -> Combinator:
 
 def _optimize(store: Store, grad_fn: Callable[..., Gradients], batches: Any, key: int) -> Gradients:
     optimizer = store.optim.optimizer
-    if isinstance(optimizer, torch.optim.LBFGS):
+    if isinstance(optimizer, LBFGS):
         return _optimize_closure(store, grad_fn, batches, key)
     found = grad_fn(store, batches, key)
     if optimizer is not None:

@@ -6,13 +6,17 @@ Both put off their work: a step appends to a list, and what was put off is done 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fnlight.errors import NonFiniteError
-from fnlight.metrics import MEDIA, Tally
+from fnlight.metrics import MEDIA, Mean, Tally
 from fnlight.pipe import Combinator
 from fnlight.state import TrainState
 from fnlight.when import Tick, condition, steps
 
 Metrics = Mapping[str, Any]
+_STACK = 256  # losses after which they become one tensor: bounded memory without a host sync
 
 
 def epoch_means() -> Combinator:
@@ -59,27 +63,37 @@ def check_finite(every: Callable[[Tick], bool] = steps(50)) -> Combinator:
     due = condition(every)
 
     def checked(state: TrainState, *_: Any) -> TrainState:
-        tally: Tally = state.store.memory["check_finite"]
-        tally.settle()
-        if tally.bad is not None:
-            at = state.progress
+        tree, at = state.store.memory["check_finite"], state.progress
+        fine = torch.isfinite(_stacked(tree)) if tree["losses"] or tree["chunks"] else torch.ones(0, dtype=torch.bool)
+        if not bool(fine.all()):
+            step = at.step - len(fine) + 1 + int(fine.logical_not().nonzero()[0])
             raise NonFiniteError(
-                f"the loss was NaN or infinite at step {tally.bad[0]} (noticed at step {at.step}, epoch {at.epoch}, batch {at.batch}); "
+                f"the loss was NaN or infinite at step {step} (noticed at step {at.step}, epoch {at.epoch}, batch {at.batch}); "
                 'lower the learning rate, clip with clip_norm, look into that batch, or allow it with FitConfig(nonfinite="ignore")'
             )
-        tally.clear()
+        tree["losses"], tree["chunks"] = [], []
         return state
 
     def wrap(step: Any) -> Any:
         def guarded(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
             before = state.progress
             state, metrics = step(state, batch)
-            state.store.memory["check_finite"].add(state.progress.step, {"loss": metrics["loss"]})
+            tree, loss = state.store.memory["check_finite"], metrics["loss"]
+            tree["losses"].append(loss.total if loss.__class__ is Mean else loss)
+            if len(tree["losses"]) >= _STACK:
+                tree["chunks"], tree["losses"] = [_stacked(tree)], []
             return (checked(state) if due(Tick(before, state.progress)) else state), metrics
 
         return guarded
 
     return Combinator(
-        "check_finite", wrap, "step", "step", args=f"every={every}", init=lambda store: Tally(), phase="update",
+        "check_finite", wrap, "step", "step", args=f"every={every}",
+        init=lambda store: {"losses": [], "chunks": []}, phase="update",
         finish=checked,
     )  # fmt: skip
+
+
+def _stacked(tree: dict[str, list[Any]]) -> Tensor:
+    """The losses since the last check, oldest first, shape [steps]."""
+    losses = [loss if isinstance(loss, Tensor) else torch.tensor(float(loss)) for loss in tree["losses"]]
+    return torch.cat([*tree["chunks"], torch.stack(losses)]) if losses else torch.cat(tree["chunks"])

@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader
 from fnlight.checkpoint import checkpoints, last
 from fnlight.config import FitConfig
 from fnlight.data import Loaders
-from fnlight.errors import ConfigError, LoaderError, MonitorError, StepError, TaskWarning
+from fnlight.errors import BrokenCheckpointError, ConfigError, LoaderError, MonitorError, StepError, TaskWarning
 from fnlight.fit import compose, fit
 from fnlight.metrics import Mean
 from fnlight.optim import Optim
-from fnlight.rules import patience, reached
 from fnlight.replay import plateau
+from fnlight.rules import patience, reached
 from fnlight.sinks import JSONL
 from fnlight.state import Task, TrainState
 from fnlight.when import at_end, epochs, steps
@@ -325,3 +325,16 @@ def test_a_model_in_eval_mode_is_trained_as_it_is_with_a_warning():
     with pytest.warns(TaskWarning, match=r"the model is in eval mode: dropout is off .*call model.train\(\)"):
         state = fit(created(model=nn.Linear(3, 3).eval()), both(), config(max_steps=1))
     assert not state.store.module.training
+
+
+def test_a_run_whose_checkpoints_are_all_broken_is_not_started_over(tmp_path):
+    """Resuming names each broken checkpoint, refuses, and leaves them as they are."""
+    fit(created(), both(), config(max_epochs=1, dir=tmp_path))
+    manifest = tmp_path / "checkpoints" / "step-00000004" / "state.json"
+    manifest.write_text("{}")
+    with (
+        pytest.warns(UserWarning, match="passed over a broken checkpoint: .*step-00000004"),
+        pytest.raises(BrokenCheckpointError, match="none of the 1 checkpoints of .* is sound, so there is nothing to go on from"),
+    ):
+        fit(created(), both(), config(max_epochs=2, dir=tmp_path, resume=True))
+    assert manifest.read_text() == "{}"

@@ -117,7 +117,8 @@ def test_seconds_come_from_the_clock():
     """Each step is charged with what passed since the one before was asked for."""
     times = iter(range(0, 1000, 5))
     _, found = ran(stop_when(max_steps(3)), clock=lambda: float(next(times)))
-    assert [s.progress.seconds for s, _ in found][1] - [s.progress.seconds for s, _ in found][0] == 5.0
+    first, second, _ = (s.progress.seconds for s, _ in found)
+    assert second - first == 5.0
 
 
 def test_evaluations_are_records_of_the_history():

@@ -433,3 +433,16 @@ def test_memory_moves_with_its_parameters() -> None:
     to_device(SimpleNamespace(param_groups=[{"params": [param, nn.Parameter(torch.zeros(1))]}], state={param: slots}))
     assert (slots["exp_avg"].device.type, slots["step"].device.type, slots["phase"]) == ("meta", "cpu", "Adam")
     assert to_device(None) is None
+
+
+def test_a_gradient_that_comes_late_does_not_break_momentum():
+    """SGD with momentum is left unfused, since torch's fused kernel cannot take a parameter that joins later."""
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    module = nn.Module()
+    module.first, module.second = first, second
+    optim = prepare(torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9), module)
+    assert optim.optimizer.param_groups[0]["fused"] is None
+    for grads in ((torch.ones(2), None), (torch.ones(2), torch.ones(2))):
+        first.grad, second.grad = grads
+        optim.optimizer.step()
+    assert second.tolist() == pytest.approx([0.9, 0.9])

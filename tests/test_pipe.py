@@ -10,7 +10,7 @@ from fnlight.errors import MemoryWarning, MonitorError, SeamError
 from fnlight.pipe import TICK, Combinator, pipe
 from fnlight.rules import patience
 from fnlight.state import Task, TrainState
-from fnlight.update import accumulate, apply, autocast, clip_norm, clip_value, ema, grad
+from fnlight.update import accumulate, apply, autocast, clip_norm, ema, grad
 
 
 def train_step(model, batch):

@@ -132,7 +132,7 @@ def test_a_weight_may_be_a_tensor_or_a_float():
     state = created()
     expected = update(created(sum_fn), data())[0]
     for weight in (torch.tensor(12), torch.tensor(12.0), 12, 12.0):
-        fn = lambda model, batch, weight=weight: Mean(F.mse_loss(model(batch), batch, reduction="sum"), weight)  # noqa: E731  # one line a case
+        fn = lambda model, batch, weight=weight: Mean(F.mse_loss(model(batch), batch, reduction="sum"), weight)  # one line a case
         after, metrics = pipe(fn, grad(), apply())(state.copy(), data())
         torch.testing.assert_close(dict(after.params), dict(expected.params), rtol=1e-6, atol=1e-7)
         assert isinstance(metrics["loss"], Mean)

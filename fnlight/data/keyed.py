@@ -64,9 +64,23 @@ class KeyedLoader:
 
         Samples that are read in this process draw from the global generators, which are seeded for each; the caller puts them back.
         """
+        todo = tasks(self.loader, span, self.shuffle)
+        return self._here(todo) if self.loader.num_workers == 0 and not self.loader.pin_memory else self._elsewhere(span, todo)
+
+    def _here(self, todo: Iterator[Task]) -> Iterator[tuple[Any, int | None, bool]]:
+        """Batches read in this process, without a loader of ours: nothing of it would be needed."""
+        keyed, collate, collated = _Keyed.of(self.loader), self.loader.collate_fn, self.loader.batch_sampler is not None
+        read = keyed.__getitems__ if collated else keyed.__getitem__
+        task = next(todo, None)
+        while task is not None:
+            after = next(todo, None)
+            yield collate(read(task)), len(task[1]) if collated else None, after is None
+            task = after
+
+    def _elsewhere(self, span: Span, todo: Iterator[Task]) -> Iterator[tuple[Any, int | None, bool]]:
+        """Batches read by workers, or put into pinned memory."""
         marks: deque[tuple[int | None, bool]] = deque()
-        collated = self.loader.batch_sampler is not None
-        for batch in self._inner(span, _marked(tasks(self.loader, span, self.shuffle), marks, collated)):
+        for batch in self._inner(span, _marked(todo, marks, self.loader.batch_sampler is not None)):
             yield batch, *marks.popleft()
             batch = None  # not kept while the next one is fetched
 

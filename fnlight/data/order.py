@@ -22,7 +22,7 @@ from fnlight.rng import SAMPLE, fold_in, isolated, seed_generators
 Task = tuple[int, Sequence[int], Any]
 """A key, the numbers that are folded into it, one a sample, and the indices to read (a single one where nothing is collated)."""
 
-_CHUNK = 64  # batches of indices drawn at a time from a sampler that is kept
+_CHUNK = 64  # batches of indices taken at a time
 
 
 @attrs.frozen(eq=False)
@@ -161,10 +161,12 @@ def _known(loader: DataLoader[Any]) -> tuple[Any, int, bool] | None:
 
 
 def _sliced_tasks(order: Tensor | None, count: int, size: int, numbers: range, key: int, collated: bool) -> Iterator[Task]:
-    for number in numbers:
-        low, high = number * size, min(count, number * size + size)
-        indices = list(range(low, high)) if order is None else order[low:high].tolist()
-        yield key, indices, indices if collated else indices[0]
+    for first in range(numbers.start, numbers.stop, _CHUNK):  # a permutation of millions is not turned into a list at once
+        begin, end = first * size, min(count, min(numbers.stop, first + _CHUNK) * size)
+        chunk = list(range(begin, end)) if order is None else order[begin:end].tolist()
+        for low in range(0, end - begin, size):
+            indices = chunk[low : low + size]
+            yield key, indices, indices if collated else indices[0]
 
 
 def _drawn_tasks(loader: DataLoader[Any], span: Span, epoch: int) -> Iterator[Task]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from functools import reduce
+from operator import attrgetter
 from typing import Any
 
 import attrs
@@ -20,6 +21,7 @@ _FOLD: dict[str, Callable[[Any, Any], Any]] = {
     "Min": lambda a, b: _pick(a, b, torch.minimum, min),
     "Last": lambda a, b: b,
 }
+_DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
 _NEUTRAL = {"Max": -math.inf, "Min": math.inf}  # what nothing comes to; it is no sign of a broken number
 _STACK = 256  # pending steps after which their scalars are stacked on the device: bounded memory without a host sync
 
@@ -119,7 +121,7 @@ class Tally:
         old = merged[1:] if merged else [None] * len(fields)
         self.totals[name] = [kind, *(_folded(kind, total, values) for total, values in zip(old, fields, strict=True))]
         for values in fields:
-            if not all(map(math.isfinite, values)):
+            if not isinstance(values, int) and not all(map(math.isfinite, values)):
                 self._blame(name, values, steps, _NEUTRAL.get(kind))
 
     def _blame(self, name: str, values: list[Any], steps: list[int], neutral: float | None) -> None:
@@ -153,8 +155,10 @@ class Tally:
         return twin
 
 
-def _folded(kind: str, total: Any, values: list[Any]) -> Any:
+def _folded(kind: str, total: Any, values: Any) -> Any:
     """Add up one value after the other, so that it does not matter how many come at a time."""
+    if isinstance(values, int):
+        return values if total is None else total + values
     if not values:
         return total
     if kind in ("Mean", "Sum"):
@@ -184,18 +188,20 @@ def _kind(value: Any) -> str | None:
     return name if SCALARS.get(name) is type(value) else None
 
 
-def _fields(kind: str, values: list[Any]) -> list[list[Any]]:
+def _fields(kind: str, values: list[Any]) -> list[Any]:
     if kind != "Mean":
         return [[v.value for v in values]]
-    if not any(isinstance(v, Mean) for v in values):
-        return [values, [1] * len(values)]
+    if Mean not in set(map(type, values)):
+        return [values, len(values)]  # so many ones
     pairs = [(v.total, v.weight) if isinstance(v, Mean) else (v, 1) for v in values]
     return [[total for total, _ in pairs], [weight for _, weight in pairs]]
 
 
-def _column(values: list[Any]) -> Any:
-    """A column of scalars: one stacked tensor where all are tensors of one type, else the list itself, so that no number is rounded."""
-    if not all(isinstance(v, Tensor) for v in values) or len({(v.dtype, v.device) for v in values}) != 1:
+def _column(values: Any) -> Any:
+    """A column of scalars: one stacked tensor where all are tensors of one type, else the values themselves, so that none is rounded."""
+    if isinstance(values, int) or not all(issubclass(t, Tensor) for t in set(map(type, values))) or len(set(map(_DTYPE, values))) != 1:
+        return values
+    if len(set(map(_DEVICE, values))) != 1:
         return values
     return torch.stack(values).detach().reshape(len(values))
 
