@@ -326,7 +326,7 @@ def test_training_with_a_torch_scheduler_equals_the_plain_loop_bitwise() -> None
     state = train(
         model, lambda m: Optim(sgd(m, momentum=0.9), from_torch(lambda o: lr_scheduler.OneCycleLR(o, 0.5, total_steps=6))), x, steps=6
     )
-    optimizer = sgd(model, momentum=0.9, fused=True)
+    optimizer = sgd(model, momentum=0.9)
     scheduler = lr_scheduler.OneCycleLR(optimizer, 0.5, total_steps=6)
     for i in range(6):
         optimizer.zero_grad()
