@@ -22,6 +22,7 @@ _FOLD: dict[str, Callable[[Any, Any], Any]] = {
     "Last": lambda a, b: b,
 }
 _DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
+_PLAIN, _MEAN = {Tensor}, ["Mean"]
 _NEUTRAL = {"Max": -math.inf, "Min": math.inf}  # what nothing comes to; it is no sign of a broken number
 _STACK = 256  # pending steps after which their scalars are stacked on the device: bounded memory without a host sync
 
@@ -49,7 +50,7 @@ class Tally:
     bad: tuple[int, str] | None = None
     _names: Any = attrs.field(default=None, init=False)
     _pending: list[tuple[int, Mapping[str, Any]]] = attrs.field(factory=list, init=False)
-    _stacked: list[dict[str, tuple[str, list[int], list[Any]]]] = attrs.field(factory=list, init=False)
+    _stacked: list[tuple["_Block | None", dict[str, tuple[str, list[int], list[Any]]]]] = attrs.field(factory=list, init=False)
     _objects: dict[str, list[Any]] = attrs.field(factory=dict, init=False)
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -85,7 +86,10 @@ class Tally:
         """Bring what is pending to the host and merge it; one host sync for all of it."""
         if self._pending:
             self._stack()
-        for columns in self._stacked:
+        for block, columns in self._stacked:
+            if block is not None:
+                for name, values in zip(block.names, block.values.tolist(), strict=True):
+                    self._merge(name, "Mean", [values, len(values)], block.steps)
             hosted = _to_host([column for _, _, fields in columns.values() for column in fields])
             place = iter(hosted)
             for name, (kind, steps, fields) in columns.items():
@@ -96,19 +100,17 @@ class Tally:
         steps = [step for step, _ in self._pending]
         rows = [metrics for _, metrics in self._pending]
         self._pending.clear()
+        found = {name: [row[name] for row in rows] for name in self._names}
+        plain = [n for n, values in found.items() if set(map(type, values)) == _PLAIN and self.totals.get(n, _MEAN)[0] == "Mean"]
+        block = _block(plain, steps, [value for name in plain for value in found[name]])
         columns: dict[str, tuple[str, list[int], list[Any]]] = {}
-        for name in self._names:
-            values = [row[name] for row in rows]
-            kind = _one_kind(name, values, self.totals.get(name))
+        for name in found if block is None else [n for n in found if n not in block.names]:
+            kind = _one_kind(name, found[name], self.totals.get(name))
             if kind is None:
-                self._keep(name, values)
-                continue
-            at = steps
-            if kind == "Last":
-                at = [step for step, v in zip(steps, values, strict=True) if v.value is not None]
-                values = [v for v in values if v.value is not None]
-            columns[name] = (kind, at, [_column(field) for field in _fields(kind, values)])
-        self._stacked.append(columns)
+                self._keep(name, found[name])
+            else:
+                columns[name] = _columns(kind, steps, found[name])
+        self._stacked.append((block, columns))
 
     def _keep(self, name: str, values: list[Any]) -> None:
         if isinstance(values[-1], MEDIA):
@@ -116,7 +118,7 @@ class Tally:
         else:
             self._objects.setdefault(name, []).extend(values)
 
-    def _merge(self, name: str, kind: str, fields: list[list[Any]], steps: list[int]) -> None:
+    def _merge(self, name: str, kind: str, fields: list[Any], steps: list[int]) -> None:
         merged = self.totals.get(name)
         old = merged[1:] if merged else [None] * len(fields)
         self.totals[name] = [kind, *(_folded(kind, total, values) for total, values in zip(old, fields, strict=True))]
@@ -153,6 +155,29 @@ class Tally:
         twin = Tally({name: list(fields) for name, fields in self.totals.items()}, self.bad)
         twin._objects = {name: list(values) for name, values in self._objects.items()}
         return twin
+
+
+@attrs.frozen(eq=False)
+class _Block:
+    """Plain scalars of many steps in one tensor, shape [names, steps]: what there mostly is, stacked and copied at once."""
+
+    names: list[str]
+    steps: list[int]
+    values: Tensor
+
+
+def _block(names: list[str], steps: list[int], values: list[Tensor]) -> _Block | None:
+    if not values or len(set(map(_DTYPE, values))) != 1 or len(set(map(_DEVICE, values))) != 1:
+        return None
+    return _Block(names, steps, torch.stack(values).detach().reshape(len(names), len(steps)))
+
+
+def _columns(kind: str, steps: list[int], values: list[Any]) -> tuple[str, list[int], list[Any]]:
+    """The fields of a monoid, a column each, with the steps they were taken at."""
+    if kind == "Last":
+        steps = [step for step, v in zip(steps, values, strict=True) if v.value is not None]
+        values = [v for v in values if v.value is not None]
+    return kind, steps, [_column(field) for field in _fields(kind, values)]
 
 
 def _folded(kind: str, total: Any, values: Any) -> Any:
