@@ -22,6 +22,7 @@ import importlib
 from typing import Any as _Any
 
 from fnlight.checkpoint import LoadReport, Retention, best, checkpoints, every, last, load, load_weights, newest, restore, save, verify
+from fnlight.clip import clip_norm, clip_value
 from fnlight.config import FitConfig
 from fnlight.data import Item, Loaders, Source, batches, concat, zip_longest, zip_shortest
 from fnlight.errors import (
@@ -50,6 +51,7 @@ from fnlight.loop import checkpoint_every, evaluate_every, log_to, run, stop_whe
 from fnlight.metrics import Cat, Figure, Histogram, Image, Last, Max, Mean, Min, Sum, Tally, Text
 from fnlight.optim import Optim
 from fnlight.pipe import Combinator, Pipe, pipe
+from fnlight.precision import autocast
 from fnlight.protocols import EvalFn, GradFn, Gradients, LossFn, PredictFn, Rule, Schedule, Sink, Step, When
 from fnlight.replay import from_torch, plateau
 from fnlight.rng import fold_in, isolated, seed_generators
@@ -57,7 +59,7 @@ from fnlight.rules import diverged, max_epochs, max_steps, max_time, min_epochs,
 from fnlight.schedules import constant, cosine, exponential, join, linear, one_cycle, polynomial, step_decay, warmup, warmup_cosine
 from fnlight.sinks import CSV, JSONL, Console, TensorBoard, fan_out
 from fnlight.state import History, Progress, Record, Store, Task, TrainState
-from fnlight.update import accumulate, apply, autocast, clip_norm, clip_value, ema, grad, pure, update
+from fnlight.update import accumulate, apply, ema, grad, pure, update
 from fnlight.watch import check_finite, epoch_means
 from fnlight.when import Tick, at_end, epochs, minutes, seconds, steps
 

@@ -10,6 +10,7 @@ import attrs
 import torch
 
 from fnlight.checkpoint import checkpoints, newest, restore, writable
+from fnlight.clip import clip_norm, clip_value
 from fnlight.config import FitConfig
 from fnlight.data import Loaders, Source, group_at
 from fnlight.errors import BrokenCheckpointError, ConfigError, LoaderError, TaskWarning
@@ -17,9 +18,10 @@ from fnlight.evaluate import evaluate
 from fnlight.loop import checkpoint_every, evaluate_every, log_to, run, stop_when
 from fnlight.optim import monitored
 from fnlight.pipe import Combinator, Pipe, pipe
+from fnlight.precision import autocast
 from fnlight.sinks import Console
 from fnlight.state import Task, TrainState
-from fnlight.update import accumulate, apply, autocast, clip_norm, clip_value, ema, grad
+from fnlight.update import accumulate, apply, ema, grad
 from fnlight.watch import check_finite, epoch_means
 from fnlight.when import epochs, seconds
 

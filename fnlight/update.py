@@ -1,10 +1,9 @@
 """The step: combinators that turn a loss into gradients, gradients into an update, and an update into a step.
 
-Innermost first: `autocast` (loss), `grad` (loss to gradients), `accumulate`, `clip_norm`, `clip_value` (gradients), `apply`
-(gradients to a step), `ema` (step). `update` is the pure standard step.
+Innermost first: `grad` (loss to gradients), `accumulate` (gradients), `apply` (gradients to a step), `ema` (step). What a loss is computed
+in stands in `fnlight.precision`, what is done to gradients in `fnlight.clip`. `update` is the pure standard step.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,41 +19,6 @@ from fnlight.pipe import Combinator, Pipe, mean_of_group, pipe
 from fnlight.protocols import Gradients
 from fnlight.rng import TRAIN, fold_in, isolated, seed_generators
 from fnlight.state import Progress, Store, TrainState
-
-_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-def autocast(dtype: torch.dtype = torch.bfloat16) -> Combinator:
-    """Run a `LossFn` (or an `EvalFn`) in mixed precision; weights and gradients stay as they are.
-
-    Args:
-        dtype: What matrix products are computed in: ``torch.bfloat16``.
-
-    Returns:
-        A combinator from `LossFn` to `LossFn`.
-
-    Raises:
-        ConfigError: If the dtype is not supported.
-
-    Example:
-        >>> double = autocast(torch.bfloat16)(lambda model, batch: model(batch))
-        >>> double(torch.nn.Linear(2, 1), torch.ones(1, 2)).dtype
-        torch.bfloat16
-    """
-    if dtype == torch.float16:
-        raise ConfigError("autocast(torch.float16) needs loss scaling, which fnlight does not have yet; use torch.bfloat16")
-    if dtype not in _DTYPES:
-        raise ConfigError(f"autocast takes torch.bfloat16, but got {dtype}")
-
-    def wrap(loss_fn: Any) -> Any:
-        def cast(model: Any, batch: Any) -> Any:
-            first = next(model.parameters(), None)
-            with torch.autocast("cpu" if first is None else first.device.type, dtype):
-                return loss_fn(model, batch)
-
-        return cast
-
-    return Combinator("autocast", wrap, "loss", "loss", args=_DTYPES[dtype])
 
 
 def grad() -> Combinator:
@@ -161,79 +125,6 @@ def accumulate(n: int | Mapping[int, int]) -> Combinator:
     if isinstance(n, Mapping) and 0 not in n:
         raise ConfigError(f"accumulate as a mapping must say what holds from epoch 0 on, but got {dict(n)!r}; add 0: 1")
     return Combinator("accumulate", mean_of_group, "sum", "grad", args=str(n), group=n)
-
-
-def clip_norm(max_norm: float) -> Combinator:
-    """Scale the gradients down so that their joint 2-norm is at most `max_norm`; the norm before is the metric ``grad_norm``.
-
-    Args:
-        max_norm: The largest norm let through.
-
-    Returns:
-        A combinator from `GradFn` to `GradFn`; it sees true gradients, after accumulation.
-
-    Raises:
-        ConfigError: If the norm is not above 0.
-
-    Example:
-        >>> print(clip_norm(1.0))
-        clip_norm(1.0)
-
-    References:
-        Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks" (2013).
-    """
-    _positive("clip_norm", max_norm)
-
-    def wrap(grad_fn: Any) -> Any:
-        def clipped(store: Store, batches: Any, key: int) -> Gradients:
-            found: Gradients = grad_fn(store, batches, key)
-            held = [v for v in found.values if v is not None]
-            norm = torch.nn.utils.get_total_norm(held)
-            if held:
-                torch._foreach_mul_(held, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
-            found.metrics["grad_norm"] = norm
-            return found
-
-        return clipped
-
-    return Combinator("clip_norm", wrap, "grad", "grad", args=str(max_norm))
-
-
-def clip_value(max_value: float) -> Combinator:
-    """Clamp every entry of the gradients to between ``-max_value`` and ``max_value``.
-
-    Args:
-        max_value: The largest absolute value let through.
-
-    Returns:
-        A combinator from `GradFn` to `GradFn`.
-
-    Raises:
-        ConfigError: If the value is not above 0.
-
-    Example:
-        >>> print(clip_value(0.5))
-        clip_value(0.5)
-    """
-    _positive("clip_value", max_value)
-
-    def wrap(grad_fn: Any) -> Any:
-        def clipped(store: Store, batches: Any, key: int) -> Gradients:
-            found: Gradients = grad_fn(store, batches, key)
-            held = [v for v in found.values if v is not None]
-            if held:
-                torch._foreach_clamp_min_(held, -max_value)
-                torch._foreach_clamp_max_(held, max_value)
-            return found
-
-        return clipped
-
-    return Combinator("clip_value", wrap, "grad", "grad", args=str(max_value))
-
-
-def _positive(name: str, value: Any) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0 or math.isinf(value):
-        raise ConfigError(f"{name} must be a finite number above 0, but got {value!r}; leave it out to switch it off")
 
 
 def apply() -> Combinator:

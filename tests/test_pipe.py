@@ -5,12 +5,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fnlight.clip import clip_norm
 from fnlight.data import Item
 from fnlight.errors import MemoryWarning, MonitorError, SeamError
 from fnlight.pipe import TICK, Combinator, pipe
+from fnlight.precision import autocast
 from fnlight.rules import patience
 from fnlight.state import Task, TrainState
-from fnlight.update import accumulate, apply, autocast, clip_norm, ema, grad
+from fnlight.update import accumulate, apply, ema, grad
 
 
 def train_step(model, batch):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from fnlight.clip import clip_norm, clip_value
 from fnlight.data import Item
 from fnlight.errors import ConfigError, DonatedStateError, OptimizerError, StepError
 from fnlight.metrics import Mean
@@ -16,7 +17,7 @@ from fnlight.optim import Optim
 from fnlight.pipe import pipe
 from fnlight.rng import TRAIN, fold_in, isolated, seed_generators
 from fnlight.state import Task, TrainState
-from fnlight.update import accumulate, apply, autocast, clip_norm, clip_value, ema, grad, pure, update
+from fnlight.update import accumulate, apply, ema, grad, pure, update
 
 
 def loss_fn(model, batch):
@@ -155,40 +156,6 @@ def test_metrics_are_merged_over_a_group():
     assert not metrics["twice"].total.requires_grad
 
 
-def test_clip_norm_sees_true_gradients_and_returns_their_norm():
-    """It clips what torch's own function clips, after the division by the weight."""
-    state = created(sum_fn)
-    norms = []
-
-    def clip(params):
-        norms.append(nn.utils.clip_grad_norm_(params, 0.01))
-
-    step = pipe(sum_fn, grad(), clip_norm(0.01), apply())
-    after, metrics = step(state.copy(), data())
-    params = plain(state, data(), clip=clip)
-    assert torch.allclose(metrics["grad_norm"], norms[0], rtol=1e-6)
-    for name, p in params.items():
-        torch.testing.assert_close(after.params[name], p, rtol=1e-6, atol=1e-8)
-
-
-def test_clip_value_clamps_every_entry():
-    """It clamps what torch's own function clamps, bitwise."""
-    state = created()
-    after, _ = pipe(loss_fn, grad(), clip_value(0.01), apply())(state.copy(), data())
-    assert same(after, plain(state, data(), clip=lambda params: nn.utils.clip_grad_value_(params, 0.01)))
-
-
-def test_autocast_computes_in_bf16_and_keeps_fp32_weights():
-    """The loss is the autocast one; parameters and gradients keep their dtype."""
-    state = created()
-    after, metrics = pipe(loss_fn, autocast(torch.bfloat16), grad(), apply())(state.copy(), data())
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = loss_fn(state.module(), data())
-    assert torch.equal(metrics["loss"], expected.detach())
-    assert after.params["weight"].dtype == torch.float32
-    assert not torch.is_autocast_enabled("cpu")
-
-
 def test_ema_is_the_recurrence():
     """average = decay * average + (1 - decay) * params, from the initial parameters on."""
     state = created()
@@ -309,11 +276,7 @@ def test_a_task_without_an_optimizer_cannot_train():
     [
         (lambda: accumulate(0), r"accumulate must be a number of batches >= 1.*but got 0"),
         (lambda: accumulate({5: 4}), r"must say what holds from epoch 0 on"),
-        (lambda: clip_norm(0), r"clip_norm must be a finite number above 0, but got 0"),
-        (lambda: clip_value(-1.0), r"clip_value must be a finite number above 0, but got -1.0"),
         (lambda: ema(1.0), r"ema must be a decay of at least 0 and below 1, but got 1.0"),
-        (lambda: autocast(torch.float16), r"autocast\(torch.float16\) needs loss scaling"),
-        (lambda: autocast(torch.float64), r"autocast takes torch.bfloat16, but got torch.float64"),
     ],
 )
 def test_a_combinator_that_means_nothing_is_refused(make, message):
