@@ -31,6 +31,7 @@ from fnlight.errors import (
     CheckpointWarning,
     ConfigError,
     DonatedStateError,
+    FaultWarning,
     FnlightError,
     LoaderError,
     LoaderWarning,
@@ -49,6 +50,7 @@ from fnlight.evaluate import collect, evaluate, predict
 from fnlight.fit import compose, fit
 from fnlight.loop import checkpoint_every, evaluate_every, log_to, run, stop_when
 from fnlight.metrics import Cat, Figure, Histogram, Image, Last, Max, Mean, Min, Sum, Tally, Text
+from fnlight.microbatch import microbatch
 from fnlight.optim import Optim
 from fnlight.pipe import Combinator, Pipe, pipe
 from fnlight.precision import autocast
@@ -74,6 +76,7 @@ __all__ = [
     "Console",
     "DonatedStateError",
     "EvalFn",
+    "FaultWarning",
     "Figure",
     "FitConfig",
     "FnlightError",
@@ -162,6 +165,7 @@ __all__ = [
     "max_epochs",
     "max_steps",
     "max_time",
+    "microbatch",
     "min_epochs",
     "min_steps",
     "minutes",

@@ -74,6 +74,13 @@ def _accumulate(_: Any, field: Any, value: Any) -> None:
         raise ConfigError(f"FitConfig(accumulate=...) as a mapping must say what holds from epoch 0 on, but got {dict(value)!r}")
 
 
+def _part(_: Any, field: Any, value: Any) -> None:
+    if value is not None and value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ConfigError(
+            f'FitConfig(microbatch=...) must be a number of samples >= 1, "auto", or None to switch it off, but got {value!r}'
+        )
+
+
 def _one_of(*allowed: Any) -> Any:
     def check(_: Any, field: Any, value: Any) -> None:
         if value not in allowed:
@@ -120,6 +127,7 @@ class FitConfig:
         min_steps: `stop` is heeded only from this many steps on.
         stop: A stop rule.
         accumulate: Batches a step, or a mapping from the epoch at which it starts to batches.
+        microbatch: Samples that are computed at a time at most, or ``"auto"``: whole batches until one does not fit into memory.
         precision: ``"fp32"`` or ``"bf16"`` (autocast).
         clip_norm: The largest 2-norm of the gradients.
         clip_value: The largest absolute value of a gradient's entry.
@@ -162,6 +170,7 @@ class FitConfig:
     min_steps: int = attrs.field(default=0, validator=_count(0, optional=False))
     stop: Callable[[Any], str | None] | None = attrs.field(default=None, validator=_callable)
     accumulate: int | Mapping[int, int] = attrs.field(default=1, validator=_accumulate)
+    microbatch: int | str | None = attrs.field(default=None, validator=_part)
     precision: str = attrs.field(default="fp32", validator=_not_yet("fp32", "bf16"))
     clip_norm: float | None = attrs.field(default=None, validator=_above_zero)
     clip_value: float | None = attrs.field(default=None, validator=_above_zero)

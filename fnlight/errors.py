@@ -91,3 +91,7 @@ class OptimizerWarning(UserWarning):
 
 class TaskWarning(UserWarning):
     """A task that trains, but probably not as it was meant to."""
+
+
+class FaultWarning(UserWarning):
+    """A fault that a run survives: a sink that fails, or a batch that did not fit into memory."""

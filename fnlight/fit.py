@@ -16,6 +16,7 @@ from fnlight.data import Loaders, Source, group_at
 from fnlight.errors import BrokenCheckpointError, ConfigError, LoaderError, TaskWarning
 from fnlight.evaluate import evaluate
 from fnlight.loop import checkpoint_every, evaluate_every, log_to, run, stop_when
+from fnlight.microbatch import microbatch
 from fnlight.optim import monitored
 from fnlight.pipe import Combinator, Pipe, pipe
 from fnlight.precision import autocast
@@ -88,6 +89,7 @@ def compose(task: Task, config: FitConfig, loaders: Any = None) -> Pipe:
         autocast(torch.bfloat16) if config.precision == "bf16" else None,
         grad(),
         accumulate(config.accumulate) if config.accumulate != 1 else None,
+        microbatch(config.microbatch) if config.microbatch is not None else None,
         clip_value(config.clip_value) if config.clip_value else None,
         clip_norm(config.clip_norm) if config.clip_norm else None,
         apply(),

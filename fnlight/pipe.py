@@ -7,7 +7,7 @@ The kinds of function, from the user's to the loop's: ``loss`` (`LossFn`), ``sum
 import warnings
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import attrs
 import torch
@@ -288,6 +288,39 @@ def mean_of_group(grad_fn: Any) -> Any:
         return found if found.weight.__class__ is float and found.weight == 1.0 else _divide(found)
 
     return grouped
+
+
+class Part(NamedTuple):
+    """A part of a batch, which a `GradFn` may be given in the place of a batch.
+
+    Args:
+        batch: Some of the samples of a batch.
+        share: Which fraction of its samples they are, in 0..1; the parts of one batch come to 1.
+
+    Example:
+        >>> loss_fn, batch = Part(torch.tensor([1.0, 3.0]), 0.5).taken(lambda model, batch: batch.mean())
+        >>> loss_fn(None, batch)
+        Mean(total=tensor(1.), weight=0.5)
+    """
+
+    batch: Any
+    share: float
+
+    def taken(self, loss_fn: Any) -> tuple[Any, Any]:
+        """The loss function of this part, and the batch to call it with: what counts with weight 1 counts with its share."""
+
+        def shared(model: Any, batch: Any) -> Any:
+            out = loss_fn(model, batch)
+            if out.__class__ is tuple and len(out) == 2 and isinstance(out[1], Mapping):
+                return _shared(out[0], self.share), {name: _shared(value, self.share) for name, value in out[1].items()}
+            return _shared(out, self.share)
+
+        return shared, self.batch
+
+
+def _shared(value: Any, share: float) -> Any:
+    number = not value.dim() if isinstance(value, Tensor) else isinstance(value, int | float)
+    return Mean(value * share, share) if number else value
 
 
 def _add(a: Gradients, b: Gradients) -> Gradients:

@@ -15,7 +15,7 @@ from fnlight.data import Item
 from fnlight.errors import ConfigError, OptimizerError, StepError
 from fnlight.metrics import Mean
 from fnlight.optim import set_lr, take_step
-from fnlight.pipe import Combinator, Pipe, mean_of_group, pipe
+from fnlight.pipe import Combinator, Part, Pipe, mean_of_group, pipe
 from fnlight.protocols import Gradients
 from fnlight.rng import TRAIN, fold_in, isolated, seed_generators
 from fnlight.state import Progress, Store, TrainState
@@ -35,7 +35,8 @@ def grad() -> Combinator:
     def wrap(loss_fn: Any) -> Any:
         def grad_fn(store: Store, batch: Any, key: int) -> Gradients:
             seed_generators(key, store.device)
-            total, weight, metrics = loss_fn(store.module, batch), 1.0, {}
+            fn, batch = batch.taken(loss_fn) if batch.__class__ is Part else (loss_fn, batch)
+            total, weight, metrics = fn(store.module, batch), 1.0, {}
             if total.__class__ is not Tensor or total.dim() or not total.requires_grad:
                 total, weight, metrics = _read(total, store)
             if store.params:

@@ -26,6 +26,7 @@ from fnlight import (
     last,
     log_to,
     max_epochs,
+    microbatch,
     pipe,
     steps,
     stop_when,
@@ -51,6 +52,8 @@ ENTRIES = {
     "grad": Entry(grad, lambda folder, val: grad()),
     "accumulate": Entry(accumulate, lambda folder, val: accumulate(2)),
     "accumulate by epoch": Entry(accumulate, lambda folder, val: accumulate({0: 1, 1: 2})),
+    "microbatch": Entry(microbatch, lambda folder, val: microbatch(4)),
+    "microbatch auto": Entry(microbatch, lambda folder, val: microbatch("auto")),
     "clip_value": Entry(clip_value, lambda folder, val: clip_value(0.01)),
     "clip_norm": Entry(clip_norm, lambda folder, val: clip_norm(0.1)),
     "apply": Entry(apply, lambda folder, val: apply()),
@@ -64,9 +67,11 @@ ENTRIES = {
 }
 EVERYTHING = "all of them"
 CHOICES = [*ENTRIES, EVERYTHING]
+OTHERS = ("accumulate", "microbatch auto")
+"""Other arguments of a combinator that the full pipe holds already."""
 
 
 def pipe_with(choice: str, task: Task, folder: Path, val: Any) -> Pipe:
-    """The shortest step that holds a combinator; or one that holds all of them, `accumulate` once."""
-    chosen = [name for name in ENTRIES if name != "accumulate"] if choice == EVERYTHING else ["grad", "apply", choice]
+    """The shortest step that holds a combinator; or one that holds each of them once."""
+    chosen = [name for name in ENTRIES if name not in OTHERS] if choice == EVERYTHING else ["grad", "apply", choice]
     return pipe(task.train_step, *(entry.build(folder, val) for name, entry in ENTRIES.items() if name in chosen))

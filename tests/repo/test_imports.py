@@ -12,7 +12,7 @@ FLOORS = {
     3: {"optim"},
     4: {"state"},
     5: {"checkpoint", "data", "when", "rules", "sinks", "pipe"},
-    6: {"precision", "clip", "update", "evaluate", "watch"},
+    6: {"precision", "clip", "microbatch", "update", "evaluate", "watch"},
     7: {"loop", "config"},
     8: {"fit"},
     9: {"cli", "testing", "report", "__init__"},

@@ -1,0 +1,151 @@
+"""Batches that do not fit into memory: `microbatch` trains on a batch in parts, as many as are asked for or as it takes."""
+
+import gc
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fnlight.data.readers import num_samples
+from fnlight.errors import ConfigError, FaultWarning, StepError
+from fnlight.pipe import Combinator, Part
+from fnlight.protocols import Gradients
+from fnlight.state import Store
+from fnlight.tree import leaves, map_tensors
+
+_SAYS_SO = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "RESOURCE_EXHAUSTED")
+
+
+def microbatch(size: int | str) -> Combinator:
+    """Compute the gradient of every batch in parts of at most so many samples; it is the gradient of the whole batch.
+
+    Parts are cut along the first dimension of every tensor of a batch, as even as possible. A loss `Mean(total, weight)` is summed with its
+    weight; a plain loss and plain metrics count with the samples of the part, so a mean over samples stays one. What couples the samples
+    of a batch sees those of its part only: BatchNorm, contrastive losses, a mean over tokens that are not evenly spread (give `Mean` there).
+    The generators are seeded for each part, so dropout draws other numbers than for the whole.
+
+    ``"auto"`` begins with whole batches. When a step runs out of memory, it is tried again, from its beginning, in parts of half the size; the
+    size that fits stays, and is saved with the state as ``memory["microbatch"]``. The step is then bitwise what it would have been with that
+    size from the start: gradients, buffers and generators of the failed attempt are undone.
+
+    Args:
+        size: Samples in a part at most, at least 1; or ``"auto"``.
+
+    Returns:
+        A combinator from `GradFn` to `GradFn` (of a group); it stands behind `grad` and `accumulate`.
+
+    Raises:
+        ConfigError: If the size is neither.
+
+    Example:
+        >>> print(microbatch(16))
+        microbatch(16)
+    """
+    if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise ConfigError(f'microbatch must be a number of samples >= 1 or "auto", but got {size!r}')
+
+    def wrap(grad_fn: Any) -> Any:
+        def parted(store: Store, batches: Sequence[Any], key: int) -> Gradients:
+            return grad_fn(store, _parts(batches, size), key)
+
+        return parted if size != "auto" else _fitting(grad_fn)
+
+    init = (lambda store: {"size": None}) if size == "auto" else None
+    return Combinator("microbatch", wrap, "grad", "grad", args=repr(size), init=init)
+
+
+def _fitting(grad_fn: Any) -> Any:
+    """A gradient function that halves the parts until they fit."""
+
+    def fitting(store: Store, batches: Sequence[Any], key: int) -> Gradients:
+        tree = store.memory["microbatch"]
+        buffers = _buffers(store.module)
+        while True:
+            parts = _parts(batches, tree["size"])
+            try:
+                return grad_fn(store, parts, key)
+            except (RuntimeError, MemoryError) as error:
+                smaller = _smaller(parts, error)
+            _undo(store, buffers)  # outside of the handler: the traceback holds the tensors that did not fit
+            warnings.warn(_split(store.module, tree["size"], smaller), FaultWarning, stacklevel=2)
+            tree["size"] = smaller
+
+    return fitting
+
+
+def _parts(batches: Sequence[Any], size: Any) -> tuple[Any, ...]:
+    """The batches of a step, those of more than `size` samples in parts."""
+    found: list[Any] = []
+    for batch in batches:
+        count = num_samples(batch)
+        if size is None or count <= size:
+            found.append(batch)
+            continue
+        number = -(-count // size)
+        ends = [count * i // number for i in range(number + 1)]
+        found += [Part(_cut(batch, a, b, count), (b - a) / count) for a, b in pairwise(ends)]
+    return tuple(found)
+
+
+def _cut(batch: Any, start: int, stop: int, count: int) -> Any:
+    """The samples from `start` to `stop` of a batch."""
+    if isinstance(batch, list) and len(batch) == count and not any(isinstance(leaf, Tensor) for _, leaf in leaves(batch)):
+        return batch[start:stop]  # texts and other things, one a sample
+    if isinstance(batch, dict):
+        return type(batch)(zip(batch, (_cut(v, start, stop, count) for v in batch.values()), strict=True))
+    if isinstance(batch, list | tuple) and getattr(batch, "_fields", None) is None:
+        return type(batch)(_cut(v, start, stop, count) for v in batch)
+
+    def cut(tensor: Tensor) -> Tensor:
+        if not tensor.dim():
+            return tensor
+        if len(tensor) != count:
+            raise StepError(
+                f"a batch of {count} samples cannot be parted: it holds a tensor of shape {list(tensor.shape)}, whose first dimension is not the samples; "
+                "leave microbatch out, or bring every tensor of the batch to shape [samples, ...] or [] in collate_fn"
+            )
+        return tensor[start:stop]
+
+    return map_tensors(cut, batch)
+
+
+def _smaller(parts: Sequence[Any], error: Exception) -> int:
+    """Half of the largest part; the error itself if it was no lack of memory, or nothing is left to part."""
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(text in str(error) for text in _SAYS_SO):
+        raise error
+    largest = max(num_samples(part.batch if part.__class__ is Part else part) for part in parts)
+    if largest <= 1:
+        error.add_note(
+            "microbatch='auto' has tried one sample at a time, and that does not fit either: use a smaller model or shorter samples"
+        )
+        raise error
+    return (largest + 1) // 2
+
+
+def _buffers(module: nn.Module) -> list[tuple[nn.Module, str, Any, Any]]:
+    """Every buffer: whose it is, its name, itself, and a copy of its values."""
+    owned = [(m, name, b) for m in module.modules() for name, b in m._buffers.items()]
+    return [(m, name, b, None if b is None else b.clone()) for m, name, b in owned]
+
+
+def _undo(store: Store, buffers: list[tuple[nn.Module, str, Any, Any]]) -> None:
+    """Forget an attempt: its gradients, what it wrote into buffers, and the memory that it holds."""
+    for p in store.params:
+        p.grad = None
+    with torch.no_grad():
+        for module, name, buffer, values in buffers:
+            module._buffers[name] = buffer if buffer is None else buffer.copy_(values)
+    gc.collect()
+    if store.device.type != "cpu":
+        empty: Callable[[], None] | None = getattr(torch.get_device_module(store.device), "empty_cache", None)
+        empty() if empty is not None else None
+
+
+def _split(module: nn.Module, before: int | None, size: int) -> str:
+    norms = [name or "the model" for name, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    coupled = f"; {', '.join(norms[:3])} from now on normalises over the samples of a part only" if norms else ""
+    tried = "whole batches" if before is None else f"parts of {before} samples"
+    return f"out of memory with {tried}: the step is repeated, and training goes on, in parts of at most {size} samples{coupled}"
