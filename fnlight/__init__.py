@@ -24,7 +24,7 @@ from typing import Any as _Any
 from fnlight.checkpoint import LoadReport, Retention, best, checkpoints, every, last, load, load_weights, newest, restore, save, verify
 from fnlight.clip import clip_norm, clip_value
 from fnlight.config import FitConfig
-from fnlight.data import Item, Loaders, Source, batches, concat, zip_longest, zip_shortest
+from fnlight.data import Item, Loaders, Source, TensorLoader, batches, concat, zip_longest, zip_shortest
 from fnlight.errors import (
     BrokenCheckpointError,
     CheckpointError,
@@ -122,6 +122,7 @@ __all__ = [
     "TaskCheckError",
     "TaskWarning",
     "TensorBoard",
+    "TensorLoader",
     "Text",
     "Tick",
     "TrainState",

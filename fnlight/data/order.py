@@ -137,8 +137,25 @@ def tasks(loader: DataLoader[Any], span: Span, shuffle: bool = True) -> Iterator
     check_start(span, end, loader)
     order = None
     if shuffle and type(sampler) is RandomSampler:
-        order = torch.randperm(count, generator=_generator(fold_in(span.seed, span.stream, span.epoch)))
+        order = permutation(span, count)
     return _sliced_tasks(order, count, size, range(span.start, end), span.key(SAMPLE), collated)
+
+
+def permutation(span: Span, count: int) -> Tensor:
+    """The order of the samples in an epoch, a function of (seed, stream, epoch).
+
+    Args:
+        span: Says which epoch.
+        count: How many samples there are.
+
+    Returns:
+        Their numbers, shape [count], int64, on the CPU.
+
+    Example:
+        >>> permutation(Span(seed=0, epoch=0), 5).sort().values.tolist()
+        [0, 1, 2, 3, 4]
+    """
+    return torch.randperm(count, generator=_generator(fold_in(span.seed, span.stream, span.epoch)))
 
 
 def _generator(key: int) -> torch.Generator:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from fnlight.data.combine import Triple
 from fnlight.data.keyed import KeyedLoader, KeyedStream
 from fnlight.data.order import Span, check_start, length_of
+from fnlight.data.tensor_loader import Held, TensorLoader
 from fnlight.errors import LoaderError, LoaderWarning
 from fnlight.rng import LOADER, fold_in, seed_generators
 from fnlight.tree import leaves
@@ -57,7 +58,7 @@ def _search_samples(batch: Any) -> int:
     return 1
 
 
-def reader_of(loader: Any, shuffle: bool) -> "Listed | Mapped | Stateful | Iterated":
+def reader_of(loader: Any, shuffle: bool) -> "Listed | Held | Mapped | Stateful | Iterated":
     """Choose how a loader is read.
 
     Args:
@@ -73,6 +74,8 @@ def reader_of(loader: Any, shuffle: bool) -> "Listed | Mapped | Stateful | Itera
     """
     if isinstance(loader, list | tuple):
         return Listed(loader)
+    if isinstance(loader, TensorLoader):
+        return Held(loader, shuffle)
     if callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None)):
         return Stateful(loader, shuffle)
     kind: Any = type(loader)

@@ -42,7 +42,7 @@ def check_loader(loader: Any, what: str) -> None:
             f"{says}the dataset {kind}; wrap it: DataLoader(dataset, batch_size=32), with batch_size=None if it gives batches already"
         )
     if isinstance(loader, Tensor | str | bytes):
-        raise TypeError(f"{says}{kind}; for one batch write [batch], for rows of a tensor DataLoader(TensorDataset(tensor), batch_size=32)")
+        raise TypeError(f"{says}{kind}; for one batch write [batch], for rows of a tensor fl.TensorLoader(tensor, batch_size=32)")
     if not isinstance(loader, Iterable):
         hint = "; call it, if it makes a loader" if callable(loader) else ""
         raise TypeError(f"{says}{kind}{hint}")
@@ -53,6 +53,7 @@ class Source:
     """A loader, read as a function of (seed, epoch); the loader itself is never changed.
 
     - A list or tuple of batches is indexed.
+    - A `TensorLoader` gathers the rows of a keyed order.
     - A map-style ``DataLoader`` is read in keyed order, with random numbers keyed for each sample; see `fnlight.data.keyed`.
     - A loader with ``state_dict`` and ``load_state_dict`` is iterated, and asked for its own place.
     - Loaders joined by `zip_shortest`, `zip_longest` or `concat` are sources themselves, keyed by their place.

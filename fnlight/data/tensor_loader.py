@@ -1,0 +1,143 @@
+"""Batches cut out of tensors that lie in memory, on any device: no dataset, no workers, no collation."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from fnlight.data.combine import Triple
+from fnlight.data.order import Span, check_start, permutation
+from fnlight.errors import LoaderError
+from fnlight.tree import leaves, map_tensors
+
+_CHUNK = 64  # batches gathered at a time: one kernel a tensor for all of them, in bounded memory
+
+
+@attrs.frozen(eq=False)
+class TensorLoader:
+    """A loader over tensors that lie in memory.
+
+    Shuffled, it gives the very batches of ``DataLoader(TensorDataset(*tensors), batch_size, shuffle=True)`` in a run, without fetching and
+    collating samples one by one: rows are gathered on the device that the tensors lie on, many batches at a time. Unshuffled batches are
+    views of the tensors, so a step must not change them, as it must not change any batch.
+
+    Args:
+        tensors: A tensor, or any tree of tensors (tuple, dict, ...), all of shape [samples, ...]; a batch is the same tree of shape [batch_size, ...].
+        batch_size: Samples a batch.
+        shuffle: True takes another order in every epoch: in a run a function of (seed, epoch), outside drawn from torch's generator.
+        drop_last: True leaves out a last batch that is smaller.
+        device: Where the tensors are moved to, once; None leaves them where they are.
+
+    Raises:
+        TypeError: If the tree holds something else than tensors with a leading dimension.
+        LoaderError: If the tensors differ in their number of samples, or there is no batch.
+
+    Example:
+        >>> loader = TensorLoader((torch.arange(5), torch.arange(5) * 10), batch_size=2)
+        >>> len(loader), [(x.tolist(), y.tolist()) for x, y in loader]
+        (3, [([0, 1], [0, 10]), ([2, 3], [20, 30]), ([4], [40])])
+    """
+
+    tensors: Any
+    batch_size: int
+    shuffle: bool = False
+    drop_last: bool = False
+    device: torch.device | None = attrs.field(default=None, kw_only=True, converter=attrs.converters.optional(torch.device))
+
+    def __attrs_post_init__(self) -> None:
+        if not isinstance(self.batch_size, int) or isinstance(self.batch_size, bool) or self.batch_size < 1:
+            raise LoaderError(f"TensorLoader(batch_size=...) must be a whole number of at least 1, but got {self.batch_size!r}")
+        _check_rows(self.tensors)
+        if len(self) == 0:
+            raise LoaderError(
+                f"TensorLoader has no batch: its {self.num_samples} samples do not fill one of batch_size={self.batch_size}"
+                f"{' and drop_last is True' if self.drop_last else ''}; check where the data is read"
+            )
+        if self.device is not None:
+            device = self.device
+            object.__setattr__(self, "tensors", map_tensors(lambda t: t.to(device), self.tensors))
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the tensors."""
+        return next(leaf.shape[0] for _, leaf in leaves(self.tensors))
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return self.num_samples // self.batch_size if self.drop_last else -(-self.num_samples // self.batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches of one epoch, outside of a run."""
+        order = torch.randperm(self.num_samples) if self.shuffle else None
+        return (batch for batch, _ in self.cut(order, 0, len(self)))
+
+    def cut(self, order: Tensor | None, start: int, stop: int) -> Iterator[tuple[Any, int]]:
+        """Batches and their numbers of samples.
+
+        Args:
+            order: The numbers of samples in the order in which they are taken, shape [samples], int64; None takes them as they lie.
+            start: The first batch.
+            stop: The batch before which to end.
+        """
+        held = [leaf for _, leaf in leaves(self.tensors)]
+        places = {} if order is None else {device: order.to(device) for device in {t.device for t in held}}
+        size, total, tree = self.batch_size, self.num_samples, self.tensors
+        flat = tree.__class__ is tuple and all(isinstance(each, Tensor) for each in tree)
+        for first in range(start, stop, _CHUNK):
+            begin, end = first * size, min(total, min(stop, first + _CHUNK) * size)
+            rows = [t[begin:end] if order is None else t.index_select(0, places[t.device][begin:end]) for t in held]
+            for parts in zip(*(chunk.split(size) for chunk in rows), strict=True):
+                yield parts if flat else _filled(tree, iter(parts)), parts[0].shape[0]
+
+
+def _filled(tree: Any, parts: Iterator[Tensor]) -> Any:
+    return map_tensors(lambda _: next(parts), tree)
+
+
+def _check_rows(tensors: Any) -> None:
+    found = list(leaves(tensors))
+    for path, leaf in found:
+        if not isinstance(leaf, Tensor) or not leaf.dim():
+            what = f"a tensor of shape {list(leaf.shape)}" if isinstance(leaf, Tensor) else f"{type(leaf).__name__}: {leaf!r:.40}"
+            raise TypeError(
+                f"TensorLoader takes tensors of shape [samples, ...], but {path or 'it'} is {what}; "
+                "turn it into a tensor with a row a sample, or use a DataLoader"
+            )
+    sizes = {path: leaf.shape[0] for path, leaf in found}
+    if len(set(sizes.values())) != 1:
+        raise LoaderError(
+            f"TensorLoader takes tensors with one number of samples, but got {sizes or 'no tensor'}; a row is a sample in all of them"
+        )
+
+
+@attrs.frozen(eq=False)
+class Held:
+    """The reader of a `TensorLoader`.
+
+    Args:
+        loader: The user's loader.
+        shuffle: False takes the data as it lies.
+
+    Example:
+        >>> reader = Held(TensorLoader(torch.arange(3), batch_size=2), shuffle=True)
+        >>> [(batch.tolist(), samples, last) for batch, samples, last in reader.epoch(Span(seed=0, epoch=0))]
+        [([0, 1], 2, False), ([2], 1, True)]
+    """
+
+    loader: TensorLoader
+    shuffle: bool
+
+    def length(self) -> int:
+        """Batches in an epoch."""
+        return len(self.loader)
+
+    def epoch(self, span: Span) -> Iterator[Triple]:
+        """A part of an epoch."""
+        loader = self.loader
+        end = len(loader) if span.stop is None else min(len(loader), span.stop)
+        check_start(span, end, loader)
+        order = permutation(span, loader.num_samples) if self.shuffle and loader.shuffle else None
+        for number, (batch, samples) in enumerate(loader.cut(order, span.start, end), span.start + 1):
+            yield batch, samples, number == end
