@@ -1,0 +1,25 @@
+"""Optimizers: what `configure_optimizers` may return, checked against its model, with memory by qualified parameter name.
+
+An optimizer keeps memory in ``state`` and, some of them, in ``param_groups``; both are saved. What the user configured is kept
+beside it (`Optim.configured`), so that a value that was changed in the code wins over the one in a checkpoint.
+"""
+
+from fnlight.optim.kernels import take_step
+from fnlight.optim.memory import OTHER, named_groups, named_state, place_slot, to_device
+from fnlight.optim.prepare import prepare
+from fnlight.optim.rates import monitored, set_lr
+from fnlight.optim.spec import Optim, copy_optimizer
+
+__all__ = [
+    "OTHER",
+    "Optim",
+    "copy_optimizer",
+    "monitored",
+    "named_groups",
+    "named_state",
+    "place_slot",
+    "prepare",
+    "set_lr",
+    "take_step",
+    "to_device",
+]

@@ -1,0 +1,97 @@
+"""What `configure_optimizers` returned, checked against its model and completed."""
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fnlight.errors import OptimizerError, OptimizerWarning
+from fnlight.optim.kernels import choose_fused
+from fnlight.optim.spec import Optim
+
+
+def prepare(made: Any, module: nn.Module) -> Optim:
+    """Check what `configure_optimizers` returned against the module, and complete it.
+
+    The fused form of a torch optimizer is switched on where it has one, all parameters allow it and the user did not choose.
+
+    Args:
+        made: An optimizer, an `Optim`, or None where nothing is trainable.
+        module: The module whose parameters it must hold.
+
+    Returns:
+        An `Optim` whose groups have ``initial_lr`` and whose `configured` is filled.
+
+    Raises:
+        OptimizerError: If it is no optimizer, holds parameters of another model, or has a torch scheduler on it.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(2, 1)
+        >>> prepare(torch.optim.SGD(model.parameters(), lr=0.1), model).configured[0]["lr"]
+        0.1
+    """
+    optim = made if isinstance(made, Optim) else Optim(made)
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if optim.optimizer is None:
+        if trainable:
+            raise OptimizerError(
+                f"configure_optimizers must return an optimizer or Optim, but returned None; trainable: {_some(trainable)}"
+            )
+        return Optim(None)
+    if not isinstance(optim.optimizer, Optimizer):
+        raise OptimizerError(
+            f"configure_optimizers must return a torch.optim.Optimizer or fl.Optim(optimizer, schedule), but returned {_describe(made)}"
+        )
+    if getattr(optim.optimizer.step, "_wrapped_by_lr_sched", False):
+        raise OptimizerError(
+            f"a torch scheduler was made on this {type(optim.optimizer).__name__}, and nobody would step it; "
+            "return fl.Optim(optimizer, schedule=fl.from_torch(lambda optimizer: Scheduler(optimizer, ...))) instead"
+        )
+    _check_parameters(optim.optimizer, module, trainable)
+    choose_fused(optim.optimizer, module)
+    for group in optim.optimizer.param_groups:
+        if optim.schedule is not None and group.get("lr") is None:
+            raise OptimizerError(f"a schedule multiplies a learning rate, but {type(optim.optimizer).__name__} has lr=None; give it one")
+        group.setdefault("initial_lr", _plain(group.get("lr")))
+    configured = [{k: copy.deepcopy(v) for k, v in g.items() if k != "params"} for g in optim.optimizer.param_groups]
+    return attrs.evolve(optim, configured=configured)
+
+
+def _check_parameters(optimizer: Optimizer, module: nn.Module, trainable: Mapping[str, Tensor]) -> None:
+    own = {id(p): name for name, p in module.named_parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    foreign = [list(p.shape) for p in held if id(p) not in own]
+    if foreign:
+        raise OptimizerError(
+            f"configure_optimizers(model) must use the parameters of the model it is given, but {type(optimizer).__name__} holds "
+            f"{len(foreign)} of another one (shapes {foreign[:5]}); write model.parameters() of the argument, not of a model outside"
+        )
+    ids = {id(p) for p in held}
+    missing = [name for name, p in trainable.items() if id(p) not in ids]
+    if missing:
+        warnings.warn(
+            f"{type(optimizer).__name__} holds no {_some(missing)}, which require gradients but will never change; "
+            "give them to the optimizer, or freeze them with requires_grad_(False)",
+            OptimizerWarning,
+            stacklevel=3,
+        )
+
+
+def _plain(lr: Any) -> Any:
+    return float(lr) if isinstance(lr, Tensor) else lr
+
+
+def _some(names: Any) -> str:
+    listed = list(names)
+    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+
+
+def _describe(made: Any) -> str:
+    if isinstance(made, Mapping):
+        return f"a dict of {sorted(map(str, made))}"
+    return f"{type(made).__name__}: {made!r:.80}"
