@@ -97,9 +97,9 @@ def compose(task: Task, config: FitConfig, loaders: Any = None) -> Pipe:
         check_finite(every=_looked_at(config)) if config.nonfinite == "raise" else None,
         _evaluation(task, config, given),
         epoch_means(),
-        checkpoint_every(config.dir, every=config.save_every or _never, keep=config.keep) if config.dir else None,
         log_to(*config.sinks, every=config.log_every) if config.sinks else None,
         log_to(Console(total_steps=_total_steps(given, config)), every=_EVERY_TICK, name="progress") if config.progress else None,
+        checkpoint_every(config.dir, every=config.save_every or _never, keep=config.keep) if config.dir else None,
         stop_when(config.bounds),
     ]
     return pipe(task.train_step, *(part for part in parts if part is not None))

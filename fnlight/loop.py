@@ -1,8 +1,8 @@
 """The loop: `run`, and the combinators that act once in a while.
 
 A tick has one order, which `pipe` enforces: **update** (`apply`, `ema`), **schedule** (the learning rate of the next update follows
-from completed work and history), **evaluate** (`evaluate_every`), **history** (`fnlight.watch.epoch_means`), **save** (`checkpoint_every`),
-**log** (`log_to`), **stop** (`stop_when`). A checkpoint therefore holds the state with its evaluation.
+from completed work and history), **evaluate** (`evaluate_every`), **history** (`fnlight.watch.epoch_means`), **log** (`log_to`),
+**save** (`checkpoint_every`), **stop** (`stop_when`). A checkpoint therefore holds the state with its evaluation, and knows what was logged.
 After the last step of a run the same order is gone through once more with a tick whose ``end`` is True.
 """
 
@@ -198,6 +198,8 @@ def checkpoint_every(dir: str | os.PathLike[str], every: Callable[[Tick], bool] 
 
     def start(state: TrainState) -> TrainState:
         writable(path)
+        tree = state.store.memory["checkpoint_every"]
+        tree["saved"] = prune(path, tree["saved"], keep, state.history)  # what a run that was killed did not come to
         return state
 
     def finish(before: TrainState, state: TrainState) -> TrainState:

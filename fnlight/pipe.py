@@ -22,7 +22,7 @@ from fnlight.tree import leaves
 
 Kind = Literal["loss", "sum", "grad", "step"]
 
-TICK = ("update", "schedule", "evaluate", "history", "save", "log", "stop")
+TICK = ("update", "schedule", "evaluate", "history", "log", "save", "stop")
 """The one order of a tick; combinators that act in a phase must stand in it."""
 
 _SAYS = {

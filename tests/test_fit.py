@@ -138,7 +138,7 @@ def test_compose_gives_the_pipe_that_fit_runs():
     assert str(made) == (
         "train_step > autocast(bf16) > grad > accumulate(2) > clip_value(0.5) > clip_norm(1.0) > apply > ema(0.9) > "
         "check_finite(every=epochs(1) | steps(3) | steps(50)) > evaluate_every(val, every=steps(3), weights='ema') > epoch_means > "
-        "checkpoint_every('runs/a', every=epochs(1), keep=last(1)) > log_to(JSONL('a.jsonl'), every=steps(50)) > "
+        "log_to(JSONL('a.jsonl'), every=steps(50)) > checkpoint_every('runs/a', every=epochs(1), keep=last(1)) > "
         "stop_when(patience('val/loss', 3) & min_steps(4) | max_steps(9))"
     )
 

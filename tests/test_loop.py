@@ -167,6 +167,31 @@ def test_a_final_state_that_was_just_saved_only_learns_why_it_ended(tmp_path):
     assert os.replace is real
 
 
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6])
+def test_a_checkpoint_knows_what_was_logged(tmp_path, k):
+    """A run that goes on from any checkpoint writes the very records that it would have written: the tick is logged before it is saved."""
+
+    def steps_of(sink, keep):
+        often = checkpoint_every(tmp_path, steps(1), keep=keep)
+        return [evaluate_every(loader(), epochs(1)), epoch_means(), log_to(sink, every=steps(3)), often, stop_when(max_steps(7))]
+
+    whole, rest = Recorder(), Recorder()
+    ran(*steps_of(whole, last(9)))
+    ran(*steps_of(rest, last(9)), state=load(checkpoints(tmp_path)[k - 1][1], created().task))
+    assert [(r.step, r.metrics) for r in rest.records] == [(r.step, r.metrics) for r in whole.records if r.step > k]
+
+
+def test_a_run_first_removes_what_a_killed_one_did_not_come_to(tmp_path):
+    """Retention is applied when a run goes on, so a run that was killed before it could delete leaves nothing for good."""
+    ran(checkpoint_every(tmp_path, steps(2), keep=last(9)), stop_when(max_steps(6)))
+    state = load(tmp_path, created().task)
+    resumed = run(pipe(train_step, grad(), apply(), checkpoint_every(tmp_path, steps(2)), stop_when(max_steps(6))), state, loader())
+    with pytest.raises(StopIteration) as end:
+        next(resumed)
+    assert end.value.value.memory["checkpoint_every"] == {"saved": [6]}
+    assert [step for step, _ in checkpoints(tmp_path)] == [6]
+
+
 def test_only_what_this_run_wrote_is_removed(tmp_path):
     """Retention leaves other directories alone, and keeps what it says."""
     other = tmp_path / "checkpoints" / "step-00000001"

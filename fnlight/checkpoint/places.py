@@ -2,9 +2,9 @@
 
 import os
 import re
-import secrets
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import attrs
@@ -281,8 +281,10 @@ def writable(dir: Path) -> None:
         return
     try:
         make(folder)
-        probe = folder.child(f".probe-{secrets.token_hex(4)}")
-        os.mkdir(probe.path)
-        os.rmdir(probe.path)
+        probe = folder.child(".probe")
+        with suppress(FileExistsError):  # of a run that was killed here, or that begins at this moment
+            os.mkdir(probe.path)
+        with suppress(FileNotFoundError):
+            os.rmdir(probe.path)
     except OSError as error:
         raise cannot_write(folder.path, error) from error

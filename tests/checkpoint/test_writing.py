@@ -103,6 +103,9 @@ def test_a_run_asks_before_it_works(tmp_path: Path) -> None:
     """`writable` makes the directory, leaves nothing in it, and refuses a place that cannot be written."""
     writable(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b" / "checkpoints").iterdir()) == []
+    (tmp_path / "a" / "b" / "checkpoints" / ".probe").mkdir()  # of a run that was killed as it asked
+    writable(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b" / "checkpoints").iterdir()) == []
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CheckpointError, match=r"cannot write .*file/checkpoints: .*; choose a path whose parents are directories"):
         writable(tmp_path / "file")

@@ -75,8 +75,8 @@ def test_fit_is_the_pipe_by_hand(name, tmp_path):
         check_finite(every=looked_at),
         evaluate_every(val, epochs(1), eval_step=autocast(torch.bfloat16)(task.eval_step), weights="ema"),
         epoch_means(),
-        checkpoint_every(tmp_path / "b", every=steps(3), keep=last(2)),
         log_to(logs[2], every=steps(2)),
+        checkpoint_every(tmp_path / "b", every=steps(3), keep=last(2)),
         stop_when(patience("val/loss", 3) | max_epochs(4)),
     )
     assert str(by_hand) == str(composed)

@@ -1,0 +1,147 @@
+"""A program: kill trainings at every kind of instant, go on with them, and count what was lost.
+
+``python tests/faults/campaign.py --kills 200 --runs 50`` prints a table and ends with 1 if anything was lost.
+"""
+
+import argparse
+import collections
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from fnlight import load, newest, save
+from fnlight.testing import assert_trees_equal
+from tests.faults.processes import Shared, Watch, dying, every_instant, in_a_child, instants
+from tests.faults.training import STEPS, make_loaders, make_task, train
+
+
+def uninterrupted(root):
+    """Train without a fault; what a resumed run must end in, the calls that its saves make, and the seconds that it takes."""
+
+    def watched():
+        watch = Watch(root / "whole" / "checkpoints")
+        then = time.perf_counter()
+        save(train(root / "whole"), root / "final")
+        return "\n".join([f"{time.perf_counter() - then}", *(label for label in watch.seen)])
+
+    code, text = in_a_child(watched)
+    assert code == 0, text
+    seconds, *labels = text.split("\n")
+    return load(root / "final", make_task()), labels, float(seconds)
+
+
+def killed(folder, at, instant, durable):
+    Watch(folder / "checkpoints", at, dying(instant), durable)
+    train(folder)
+
+
+def leftovers(folder):
+    """Hidden files and folders, which a killed save may leave until the next one, and nobody after that."""
+    return [p.relative_to(folder) for p in folder.rglob("*") if p.name.startswith(".") and not p.name.startswith(".state.json")]
+
+
+def went_on(folder, whole, durable, reference, workers=0):
+    """Go on with a run that was killed: nothing that was saved may be missing, and its end is bitwise that of the whole."""
+    found = newest(folder)
+    step = 0 if found is None else int(found[-8:])
+    assert step >= durable, f"step {durable} was in its place, but the newest sound checkpoint is {found}"
+    if found is not None:
+        assert load(found, make_task()).progress.step == step
+    resumed = train(folder, loaders=make_loaders(workers))
+    assert_trees_equal(resumed, whole)
+    assert resumed.stopped == whole.stopped
+    assert not leftovers(folder), f"left behind: {leftovers(folder)}"
+    names = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert names == [f"step-{s:08d}" for s in (STEPS - 1, STEPS)], f"checkpoints: {names}"
+    assert (folder / "log.jsonl").read_bytes() == (reference / "log.jsonl").read_bytes(), "the log differs"
+
+
+class Tally:
+    """What was tried, and what was lost."""
+
+    def __init__(self):
+        self.tried, self.lost = collections.Counter(), []
+
+    def take(self, kind, code, text):
+        self.tried[kind] += 1
+        if code:
+            self.lost.append(f"{kind}: {code}\n{text}")
+
+
+def kills(root, count, seed, tally):
+    """Die at so many instants of saves and deletions, each kind of call among them, and go on."""
+    whole, labels, _ = uninterrupted(root)
+    chosen = instants(labels, count, seed)
+    for i, (at, instant) in enumerate(chosen):
+        folder, durable = root / f"kill-{i}", Shared()
+        code, text = in_a_child(killed, folder, at, instant, durable)
+        if code != -signal.SIGKILL:
+            tally.take("kills that did not happen", code or 1, f"{at} {instant}\n{text}")
+            continue
+        code, text = in_a_child(went_on, folder, whole, durable.get(), root / "whole")
+        tally.take(f"killed {instant} a call of {at[0].split()[0]}", code, f"{at}\n{text}")
+        shutil.rmtree(folder, ignore_errors=True)
+    return len(every_instant(labels)), len(chosen)
+
+
+def runs(root, count, seed, tally):
+    """Kill whole runs at random times, again and again until they end; every fifth with workers."""
+    whole, _, seconds = uninterrupted(root)
+    rng = random.Random(seed)
+    for i in range(count):
+        folder, workers = root / f"run-{i}", 2 * (i % 5 == 0)
+        for _ in range(100):
+            durable = Shared()
+            code, text = in_a_child(watched_run, folder, durable, workers, kill_after=rng.uniform(0, seconds * (3 if workers else 1)))
+            if code != -signal.SIGKILL:
+                break
+            tally.tried["deaths at random times"] += 1
+            tally.tried["... of them in a save or a deletion"] += bool(folder.exists() and leftovers(folder))
+        code, text = in_a_child(went_on, folder, whole, durable.get(), root / "whole") if code == 0 else (code, text)
+        tally.take("whole runs killed at random times until they ended", code, text)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def watched_run(folder, durable, workers):
+    Watch(folder / "checkpoints", renamed=durable)
+    train(folder, loaders=make_loaders(workers))
+
+
+def main():
+    """Run the campaign."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=200, help="deaths at chosen system calls")
+    parser.add_argument("--runs", type=int, default=50, help="whole runs killed at random times")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dir", default=None, help="where the runs lie; TMPDIR may be on another file system")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    temporary = sorted(os.listdir(tempfile.gettempdir()))
+    tally = Tally()
+    with tempfile.TemporaryDirectory(dir=given.dir, prefix="faults-") as folder:
+        if given.kills:
+            root = Path(folder) / "kills"
+            kinds, chosen = kills(root, given.kills, given.seed, tally)
+            print(f"{kinds} kinds of instants of a save, {chosen} deaths chosen")
+        if given.runs:
+            runs(Path(folder) / "runs", given.runs, given.seed, tally)
+        left = sorted(set(os.listdir(tempfile.gettempdir())) - {*temporary, os.path.basename(folder)})
+    for kind, number in sorted(tally.tried.items()):
+        print(f"{number:6} {kind}")
+    print(f"{len(left):6} files left in {tempfile.gettempdir()}")
+    print(f"{len(tally.lost):6} lost")
+    for text in tally.lost[:5]:
+        print(text)
+    sys.exit(bool(tally.lost))
+
+
+if __name__ == "__main__":
+    main()
