@@ -1,6 +1,5 @@
 """A folder of a remote store, through fsspec: no renames there, so the manifest, written last, is the commit mark."""
 
-import hashlib
 import posixpath
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,8 +8,9 @@ from typing import Any
 import attrs
 from torch import Tensor
 
+from fnlight.checkpoint.digest import Digest
 from fnlight.checkpoint.folder import cannot_write
-from fnlight.checkpoint.manifest import FILES, STATE, digest_of
+from fnlight.checkpoint.manifest import FILES, STATE
 from fnlight.errors import CheckpointError
 
 
@@ -70,9 +70,11 @@ class Bucket:
         store, path = self._at(name)
         return store.cat_file(path)
 
-    def digest(self, name: str) -> str:
-        """The digest of a file."""
-        return digest_of(self.read(name))
+    def digest(self, name: str, kind: str) -> str:
+        """The digest of a file, of one of `KINDS`."""
+        digest = Digest(kind)
+        digest.update(self.read(name))
+        return str(digest)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of a safetensors file."""
@@ -82,14 +84,14 @@ class Bucket:
 
     def write(self, name: str, chunks: Iterable[memoryview | bytes]) -> dict[str, Any]:
         """Write a file; its size and digest are taken on the way."""
-        size, digest = 0, hashlib.sha256()
+        size, digest = 0, Digest()
         store, path = self._at(name)
         with store.open(path, "wb") as file:
             for chunk in chunks:
                 size += len(chunk)
                 digest.update(chunk)
                 file.write(chunk)
-        return {"size": size, "digest": f"sha256:{digest.hexdigest()}"}
+        return {"size": size, "digest": str(digest)}
 
     @contextmanager
     def replacing(self, overwrite: bool) -> Iterator["Bucket"]:

@@ -9,13 +9,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from fnlight.checkpoint.digest import KINDS
 from fnlight.errors import BrokenCheckpointError, CheckpointError
 
-FORMAT = 1
+FORMAT = 2
+"""Format 2 differs from format 1 in the kind of its digests only."""
 STATE = "state.json"
 MODEL, OPTIMIZER, MEMORY = FILES = ("model.safetensors", "optimizer.safetensors", "memory.safetensors")
 
 _FIRST = re.compile(rb'\{"format": ([0-9]{1,9}), "digest": "(sha256:[0-9a-f]{64})",\n')
+_DIGEST = re.compile("|".join(f"{kind}:[0-9a-f]{{{digits}}}" for kind, digits in KINDS.items()))
 _ANY_FORMAT = re.compile(rb'\{"format": ([0-9]{1,9}),')
 _WRITER = re.compile(rb'^"fnlight": "([^"\n]{1,40})"', re.MULTILINE)
 
@@ -84,10 +87,10 @@ def parse(data: bytes) -> dict[str, Any]:
         writer = _WRITER.search(data)
         version = f"fnlight {writer[1].decode('ascii', 'replace')}" if writer else "a newer fnlight"
         raise BrokenCheckpointError(
-            f"state.json has format {int(found[1])}, written by {version}, but this fnlight reads format {FORMAT}; install {version} or later"
+            f"state.json has format {int(found[1])}, written by {version}, but this fnlight reads formats up to {FORMAT}; install {version} or later"
         )
     first = _FIRST.match(data)
-    if not first or int(first[1]) != FORMAT:
+    if not first or not 1 <= int(first[1]) <= FORMAT:
         raise BrokenCheckpointError(f"state.json does not begin as one of fnlight's does: {data[:60]!r}")
     if digest_of(data[first.end() :]) != first[2].decode("ascii"):
         raise BrokenCheckpointError("state.json is cut short or altered: its digest differs from the one in its first line")
@@ -117,7 +120,7 @@ def _check(body: Mapping[str, Any]) -> None:
             raise ValueError(f"{name!r} is none of the files of a checkpoint, {list(FILES)}")
         if type(entry["size"]) is not int or entry["size"] < 0:
             raise ValueError(f"the size of {name} is {entry['size']!r}")
-        if not re.fullmatch("sha256:[0-9a-f]{64}", entry["digest"]):
+        if not _DIGEST.fullmatch(entry["digest"]):
             raise ValueError(f"the digest of {name} is {entry['digest']!r:.80}")
         for dtype, shape in entry["tensors"].values():
             if not isinstance(dtype, str) or not all(type(n) is int for n in shape):

@@ -231,7 +231,7 @@ def _compare(folder: Folder | Bucket, name: str, entry: Mapping[str, Any], diges
             return f"{name} is missing"
         if size != entry["size"]:
             return f"{name} has {size} bytes, but {entry['size']} were written"
-        if digests and folder.digest(name) != entry["digest"]:
+        if digests and folder.digest(name, entry["digest"].partition(":")[0]) != entry["digest"]:
             return f"{name} is altered: its digest differs from the one in state.json"
     except OSError as error:
         return f"{name} cannot be read: {error}"

@@ -126,4 +126,4 @@ def forge_bytes(path: str | Path, text: Callable[[str], str]) -> None:
     """Change the text of a manifest, its digest included."""
     file = Path(path) / "state.json"
     rest = text(file.read_text(encoding="ascii").partition("\n")[2]).encode()
-    file.write_bytes(f'{{"format": 1, "digest": {json.dumps(manifest.digest_of(rest))},\n'.encode() + rest)
+    file.write_bytes(f'{{"format": {manifest.FORMAT}, "digest": {json.dumps(manifest.digest_of(rest))},\n'.encode() + rest)

@@ -1,5 +1,6 @@
 """Damaged and hostile files: found, named, and passed over for the previous checkpoint; never run, never followed."""
 
+import hashlib
 import re
 import shutil
 from collections.abc import Callable
@@ -84,7 +85,7 @@ def test_every_flipped_bit_of_the_manifest_is_found(sound: Path) -> None:
             parse(bytes(changed))
 
 
-@given(st.binary() | st.binary().map(lambda rest: b'{"format": 1, "digest": "sha256:' + b"0" * 64 + b'",\n' + rest))
+@given(st.binary() | st.binary().map(lambda rest: b'{"format": 2, "digest": "sha256:' + b"0" * 64 + b'",\n' + rest))
 def test_any_bytes_are_refused_as_a_manifest(data: bytes) -> None:
     """Random bytes give the error for broken checkpoints and no other."""
     with pytest.raises(BrokenCheckpointError, match=r"state\.json"):
@@ -124,10 +125,27 @@ def test_a_save_that_was_cut_short_has_no_commit_mark(run: Path) -> None:
         assert newest(run) == step_path(run, 2)
 
 
+def test_a_checkpoint_of_format_1_is_read_and_its_damage_found(run: Path) -> None:
+    """Its files have other digests, and all else is the same."""
+    path = Path(step_path(run, 2))
+
+    def older(body: dict[str, Any]) -> None:
+        for name, entry in body["files"].items():
+            entry["digest"] = f"sha256:{hashlib.sha256((path / name).read_bytes()).hexdigest()}"
+
+    forge(path, older)
+    manifest = path / "state.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"format": 2', b'"format": 1', 1))
+    assert verify(path) == []
+    assert unlike(load(path, TASK), STATE) == []
+    flip(path / "optimizer.safetensors")
+    assert verify(path) == ["optimizer.safetensors is altered: its digest differs from the one in state.json"]
+
+
 def test_a_newer_format_says_which_version_reads_it(run: Path) -> None:
     """A checkpoint of a newer fnlight is refused with the version to install."""
     file = Path(step_path(run, 2)) / "state.json"
-    text = re.sub('"fnlight": "[^"]*"', '"fnlight": "9.1"', file.read_text().replace('"format": 1', '"format": 7'))
+    text = re.sub('"fnlight": "[^"]*"', '"fnlight": "9.1"', file.read_text().replace('"format": 2', '"format": 7'))
     file.write_text(text)
     with pytest.raises(
         BrokenCheckpointError, match=r"state\.json has format 7, written by fnlight 9\.1, .*; install fnlight 9\.1 or later"
@@ -273,4 +291,4 @@ def test_a_run_loads_by_its_directory_or_by_that_of_its_checkpoints(run: Path) -
 def test_an_old_manifest_without_a_version_is_not_guessed_at() -> None:
     """A manifest of format 0, which never was, is refused."""
     with pytest.raises(BrokenCheckpointError, match="does not begin as one of fnlight's does"):
-        parse(render({"files": {}}).replace(b'"format": 1', b'"format": 0'))
+        parse(render({"files": {}}).replace(b'"format": 2', b'"format": 0'))
