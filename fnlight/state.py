@@ -7,6 +7,7 @@ A state whose version is past raises `DonatedStateError` when its tensors are re
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, SupportsIndex, overload
 
@@ -18,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from fnlight.errors import DonatedStateError, OptimizerError
 from fnlight.metrics import Tally
 from fnlight.optim import Optim, named_state, prepare, to_device
-from fnlight.rng import isolated
+from fnlight.rng import isolated, seed_generators
 
 
 @attrs.frozen(eq=False)
@@ -150,7 +151,7 @@ class Store:
         False
     """
 
-    __slots__ = ("device", "media", "memory", "module", "named", "optim", "owner", "params", "position", "version")
+    __slots__ = ("device", "media", "memory", "module", "named", "optim", "owner", "params", "position", "seed", "version")
 
     def __init__(self, module: nn.Module, optim: Optim, memory: dict[str, Any]) -> None:
         self.module, self.optim, self.memory = module, optim, memory
@@ -162,6 +163,7 @@ class Store:
         self.params = [p for p in self.named.values() if p.requires_grad]
         first = next((t for t in (*module.parameters(), *module.buffers())), None)
         self.device = torch.device("cpu") if first is None else first.device
+        self.seed = partial(seed_generators, device=self.device)  # what a kernel seeds the generators with; a trace puts its own here
 
     def settle(self) -> None:
         """Bring to rest what waits to be read: pending metrics, and the place of a loader that keeps its own."""

@@ -5,8 +5,10 @@ in stands in `fnlight.precision`, what is done to gradients in `fnlight.clip`. `
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 from torch.optim import LBFGS
@@ -17,7 +19,7 @@ from fnlight.metrics import Mean
 from fnlight.optim import set_lr, take_step
 from fnlight.pipe import Combinator, Part, Pipe, mean_of_group, pipe
 from fnlight.protocols import Gradients
-from fnlight.rng import TRAIN, fold_in, isolated, seed_generators
+from fnlight.rng import TRAIN, fold_in, isolated
 from fnlight.state import Progress, Store, TrainState
 
 
@@ -34,7 +36,7 @@ def grad() -> Combinator:
 
     def wrap(loss_fn: Any) -> Any:
         def grad_fn(store: Store, batch: Any, key: int) -> Gradients:
-            seed_generators(key, store.device)
+            store.seed(key)
             fn, batch = batch.taken(loss_fn) if batch.__class__ is Part else (loss_fn, batch)
             total, weight, metrics = fn(store.module, batch), 1.0, {}
             if total.__class__ is not Tensor or total.dim() or not total.requires_grad:
@@ -140,34 +142,74 @@ def apply() -> Combinator:
         >>> print(pipe(lambda model, batch: model(batch).sum(), grad(), apply()))
         <lambda> > grad > apply
     """
-    streams: dict[int, int] = {}  # of a pure function: seeds and what they are folded to
 
-    def wrap(grad_fn: Any) -> Any:
-        def step(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
-            store, progress = state.store, state.progress
-            if store.version != state.version:
-                store = state.live  # raises
-            item = batch if batch.__class__ is Item else Item.of(batch, state=state)
-            if store.optim.schedule is not None:
-                set_lr(store.optim, progress, state.history)
-            key = fold_in(streams.get(state.seed) or streams.setdefault(state.seed, fold_in(state.seed, TRAIN)), progress.step)
-            store.version += 1  # from here on the input is donated, whatever happens
-            try:
-                found = _optimize(store, grad_fn, item.batches, key)
-            finally:
-                for p in store.params:
-                    p.grad = None
-            store.position, store.media = item.position, None
-            batch, seconds = (0 if item.last else item.batch), progress.seconds + item.seconds
-            after = Progress(progress.step + 1, item.epoch + item.last, batch, progress.samples + item.samples, seconds)
-            return TrainState(state.task, after, state.seed, state.history, None, store, store.version), found.metrics
-
-        return step
+    def wrap(grad_fn: Any) -> Update:
+        return Update(partial(_optimize, grad_fn))
 
     return Combinator("apply", wrap, "grad", "step", phase="update")
 
 
-def _optimize(store: Store, grad_fn: Callable[..., Gradients], batches: Any, key: int) -> Gradients:
+@attrs.frozen(eq=False)
+class Update:
+    """A `Step` in two parts: a kernel, which changes tensors of the store and nothing else, and the counting around it.
+
+    What only adds to the kernel, as `ema` does, keeps it apart from the counting, so that all of it can be traced into one graph.
+
+    Args:
+        kernel: Maps ``(store, batches, key)`` to metrics.
+        reads: Names of the trees in the memory that the kernel uses.
+
+    Example:
+        >>> step = apply()(grad()(lambda model, batch: model(batch).sum()))
+        >>> step.then(lambda store: None, "mine").reads
+        ('mine',)
+    """
+
+    kernel: Callable[[Store, Any, int], Mapping[str, Any]]
+    reads: tuple[str, ...] = ()
+    _streams: dict[int, int] = attrs.field(factory=dict, init=False, repr=False)  # of a pure function: seeds and what they are folded to
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
+        """Take one step; the input state is donated."""
+        store, progress, streams = state.store, state.progress, self._streams
+        if store.version != state.version:
+            store = state.live  # raises
+        item = batch if batch.__class__ is Item else Item.of(batch, state=state)
+        if store.optim.schedule is not None:
+            set_lr(store.optim, progress, state.history)
+        key = fold_in(streams.get(state.seed) or streams.setdefault(state.seed, fold_in(state.seed, TRAIN)), progress.step)
+        store.version += 1  # from here on the input is donated, whatever happens
+        try:
+            metrics = self.kernel(store, item.batches, key)
+        finally:
+            for p in store.params:
+                p.grad = None
+        store.position, store.media = item.position, None
+        batch, seconds = (0 if item.last else item.batch), progress.seconds + item.seconds
+        after = Progress(progress.step + 1, item.epoch + item.last, batch, progress.samples + item.samples, seconds)
+        return TrainState(state.task, after, state.seed, state.history, None, store, store.version), metrics
+
+    def then(self, fn: Callable[[Store], None], *reads: str) -> "Update":
+        """An update whose kernel goes on with a function of the store, which changes tensors only.
+
+        Args:
+            fn: Called after the optimizer's step.
+            *reads: Names of the trees in the memory that it uses.
+
+        Returns:
+            Another update.
+        """
+        kernel = self.kernel
+
+        def followed(store: Store, batches: Any, key: int) -> Mapping[str, Any]:
+            metrics = kernel(store, batches, key)
+            fn(store)
+            return metrics
+
+        return Update(followed, (*self.reads, *reads))
+
+
+def _optimize(grad_fn: Callable[..., Gradients], store: Store, batches: Any, key: int) -> Mapping[str, Any]:
     optimizer = store.optim.optimizer
     if isinstance(optimizer, LBFGS):
         return _optimize_closure(store, grad_fn, batches, key)
@@ -179,7 +221,7 @@ def _optimize(store: Store, grad_fn: Callable[..., Gradients], batches: Any, key
         raise OptimizerError(
             "this task cannot train: its parameters require gradients, but it has no configure_optimizers; give fl.Task one"
         )
-    return found
+    return found.metrics
 
 
 def _put(store: Store, found: Gradients) -> None:
@@ -188,15 +230,15 @@ def _put(store: Store, found: Gradients) -> None:
             p.grad = value
 
 
-def _optimize_closure(store: Store, grad_fn: Callable[..., Gradients], batches: Any, key: int) -> Gradients:
+def _optimize_closure(store: Store, grad_fn: Callable[..., Gradients], batches: Any, key: int) -> Mapping[str, Any]:
     """One step of an optimizer that evaluates the loss several times; its metrics are those of the first evaluation."""
-    evaluations: list[Gradients] = []
+    evaluations: list[dict[str, Any]] = []
 
     def closure() -> Tensor:
         for p in store.params:
             p.grad = None
         found = grad_fn(store, batches, key)
-        evaluations.append(found._replace(metrics=dict(found.metrics)))
+        evaluations.append(dict(found.metrics))
         _put(store, found)
         loss = found.loss
         return loss if found.weight.__class__ is float else loss / found.weight
@@ -231,13 +273,19 @@ def ema(decay: float, name: str = "ema") -> Combinator:
     def init(store: Store) -> dict[str, Tensor]:
         return {n: p.detach().clone() for n, p in store.named.items() if p.is_floating_point()}
 
+    def average(store: Store) -> None:
+        averages, named = store.memory[name], store.named
+        if averages:
+            with torch.no_grad():
+                torch._foreach_lerp_(list(averages.values()), [named[n] for n in averages], 1 - decay)  # by name: files do not keep order
+
     def wrap(step: Any) -> Any:
+        if isinstance(step, Update):
+            return step.then(average, name)
+
         def averaged(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
             state, metrics = step(state, batch)
-            average, named = state.store.memory[name], state.store.named
-            if average:
-                with torch.no_grad():
-                    torch._foreach_lerp_(list(average.values()), [named[n] for n in average], 1 - decay)  # by name: files do not keep order
+            average(state.store)
             return state, metrics
 
         return averaged
