@@ -70,6 +70,7 @@ class Progress:
         batch: Batches done in the epoch that is under way; 0 between epochs.
         samples: Samples seen.
         seconds: Time spent, in seconds; it does not count in comparisons.
+        epoch_samples: Samples of the epoch that is under way that are done; 0 where an old checkpoint does not say.
 
     Example:
         >>> Progress(step=3).step
@@ -81,6 +82,7 @@ class Progress:
     batch: int = 0
     samples: int = 0
     seconds: float = attrs.field(default=0.0, eq=False)
+    epoch_samples: int = 0
 
 
 @attrs.frozen

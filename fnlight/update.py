@@ -186,7 +186,9 @@ class Update:
                 p.grad = None
         store.position, store.media = item.position, None
         batch, seconds = (0 if item.last else item.batch), progress.seconds + item.seconds
-        after = Progress(progress.step + 1, item.epoch + item.last, batch, progress.samples + item.samples, seconds)
+        known = progress.epoch_samples or not progress.batch  # an old checkpoint does not say
+        done = progress.epoch_samples + item.samples if known and not item.last else 0
+        after = Progress(progress.step + 1, item.epoch + item.last, batch, progress.samples + item.samples, seconds, done)
         return TrainState(state.task, after, state.seed, state.history, None, store, store.version), metrics
 
     def then(self, fn: Callable[[Store], None], *reads: str) -> "Update":

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fnlight.checkpoint.digest import KINDS
+from fnlight.checkpoint.migrations import FORMAT, migrate
 from fnlight.errors import BrokenCheckpointError, CheckpointError
 
-FORMAT = 2
-"""Format 2 differs from format 1 in the kind of its digests only."""
 STATE = "state.json"
 MODEL, OPTIMIZER, MEMORY = FILES = ("model.safetensors", "optimizer.safetensors", "memory.safetensors")
 
@@ -65,14 +64,14 @@ def render(body: Mapping[str, Any]) -> bytes:
     return f'{{"format": {FORMAT}, "digest": "{digest_of(rest)}",\n'.encode("ascii") + rest
 
 
-def parse(data: bytes) -> dict[str, Any]:
-    """Read `state.json`, which may be damaged.
+def parse(data: bytes) -> Mapping[str, Any]:
+    """Read `state.json`, which may be damaged, or of an older format.
 
     Args:
         data: The bytes of the file.
 
     Returns:
-        The sections; those that list files are checked, the others are not.
+        The sections in the present format; those that list files are checked, the others are not.
 
     Raises:
         BrokenCheckpointError: If the bytes are not what was written, or were written by a newer fnlight.
@@ -96,6 +95,7 @@ def parse(data: bytes) -> dict[str, Any]:
         raise BrokenCheckpointError("state.json is cut short or altered: its digest differs from the one in its first line")
     try:
         body = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
+        body = migrate(body, int(first[1]))
         _check(body)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BrokenCheckpointError(f"state.json holds what fnlight does not write: {error!r:.200}") from error

@@ -200,7 +200,7 @@ def _open_one(path: str) -> Opened:
     raise BrokenCheckpointError(f"checkpoint {path} is broken: {'; '.join(problems)}. Load its run's directory to use the newest sound one")
 
 
-def examine(folder: Folder | Bucket, digests: bool = True) -> tuple[dict[str, Any] | None, list[str]]:
+def examine(folder: Folder | Bucket, digests: bool = True) -> tuple[Mapping[str, Any] | None, list[str]]:
     """Read the manifest of a checkpoint and hold every file against it.
 
     Args:

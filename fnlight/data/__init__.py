@@ -6,6 +6,7 @@ consumes; `TensorLoader` cuts batches out of tensors that lie in memory; `Loader
 
 from fnlight.data.combine import Combined, concat, zip_longest, zip_shortest
 from fnlight.data.item import Item, Loaders, batches, group_at
+from fnlight.data.place import placed
 from fnlight.data.readers import num_samples
 from fnlight.data.source import Source, check_loader
 from fnlight.data.tensor_loader import TensorLoader
@@ -21,6 +22,7 @@ __all__ = [
     "concat",
     "group_at",
     "num_samples",
+    "placed",
     "zip_longest",
     "zip_shortest",
 ]

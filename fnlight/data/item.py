@@ -7,6 +7,7 @@ from typing import Any
 import attrs
 import torch
 
+from fnlight.data.place import placed
 from fnlight.data.readers import num_samples
 from fnlight.data.source import Source, check_loader
 from fnlight.errors import LoaderError
@@ -164,7 +165,7 @@ def batches(
 
     Raises:
         TypeError: If the loader is no iterable of batches.
-        LoaderError: If the loader is empty, or the state stands where it has no data.
+        LoaderError: If the loader is empty, or the state stands where it has no data, or within a batch of another size.
 
     Example:
         >>> from itertools import islice
@@ -188,7 +189,7 @@ def _source(loader: Any, limit: int | float | None, shuffle: bool, device: torch
 
 
 def _items(source: Source, state: Any, group: int | Mapping[int, int], clock: Callable[[], float]) -> Iterator[Item]:
-    seed, epoch, start = state.seed, state.progress.epoch, state.progress.batch
+    seed, epoch, start = state.seed, state.progress.epoch, placed(source, state.progress).batch
     keeps = source.keeps_position
     position = _position_of(state) if keeps else None
     then = clock()
@@ -205,12 +206,12 @@ def _items(source: Source, state: Any, group: int | Mapping[int, int], clock: Ca
                     continue
                 found, taken = tuple(taken), []
             now, batch = clock(), None  # nothing is kept of what is handed out
-            yield Item(found, epoch, done, last, samples, now - then, _placed(source, epoch, done, last) if keeps else None)
+            yield Item(found, epoch, done, last, samples, now - then, _at(source, epoch, done, last) if keeps else None)
             found, samples, then = None, 0, now
         epoch, start, position = epoch + 1, 0, None
 
 
-def _placed(source: Source, epoch: int, batch: int, last: bool) -> Callable[[], Any] | None:
+def _at(source: Source, epoch: int, batch: int, last: bool) -> Callable[[], Any] | None:
     """What gives the place of a loader that keeps its own; None where a limit left it within an epoch that is over."""
     if last and source.cuts(batch):
         return None

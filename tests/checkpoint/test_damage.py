@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fnlight.checkpoint import checkpoints, load, load_weights, newest, restore, save, step_path, verify
 from fnlight.checkpoint.manifest import parse, render
+from fnlight.checkpoint.migrations import FORMAT
 from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning
 from fnlight.state import TrainState
 from tests.checkpoint.tasks import adamw, files, forge, forge_bytes, make_task, trained, unlike
@@ -135,7 +136,7 @@ def test_a_checkpoint_of_format_1_is_read_and_its_damage_found(run: Path) -> Non
 
     forge(path, older)
     manifest = path / "state.json"
-    manifest.write_bytes(manifest.read_bytes().replace(b'"format": 2', b'"format": 1', 1))
+    manifest.write_bytes(manifest.read_bytes().replace(f'"format": {FORMAT}'.encode(), b'"format": 1', 1))
     assert verify(path) == []
     assert unlike(load(path, TASK), STATE) == []
     flip(path / "optimizer.safetensors")
@@ -145,10 +146,10 @@ def test_a_checkpoint_of_format_1_is_read_and_its_damage_found(run: Path) -> Non
 def test_a_newer_format_says_which_version_reads_it(run: Path) -> None:
     """A checkpoint of a newer fnlight is refused with the version to install."""
     file = Path(step_path(run, 2)) / "state.json"
-    text = re.sub('"fnlight": "[^"]*"', '"fnlight": "9.1"', file.read_text().replace('"format": 2', '"format": 7'))
+    text = re.sub('"fnlight": "[^"]*"', '"fnlight": "9.1"', file.read_text().replace(f'"format": {FORMAT}', '"format": 70'))
     file.write_text(text)
     with pytest.raises(
-        BrokenCheckpointError, match=r"state\.json has format 7, written by fnlight 9\.1, .*; install fnlight 9\.1 or later"
+        BrokenCheckpointError, match=r"state\.json has format 70, written by fnlight 9\.1, .*; install fnlight 9\.1 or later"
     ):
         load(file.parent, TASK)
 
@@ -291,4 +292,4 @@ def test_a_run_loads_by_its_directory_or_by_that_of_its_checkpoints(run: Path) -
 def test_an_old_manifest_without_a_version_is_not_guessed_at() -> None:
     """A manifest of format 0, which never was, is refused."""
     with pytest.raises(BrokenCheckpointError, match="does not begin as one of fnlight's does"):
-        parse(render({"files": {}}).replace(b'"format": 2', b'"format": 0'))
+        parse(render({"files": {}}).replace(f'"format": {FORMAT}'.encode(), b'"format": 0'))
