@@ -33,6 +33,7 @@ from fnlight.errors import (
     DonatedStateError,
     FaultWarning,
     FnlightError,
+    Interrupted,
     LoaderError,
     LoaderWarning,
     MemoryWarning,
@@ -49,6 +50,7 @@ from fnlight.errors import (
 from fnlight.evaluate import collect, evaluate, predict
 from fnlight.fit import compose, fit
 from fnlight.loop import checkpoint_every, evaluate_every, log_to, run, stop_when
+from fnlight.main import main
 from fnlight.metrics import Cat, Figure, Histogram, Image, Last, Max, Mean, Min, Sum, Tally, Text
 from fnlight.microbatch import microbatch
 from fnlight.optim import Optim
@@ -59,6 +61,7 @@ from fnlight.replay import from_torch, plateau
 from fnlight.rng import fold_in, isolated, seed_generators
 from fnlight.rules import diverged, max_epochs, max_steps, max_time, min_epochs, min_steps, nonfinite, patience, reached
 from fnlight.schedules import constant, cosine, exponential, join, linear, one_cycle, polynomial, step_decay, warmup, warmup_cosine
+from fnlight.signals import Signals
 from fnlight.sinks import CSV, JSONL, Console, TensorBoard, fan_out
 from fnlight.state import History, Progress, Record, Store, Task, TrainState
 from fnlight.update import accumulate, apply, ema, grad, pure, update
@@ -85,6 +88,7 @@ __all__ = [
     "Histogram",
     "History",
     "Image",
+    "Interrupted",
     "Item",
     "JSONL",
     "Last",
@@ -111,6 +115,7 @@ __all__ = [
     "Rule",
     "Schedule",
     "SeamError",
+    "Signals",
     "Sink",
     "Source",
     "Step",
@@ -163,6 +168,7 @@ __all__ = [
     "load",
     "load_weights",
     "log_to",
+    "main",
     "max_epochs",
     "max_steps",
     "max_time",

@@ -151,7 +151,8 @@ class FitConfig:
         donate: True trains on the very tensors of the state that is passed in.
         compile: None; other values are refused by this version.
         parallel: ``"auto"`` or None: one process; others are refused by this version.
-        signals: False; True is refused by this version.
+        signals: True ends the run after the step that is under way when SIGTERM, SIGUSR1 or Ctrl-C comes; see `fnlight.signals`.
+        signals_deadline: Seconds after a signal at which the process is ended, whatever it does; None waits as long as it takes.
         nonfinite: ``"raise"`` when a loss was NaN or infinite, or ``"ignore"``.
 
     Raises:
@@ -194,7 +195,8 @@ class FitConfig:
     donate: bool = attrs.field(default=False, validator=_one_of(True, False))
     compile: str | None = attrs.field(default=None, validator=_not_yet(None))
     parallel: str | None = attrs.field(default="auto", validator=_not_yet("auto", None))
-    signals: bool = attrs.field(default=False, validator=_not_yet(False))
+    signals: bool = attrs.field(default=False, validator=_one_of(True, False))
+    signals_deadline: float | None = attrs.field(default=None, validator=_above_zero)
     nonfinite: str = attrs.field(default="raise", validator=_not_yet("raise", "ignore"))
 
     def __attrs_post_init__(self) -> None:
@@ -224,6 +226,10 @@ class FitConfig:
                 raise ConfigError(
                     f"FitConfig({asked[0]}={getattr(self, asked[0])!r}) is about checkpoints, but there is no dir to write them to; give dir"
                 )
+        if self.signals_deadline is not None and not self.signals:
+            raise ConfigError(
+                "FitConfig(signals_deadline=...) bounds what follows a signal, but signals is False; give signals=True as well"
+            )
         if self.log_every != steps(50) and not self.sinks:
             raise ConfigError(
                 f"FitConfig(log_every={self.log_every!r}) is about sinks, but there are none; give sinks=fl.JSONL(path) or such"

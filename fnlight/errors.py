@@ -10,6 +10,7 @@
     │   └── MonitorError                    ... a monitored name that nothing yields
     ├── OptimizerError(ValueError)          an optimizer that does not fit its model
     ├── LoaderError(ValueError)             data that cannot be trained or evaluated on
+    ├── Interrupted(RuntimeError)           an evaluation or a prediction that a signal ended
     ├── DonatedStateError(RuntimeError)     a read of tensors that a later step has overwritten
     ├── TaskCheckError(AssertionError)      a task that breaks one of the laws that `check_task` checks
     └── CheckpointError(ValueError)         files that cannot be written or read
@@ -51,6 +52,13 @@ class OptimizerError(FnlightError, ValueError):
 
 class LoaderError(FnlightError, ValueError):
     """A loader that is empty, exhausted or has no length where one is needed."""
+
+
+class Interrupted(FnlightError, RuntimeError):  # noqa: N818  # as KeyboardInterrupt: nothing went wrong
+    """A signal came before an evaluation or a prediction was done; ``args[0]`` is its name, such as ``"SIGTERM"``."""
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} came before all batches were done; what was computed so far is no result"
 
 
 class DonatedStateError(FnlightError, RuntimeError):

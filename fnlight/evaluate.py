@@ -11,6 +11,7 @@ from fnlight.data import Source
 from fnlight.errors import ConfigError, StepError
 from fnlight.metrics import MEDIA, Tally
 from fnlight.rng import EVALUATE, PREDICT, fold_in, isolated, seed_generators
+from fnlight.signals import Signals
 from fnlight.state import Store, TrainState
 from fnlight.tree import map_tensors
 
@@ -24,6 +25,7 @@ def evaluate(
     eval_step: EvalStep | None = None,
     weights: str | None = None,
     limit: int | float | None = None,
+    signals: Signals | None = None,
 ) -> dict[str, float]:
     """Evaluate a state on a loader: metrics are exact over uneven batches where `eval_step` returns `Mean`s.
 
@@ -33,12 +35,14 @@ def evaluate(
         eval_step: ``(model, batch) -> metrics``; None takes the task's.
         weights: The memory whose averaged weights are used, such as ``"ema"``; None takes the parameters.
         limit: Batches at most (int), or a fraction of them (float).
+        signals: What listens; when a signal comes, the evaluation ends without a result.
 
     Returns:
         Names to floats.
 
     Raises:
         ConfigError: If there is no `eval_step`, or no memory of that name.
+        Interrupted: If a signal came.
         StepError: If `eval_step` returns no metrics.
 
     Example:
@@ -52,7 +56,7 @@ def evaluate(
     """
     fn = step_of(state, "eval_step", eval_step)
     with isolated(state.device):
-        found = evaluate_sources(state, sources_of(loader, state.device, limit), fn, weights)
+        found = evaluate_sources(state, sources_of(loader, state.device, limit), fn, weights, signals)
     return {name: value for name, value in found.items() if not isinstance(value, MEDIA)}
 
 
@@ -75,7 +79,9 @@ def sources_of(loader: Any, device: torch.device, limit: int | float | None = No
     return {name: Source(each, limit=limit, device=device) for name, each in loaders.items()}
 
 
-def evaluate_sources(state: TrainState, sources: Mapping[str, Source], fn: EvalStep, weights: str | None) -> dict[str, Any]:
+def evaluate_sources(
+    state: TrainState, sources: Mapping[str, Source], fn: EvalStep, weights: str | None, signals: Signals | None = None
+) -> dict[str, Any]:
     """Evaluate on prepared sources; the global generators are the caller's to put back.
 
     Args:
@@ -83,9 +89,13 @@ def evaluate_sources(state: TrainState, sources: Mapping[str, Source], fn: EvalS
         sources: What `sources_of` gave.
         fn: ``(model, batch) -> metrics``.
         weights: The memory whose averaged weights are used; None takes the parameters.
+        signals: What listens; None where nobody does.
 
     Returns:
         Names to floats, and to media where there are any.
+
+    Raises:
+        Interrupted: If a signal came.
 
     Example:
         >>> from fnlight.state import Task
@@ -98,19 +108,22 @@ def evaluate_sources(state: TrainState, sources: Mapping[str, Source], fn: EvalS
     with inference(state.live, weights) as module:
         for name, source in sources.items():
             prefix = f"{name}/" if name else ""
-            found |= {prefix + metric: value for metric, value in _one_source(state, module, source, fn).items()}
+            found |= {prefix + metric: value for metric, value in _one_source(state, module, source, fn, signals).items()}
     return found
 
 
-def _one_source(state: TrainState, module: nn.Module, source: Source, fn: EvalStep) -> dict[str, Any]:
+def _one_source(state: TrainState, module: nn.Module, source: Source, fn: EvalStep, signals: Signals | None) -> dict[str, Any]:
     key, tally = fold_in(state.seed, EVALUATE), Tally()
-    for i, (batch, _, _) in enumerate(source.epoch(key, 0), 1):
+    found = source.epoch(key, 0)
+    for i, (batch, _, _) in enumerate(found if signals is None else signals.until(found), 1):
         seed_generators(fold_in(key, i), state.device)
         metrics = fn(module, batch)
         if not isinstance(metrics, Mapping) or not metrics:
             got = "an empty dict" if isinstance(metrics, Mapping) else type(metrics).__name__
             raise StepError(f"eval_step must return a dict of metrics, but returned {got}, at batch {i} of the evaluation")
         tally.add(i, metrics)
+    if signals is not None:
+        signals.check()
     return tally.read()
 
 
@@ -195,6 +208,7 @@ def predict(
     weights: str | None = None,
     limit: int | float | None = None,
     donate: bool = False,
+    signals: Signals | None = None,
 ) -> Iterator[Any]:
     """Predict on a loader, one batch at a time: a generator that holds no more than the batch it works on.
 
@@ -205,12 +219,14 @@ def predict(
         weights: The memory whose averaged weights are used, such as ``"ema"``; None takes the parameters.
         limit: Batches at most (int), or a fraction of them (float).
         donate: True works on the state's own module rather than on a copy; do not train on it meanwhile.
+        signals: What listens; when a signal comes, `Interrupted` is raised in place of the next output.
 
     Returns:
         An iterator of outputs, in the order of the loader.
 
     Raises:
         ConfigError: If there is no `predict_step`, or no memory of that name.
+        Interrupted: If a signal came, once the outputs are read.
 
     Example:
         >>> from fnlight.state import Task
@@ -225,15 +241,20 @@ def predict(
     if not donate:
         store = Store(state.module(), type(store.optim)(None), {weights: store.memory[weights]} if weights in store.memory else {})
     _averaged(store, weights)
-    return _predictions(store, fold_in(state.seed, PREDICT), Source(loader, limit=limit, device=state.device), fn, weights)
+    return _predictions(store, fold_in(state.seed, PREDICT), Source(loader, limit=limit, device=state.device), fn, weights, signals)
 
 
-def _predictions(store: Store, key: int, source: Source, fn: Callable[[Any, Any], Any], weights: str | None) -> Iterator[Any]:
-    batches = source.epoch(key, 0)
+def _predictions(
+    store: Store, key: int, source: Source, fn: Callable[[Any, Any], Any], weights: str | None, signals: Signals | None
+) -> Iterator[Any]:
+    found = source.epoch(key, 0)
+    batches = found if signals is None else signals.until(found)
     i = 0
     while True:
         with isolated(store.device):  # around each batch: the caller's code runs in between
             item = next(batches, None)
+            if item is None and signals is not None:
+                signals.check()
             if item is None:
                 return
             i += 1

@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import attrs
@@ -13,13 +13,14 @@ from fnlight.checkpoint import checkpoints, newest, restore, writable
 from fnlight.clip import clip_norm, clip_value
 from fnlight.config import FitConfig
 from fnlight.data import Loaders, Source, group_at
-from fnlight.errors import BrokenCheckpointError, ConfigError, LoaderError, TaskWarning
+from fnlight.errors import BrokenCheckpointError, ConfigError, Interrupted, LoaderError, TaskWarning
 from fnlight.evaluate import evaluate
 from fnlight.loop import checkpoint_every, evaluate_every, log_to, run, stop_when
 from fnlight.microbatch import microbatch
 from fnlight.optim import monitored
 from fnlight.pipe import Combinator, Pipe, pipe
 from fnlight.precision import autocast
+from fnlight.signals import Signals
 from fnlight.sinks import Console
 from fnlight.state import Task, TrainState
 from fnlight.update import accumulate, apply, ema, grad
@@ -56,22 +57,24 @@ def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
     """
     given = _loaders(loaders)
     config = _dev_run(state, config) if config.fast_dev_run else config
-    state = _placed(_resumed(state, config), config)
-    train = _train_source(given, config)
-    with settings(config):
-        step = compose(state.task, config, given)
-        _preflight(state, given, config, step)
-        _write_config(config)
-        return _drain(run(step, state, train, donate=True))
+    with Signals(deadline=config.signals_deadline) if config.signals else nullcontext() as signals:
+        state = _placed(_resumed(state, config), config)
+        train = _train_source(given, config)
+        with settings(config):
+            step = compose(state.task, config, given, signals)
+            _preflight(state, given, config, step, signals)
+            _write_config(config)
+            return _drain(run(step, state, train, donate=True, signals=signals))
 
 
-def compose(task: Task, config: FitConfig, loaders: Any = None) -> Pipe:
+def compose(task: Task, config: FitConfig, loaders: Any = None, signals: Signals | None = None) -> Pipe:
     """The very pipe that `fit` runs; ``print`` shows it.
 
     Args:
         task: Gives the `train_step`.
         config: How.
         loaders: `Loaders`, or a training loader; without ``loaders.val`` nothing is evaluated.
+        signals: What listens for signals, if anything does; for `run` as well.
 
     Returns:
         A pipe, for `run`, or to be wrapped further.
@@ -95,7 +98,7 @@ def compose(task: Task, config: FitConfig, loaders: Any = None) -> Pipe:
         apply(),
         ema(config.ema) if config.ema is not None else None,
         check_finite(every=_looked_at(config)) if config.nonfinite == "raise" else None,
-        _evaluation(task, config, given),
+        _evaluation(task, config, given, signals),
         epoch_means(),
         log_to(*config.sinks, every=config.log_every) if config.sinks else None,
         log_to(Console(total_steps=_total_steps(given, config)), every=_EVERY_TICK, name="progress") if config.progress else None,
@@ -105,14 +108,19 @@ def compose(task: Task, config: FitConfig, loaders: Any = None) -> Pipe:
     return pipe(task.train_step, *(part for part in parts if part is not None))
 
 
-def _evaluation(task: Task, config: FitConfig, loaders: Loaders) -> Combinator | None:
+def _evaluation(task: Task, config: FitConfig, loaders: Loaders, signals: Signals | None) -> Combinator | None:
     if loaders.val is None or config.eval_every is None:
         if config.eval_every not in (None, epochs(1)):
             raise ConfigError(f"FitConfig(eval_every={config.eval_every!r}) needs data to evaluate on; give fl.Loaders(train=..., val=...)")
         return None
     eval_step = autocast(torch.bfloat16)(task.eval_step) if config.precision == "bf16" and task.eval_step else None
     return evaluate_every(
-        loaders.val, config.eval_every, eval_step=eval_step, weights="ema" if config.ema is not None else None, limit=config.limit_eval
+        loaders.val,
+        config.eval_every,
+        eval_step=eval_step,
+        weights="ema" if config.ema is not None else None,
+        limit=config.limit_eval,
+        signals=signals,
     )
 
 
@@ -214,7 +222,7 @@ def settings(config: FitConfig) -> Iterator[None]:
         yield
 
 
-def _preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pipe) -> None:
+def _preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pipe, signals: Signals | None) -> None:
     """What can be known to be wrong before the first step."""
     _check_alone(config)
     if config.dir is not None:
@@ -235,7 +243,10 @@ def _preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pip
         _check_reachable(config, asked)
     if evaluates and (config.sanity_batches or unseen):
         batches = config.sanity_batches or 1
-        found = evaluate(state, loaders.val, limit=batches)
+        try:
+            found = evaluate(state, loaders.val, limit=batches, signals=signals)
+        except Interrupted:
+            return  # the run ends before its first step
         trial = attrs.evolve(state, history=type(state.history)()).recorded({f"val/{k}": v for k, v in found.items()})
         for name in unseen:
             monitored(trial.history, name)

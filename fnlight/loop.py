@@ -14,13 +14,14 @@ from typing import Any
 import attrs
 
 from fnlight.checkpoint import Retention, amend, last, prune, save, step_path, writable
-from fnlight.data import batches
-from fnlight.errors import ConfigError
+from fnlight.data import Item, Source, batches
+from fnlight.errors import ConfigError, Interrupted
 from fnlight.evaluate import evaluate_sources, sources_of, step_of
 from fnlight.metrics import MEDIA, Tally
 from fnlight.pipe import Combinator, Pipe, pipe
 from fnlight.rng import isolated
 from fnlight.rules import StopRule
+from fnlight.signals import Signals
 from fnlight.state import Record, TrainState
 from fnlight.when import Tick, condition, epochs, steps
 
@@ -35,6 +36,7 @@ def run(
     donate: bool = False,
     limit: int | float | None = None,
     shuffle: bool = True,
+    signals: Signals | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[tuple[TrainState, Metrics]]:
     """Train step by step: a generator, so the loop is yours.
@@ -46,10 +48,12 @@ def run(
         donate: True trains on the very tensors of `state`.
         limit: Batches an epoch at most (int), or a fraction of them (float).
         shuffle: False takes the data in its own order.
+        signals: What listens; when a signal comes, the run ends after the step that is under way.
         clock: Gives seconds; for ``progress.seconds``.
 
     Yields:
-        ``(state, metrics)`` after every step. The last state has `stopped`; without a stop rule there is no last one.
+        ``(state, metrics)`` after every step. The last state has `stopped`; without a stop rule there is no last one. When a signal
+        comes between two steps, the state of the last step comes once more, with `stopped`.
 
     Returns:
         The last state, as the value of the generator.
@@ -66,27 +70,55 @@ def run(
         [1, 2, 3]
     """
     whole = step if isinstance(step, Pipe) else pipe(step)
-    return _run(whole, state if donate else state.copy(), loader, limit, shuffle, clock)
+    state = state if donate else state.copy()
+    source = (
+        Source(loader, limit=limit, shuffle=shuffle, device=state.device)
+        if signals is not None and not isinstance(loader, Source)
+        else loader
+    )
+
+    def items(state: TrainState) -> Iterator[Item]:
+        found = batches(source, state, whole.group, limit=limit, shuffle=shuffle, device=state.device, clock=clock)
+        if signals is None:
+            return found
+        # a loader that keeps its own place would not know it any more if it were left in the middle of a batch
+        return signals.between(found) if source.keeps_position else signals.until(found)
+
+    return _run(whole, state, items, signals)
 
 
 def _run(
-    step: Pipe, state: TrainState, loader: Any, limit: int | float | None, shuffle: bool, clock: Callable[[], float]
+    step: Pipe, state: TrainState, items: Callable[[TrainState], Iterator[Item]], signals: Signals | None
 ) -> Iterator[tuple[TrainState, Metrics]]:
     try:
         with isolated(state.device):
-            state = step.start(attrs.evolve(state, stopped=None))
+            known = state.history
+            state, metrics = step.start(attrs.evolve(state, stopped=None)), None
             if state.stopped is not None:
-                return state
+                return state if state.history is known else step.finish(state)
             advance = step.fn  # the store is prepared: one call less at every step
-            for item in batches(loader, state, step.group, limit=limit, shuffle=shuffle, device=state.device, clock=clock):
+            for item in items(state):
                 state, metrics = advance(state, item)
+                if signals is not None:
+                    state = _noticed(state, signals)
                 if state.stopped is not None:
                     state = step.finish(state)
                     yield state, metrics
                     return state
                 yield state, metrics
+            if signals is not None:  # only a signal ends the items
+                state = step.finish(_noticed(state, signals))
+            if metrics is not None:
+                yield state, metrics
+            return state
     finally:
         step.close()
+
+
+def _noticed(state: TrainState, signals: Signals) -> TrainState:
+    if signals.received is None or state.stopped is not None:
+        return state
+    return attrs.evolve(state, stopped=signals.received)
 
 
 def evaluate_every(
@@ -97,8 +129,11 @@ def evaluate_every(
     eval_step: Callable[[Any, Any], Any] | None = None,
     weights: str | None = None,
     limit: int | float | None = None,
+    signals: Signals | None = None,
 ) -> Combinator:
     """Evaluate when it is due, and add the metrics to the history as ``val/loss`` and so on.
+
+    An evaluation that did not end, because of a signal or an error, leaves no record; a run that goes on begins with it.
 
     Args:
         loader: A loader, or a mapping of named loaders (then ``val/NAME/loss``).
@@ -107,6 +142,7 @@ def evaluate_every(
         eval_step: ``(model, batch) -> metrics``; None takes the task's.
         weights: The memory whose averaged weights are evaluated, such as ``"ema"``; None takes the parameters.
         limit: Batches at most (int), or a fraction of them (float).
+        signals: What listens; when a signal comes, the evaluation is put off.
 
     Returns:
         A combinator from `Step` to `Step`.
@@ -115,7 +151,7 @@ def evaluate_every(
         >>> print(evaluate_every([1], every=steps(100)))
         evaluate_every(val, every=steps(100))
     """
-    due = condition(every)
+    due, key = condition(every), f"evaluate_every {name}"
     opened: dict[Any, Any] = {}  # kept from one evaluation to the next, with the workers that persist
 
     def sources(state: TrainState) -> Any:
@@ -125,7 +161,13 @@ def evaluate_every(
 
     def evaluated_now(state: TrainState) -> TrainState:
         fn = step_of(state, "eval_step", eval_step)
-        found = evaluate_sources(state, sources(state), fn, weights)
+        tree = state.store.memory[key]
+        tree["owed"] = True
+        try:
+            found = evaluate_sources(state, sources(state), fn, weights, signals)
+        except Interrupted:
+            return state
+        tree["owed"] = False
         media = {f"{name}/{k}": v for k, v in found.items() if isinstance(v, MEDIA)}
         if media:
             state.store.media = {**(state.store.media or {}), **media}
@@ -142,16 +184,23 @@ def evaluate_every(
     def start(state: TrainState) -> TrainState:
         step_of(state, "eval_step", eval_step)
         sources(state)
-        return state
+        if not state.store.memory[key]["owed"]:
+            return state
+        after = evaluated_now(state)
+        if after.history is not state.history:
+            state.store.media = {**_news(after, state.history), **(state.store.media or {})}
+        return after
 
     def finish(before: TrainState, state: TrainState) -> TrainState:
         at = state.progress
+        if signals is not None and signals.received is not None and state.stopped == signals.received:
+            return state  # the training is not at its end
         here = state.history and state.history[-1].step == at.step and any(k.startswith(f"{name}/") for k in state.history[-1].metrics)
         return evaluated_now(state) if not here and due(Tick(at, at, end=True)) else state
 
     label = f"{name}, every={every}" + (f", weights={weights!r}" if weights else "")
     return Combinator(
-        "evaluate_every", wrap, "step", "step", args=label, key=f"evaluate_every {name}", phase="evaluate",
+        "evaluate_every", wrap, "step", "step", args=label, key=key, init=lambda store: {"owed": False}, phase="evaluate",
         start=start, finish=finish, yields=(f"{name}/",),
     )  # fmt: skip
 
@@ -269,6 +318,11 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
 
         return logged
 
+    def start(state: TrainState) -> TrainState:
+        if state.store.media:  # of an evaluation that was made up for
+            send(state, dict(state.store.media))
+        return state
+
     def finish(before: TrainState, state: TrainState) -> TrainState:
         due = not state.store.memory[name].is_empty()
         if due or state.history is not before.history:
@@ -283,7 +337,7 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
     label = ", ".join(getattr(s, "__name__", repr(s)) for s in sinks)
     return Combinator(
         "log_to", wrap, "step", "step", args=f"{label}, every={every}", key=name, init=lambda store: Tally(),
-        phase="log", finish=finish, close=close,
+        phase="log", start=start, finish=finish, close=close,
     )  # fmt: skip
 
 

@@ -145,6 +145,7 @@ class Pipe:
         """Prepare a run: memory first, then what each combinator does before the first step, in reading order."""
         self._check_monitors(state)
         self.adopt(state)
+        state.store.media = None  # what an earlier run showed
         for combinator in self.combinators:
             if combinator.start is not None:
                 state = combinator.start(state)

@@ -6,7 +6,7 @@ hands to them are tasks (`fnlight.data.order`): before sample ``indices[j]`` is 
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import attrs
@@ -27,6 +27,7 @@ from torch.utils.data import (
 
 from fnlight.data.order import Span, Task, tasks
 from fnlight.rng import COLLATE, LOADER, SAMPLE, fold_in, seed_generators
+from fnlight.signals import held_back, leave_to_parent, listening
 
 _DRAW_NOTHING: frozenset[type] = frozenset({TensorDataset, Tensor, list, tuple, range})
 _OPTIONS = (
@@ -80,7 +81,7 @@ class KeyedLoader:
     def _elsewhere(self, span: Span, todo: Iterator[Task]) -> Iterator[tuple[Any, int | None, bool]]:
         """Batches read by workers, or put into pinned memory."""
         marks: deque[tuple[int | None, bool]] = deque()
-        for batch in self._inner(span, _marked(todo, marks, self.loader.batch_sampler is not None)):
+        for batch in _Started(self._inner(span, _marked(todo, marks, self.loader.batch_sampler is not None))):
             yield batch, *marks.popleft()
             batch = None  # not kept while the next one is fetched
 
@@ -195,7 +196,7 @@ class KeyedStream:
     loader: DataLoader[Any]
     _kept: dict[str, DataLoader[Any]] = attrs.field(factory=dict, init=False, repr=False)
 
-    def fresh(self, span: Span) -> DataLoader[Any]:
+    def fresh(self, span: Span) -> Iterable[Any]:
         """A loader of ours for one epoch; the same one for all epochs where the workers persist."""
         loader, key = self.loader, span.key(LOADER)
         inner = self._kept.get("inner")
@@ -211,7 +212,18 @@ class KeyedStream:
             inner.dataset.key.fill_(key >> 1)
         if inner.generator is not None:
             inner.generator.manual_seed(key >> 1)
-        return inner
+        return _Started(inner)
+
+
+@attrs.frozen(eq=False)
+class _Started:
+    """A loader of ours whose workers are started while signals are held back."""
+
+    loader: DataLoader[Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        with held_back():
+            return iter(self.loader)
 
 
 class _Sown(IterableDataset[Any]):
@@ -229,11 +241,13 @@ class _Sown(IterableDataset[Any]):
 
 @attrs.frozen(eq=False)
 class _Begin:
-    """What a worker does first: show the user's own dataset to the user's ``worker_init_fn`` and to ``get_worker_info``."""
+    """What a worker does first: leave signals to its parent, show the user's own dataset to ``worker_init_fn`` and ``get_worker_info``."""
 
     fn: Callable[[int], None] | None
+    listening: tuple[int, ...]
 
     def __call__(self, worker_id: int) -> None:
+        leave_to_parent(self.listening)
         info = get_worker_info()
         if info is not None and isinstance(info.dataset, _Keyed | _Sown):
             object.__setattr__(info, "dataset", info.dataset.dataset)  # it refuses to be written otherwise
@@ -247,4 +261,4 @@ def _options(loader: DataLoader[Any], key: int) -> dict[str, Any]:
     if getattr(loader, "pin_memory_device", ""):
         options["pin_memory_device"] = loader.pin_memory_device
     generator = torch.Generator().manual_seed(key >> 1)  # workers are seeded from what it gives
-    return {**options, "generator": generator, "worker_init_fn": _Begin(loader.worker_init_fn) if loader.num_workers else None}
+    return {**options, "generator": generator, "worker_init_fn": _Begin(loader.worker_init_fn, listening()) if loader.num_workers else None}
