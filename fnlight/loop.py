@@ -102,12 +102,9 @@ def _run(
                 if signals is not None:
                     state = _noticed(state, signals)
                 if state.stopped is not None:
-                    state = step.finish(state)
-                    yield state, metrics
-                    return state
+                    break
                 yield state, metrics
-            if signals is not None:  # only a signal ends the items
-                state = step.finish(_noticed(state, signals))
+            state = step.finish(state if signals is None else _noticed(state, signals))  # only a signal ends the items
             if metrics is not None:
                 yield state, metrics
             return state
