@@ -48,19 +48,33 @@ from fnlight.errors import (
     TaskWarning,
 )
 from fnlight.evaluate import collect, evaluate, predict
-from fnlight.fit import compose, fit
+from fnlight.fit import compose, fit, total_steps
 from fnlight.loop import checkpoint_every, evaluate_every, log_to, run, stop_when
 from fnlight.main import main
 from fnlight.metrics import Cat, Figure, Histogram, Image, Last, Max, Mean, Min, Sum, Tally, Text
 from fnlight.microbatch import microbatch
-from fnlight.optim import Optim
+from fnlight.optim import GroupRule, Optim, frozen, layer_decay, no_decay, param_groups
 from fnlight.pipe import Combinator, Pipe, pipe
 from fnlight.precision import autocast
 from fnlight.protocols import EvalFn, GradFn, Gradients, LossFn, PredictFn, Rule, Schedule, Sink, Step, When
 from fnlight.replay import from_torch, plateau
 from fnlight.rng import fold_in, isolated, seed_generators
 from fnlight.rules import diverged, max_epochs, max_steps, max_time, min_epochs, min_steps, nonfinite, patience, reached
-from fnlight.schedules import constant, cosine, exponential, join, linear, one_cycle, polynomial, step_decay, warmup, warmup_cosine
+from fnlight.schedules import (
+    constant,
+    cosine,
+    cosine_restarts,
+    cyclic,
+    exponential,
+    join,
+    linear,
+    one_cycle,
+    polynomial,
+    step_decay,
+    warmup,
+    warmup_cosine,
+    wsd,
+)
 from fnlight.signals import Signals
 from fnlight.sinks import CSV, JSONL, Console, TensorBoard, fan_out
 from fnlight.state import History, Progress, Record, Store, Task, TrainState
@@ -85,6 +99,7 @@ __all__ = [
     "FnlightError",
     "GradFn",
     "Gradients",
+    "GroupRule",
     "Histogram",
     "History",
     "Image",
@@ -148,6 +163,8 @@ __all__ = [
     "concat",
     "constant",
     "cosine",
+    "cosine_restarts",
+    "cyclic",
     "diverged",
     "ema",
     "epoch_means",
@@ -160,10 +177,12 @@ __all__ = [
     "fit",
     "fold_in",
     "from_torch",
+    "frozen",
     "grad",
     "isolated",
     "join",
     "last",
+    "layer_decay",
     "linear",
     "load",
     "load_weights",
@@ -177,8 +196,10 @@ __all__ = [
     "min_steps",
     "minutes",
     "newest",
+    "no_decay",
     "nonfinite",
     "one_cycle",
+    "param_groups",
     "patience",
     "pipe",
     "plateau",
@@ -194,10 +215,12 @@ __all__ = [
     "step_decay",
     "steps",
     "stop_when",
+    "total_steps",
     "update",
     "verify",
     "warmup",
     "warmup_cosine",
+    "wsd",
     "zip_longest",
     "zip_shortest",
 ]

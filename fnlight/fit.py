@@ -13,11 +13,11 @@ from fnlight.checkpoint import checkpoints, newest, restore, writable
 from fnlight.clip import clip_norm, clip_value
 from fnlight.config import FitConfig
 from fnlight.data import Loaders, Source, group_at
-from fnlight.errors import BrokenCheckpointError, ConfigError, Interrupted, LoaderError, TaskWarning
+from fnlight.errors import BrokenCheckpointError, ConfigError, Interrupted, LoaderError, OptimizerWarning, TaskWarning
 from fnlight.evaluate import evaluate
 from fnlight.loop import checkpoint_every, evaluate_every, log_to, run, stop_when
 from fnlight.microbatch import microbatch
-from fnlight.optim import monitored
+from fnlight.optim import Optim, ends, monitored
 from fnlight.pipe import Combinator, Pipe, pipe
 from fnlight.precision import autocast
 from fnlight.signals import Signals
@@ -27,6 +27,7 @@ from fnlight.update import accumulate, apply, ema, grad
 from fnlight.watch import check_finite, epoch_means
 from fnlight.when import epochs, seconds
 
+_ALL_BUT_NOTHING = 1e-3  # a factor of the learning rate below which nobody means to train on
 _EVERY_TICK = seconds(0.1)  # how often the console is given numbers; it draws when it likes
 
 
@@ -138,6 +139,33 @@ def _looked_at(config: FitConfig) -> Callable[[Any], bool]:
     return whole
 
 
+def total_steps(config: FitConfig, loaders: Any) -> int:
+    """The optimizer steps at which a run ends at the latest, counted from step 0: what schedules want to know.
+
+    Nothing is loaded, and neither argument is changed. ``fast_dev_run`` does not count: it tries a run, schedule and all.
+
+    Args:
+        config: Its ``max_epochs``, ``max_steps``, ``accumulate`` and ``limit_train`` count.
+        loaders: `Loaders`, or just a training loader; its length counts.
+
+    Returns:
+        The number of steps.
+
+    Raises:
+        ConfigError: If it cannot be known: only a time or a rule bounds the run, or the loader has no length.
+
+    Example:
+        >>> config = FitConfig(max_epochs=3, accumulate=4)
+        >>> total_steps(config, [torch.ones(2, 1)] * 10)
+        9
+    """
+    found = _total_steps(_loaders(loaders), config)
+    if found is None:
+        why = "its training loader has no length" if config.max_epochs is not None else "neither max_epochs nor max_steps bounds it"
+        raise ConfigError(f"the steps of this run cannot be counted beforehand: {why}; give FitConfig(max_steps=...)")
+    return found
+
+
 def _total_steps(loaders: Loaders, config: FitConfig) -> int | None:
     """Steps at which the run ends at the latest, if that is known before it starts."""
     bounds = [config.max_steps] if config.max_steps is not None else []
@@ -146,6 +174,26 @@ def _total_steps(loaders: Loaders, config: FitConfig) -> int | None:
         if num_batches is not None:
             bounds.append(sum(-(-num_batches // group_at(config.accumulate, epoch)) for epoch in range(config.max_epochs)))
     return min(bounds, default=None)
+
+
+def _check_ends(optim: Optim, loaders: Loaders, config: FitConfig) -> None:
+    """A schedule that ends before the run does would train on with a learning rate of nothing, or fail in the middle."""
+    known = {"step": _total_steps(loaders, config), "epoch": config.max_epochs}.get(optim.interval)
+    if known is None or config.fast_dev_run:
+        return
+    last = (known - 1) // optim.frequency  # what the last update is given
+    for key, schedule, total, holds in ends(optim):
+        what = f"the schedule of {key!r}, {schedule}, ends at {optim.interval} {total * optim.frequency}, but the run goes on to {known}"
+        if last > total and not holds:
+            raise ConfigError(
+                f"{what}, and there it would fail; make it longer, as in total_steps=fl.total_steps(config, loaders), or the run shorter"
+            )
+        if last > total and holds and key == "lr" and schedule(total) < _ALL_BUT_NOTHING:
+            warnings.warn(
+                f"{what}: it holds its last factor, {schedule(total):g}, and next to nothing is learned from there on; make it longer, as in total=fl.total_steps(config, loaders)",
+                OptimizerWarning,
+                stacklevel=4,
+            )
 
 
 def _loaders(given: Any) -> Loaders:
@@ -225,6 +273,7 @@ def settings(config: FitConfig) -> Iterator[None]:
 def _preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pipe, signals: Signals | None) -> None:
     """What can be known to be wrong before the first step."""
     _check_alone(config)
+    _check_ends(state.store.optim, loaders, config)
     if config.dir is not None:
         writable(config.dir)
     if state.store.params and not state.store.module.training:

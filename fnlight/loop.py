@@ -18,6 +18,7 @@ from fnlight.data import Item, Source, batches
 from fnlight.errors import ConfigError, Interrupted
 from fnlight.evaluate import evaluate_sources, sources_of, step_of
 from fnlight.metrics import MEDIA, Tally
+from fnlight.optim import reported
 from fnlight.pipe import Combinator, Pipe, pipe
 from fnlight.rng import isolated
 from fnlight.rules import StopRule
@@ -264,7 +265,7 @@ def checkpoint_every(dir: str | os.PathLike[str], every: Callable[[Tick], bool] 
 def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "log") -> Combinator:
     """Send records to sinks: training metrics when they are due, as exact means since the last time, and every evaluation at once.
 
-    Training metrics are called ``train/loss`` and so on, with ``lr`` beside them; means over an epoch ``train_epoch/loss``.
+    Training metrics are called ``train/loss`` and so on, with ``lr`` beside them (``lr/NAME`` where there are several groups); means over an epoch ``train_epoch/loss``.
 
     Args:
         *sinks: Any functions of a `Record`.
@@ -298,7 +299,7 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
         metrics = _news(state, old)
         if due:
             tally: Tally = state.store.memory[name]
-            metrics |= {f"train/{k}": v for k, v in tally.read().items()} | _learning_rates(state)
+            metrics |= {f"train/{k}": v for k, v in tally.read().items()} | reported(state.store.optim)
             tally.clear()
         if metrics:
             send(state, metrics)
@@ -349,12 +350,6 @@ def _news(state: TrainState, old: tuple[Record, ...]) -> dict[str, Any]:
     known = old[-1].metrics if old and old[-1].step == state.history[-1].step else {}
     new = {k: v for k, v in state.history[-1].metrics.items() if k not in known}
     return {(f"train_epoch/{k[6:]}" if k.startswith("train/") else k): v for k, v in new.items()} | (state.store.media or {})
-
-
-def _learning_rates(state: TrainState) -> dict[str, float]:
-    optimizer = state.store.optim.optimizer
-    rates = [g["lr"] for g in optimizer.param_groups if g.get("lr") is not None] if optimizer is not None else []
-    return {"lr" if len(rates) == 1 else f"lr/{i}": float(lr) for i, lr in enumerate(rates)}
 
 
 def stop_when(*rules: Callable[[TrainState], str | None]) -> Combinator:

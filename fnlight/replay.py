@@ -169,7 +169,10 @@ class _Replay:
 
     def forward(self, count: int, values: list[float] | None) -> list[dict[str, Any]]:
         for i in range(self.count, count):
-            self.scheduler.step(*(() if values is None else (values[i],)))
+            try:
+                self.scheduler.step(*(() if values is None else (values[i],)))
+            except ValueError as error:
+                raise ConfigError(_past_its_end(self.scheduler, i + 1, error)) from error
             self._note()
         self.count, self.seen = count, values or []
         return [{k: _own(group[k]) for k in sorted(keys)} for group, keys in zip(self.shadow.param_groups, self.changed, strict=True)]
@@ -178,6 +181,13 @@ class _Replay:
         """Keep in mind what has ever been changed: it is given back even where it stands as it stood at first."""
         for group, before, changed in zip(self.shadow.param_groups, self.before, self.changed, strict=True):
             changed.update(k for k, v in before.items() if group[k] is not v and group[k] != v)
+
+
+def _past_its_end(scheduler: Any, count: int, error: Exception) -> str:
+    return (
+        f"{type(scheduler).__name__}, replayed by from_torch, refuses its step {count}: {error}; train no longer than it goes, make it longer "
+        "(fl.total_steps(config, loaders) counts the steps of a run), or use a schedule of fnlight, which holds its last value"
+    )
 
 
 def _plain(value: Any) -> bool:
@@ -233,7 +243,7 @@ class TorchSchedule:
             One dict a group: ``lr``, and whatever else the scheduler has changed on its way, such as ``momentum``.
 
         Raises:
-            ConfigError: If `make` returns no scheduler, or one of another optimizer.
+            ConfigError: If `make` returns no scheduler, or one of another optimizer, or the scheduler has come to its end.
         """
         seen = list(values or ()) if self.monitored else None
         steps = count if seen is None else len(seen)
@@ -249,6 +259,11 @@ class TorchSchedule:
         if self.monitored or not _takes_metric(_made(self.make, _Shadow(groups))):
             return self
         return attrs.evolve(self, monitored=True)
+
+    def last(self, configured: Sequence[Mapping[str, Any]]) -> int | None:
+        """The last count that the scheduler has a value for, if it says so, as ``OneCycleLR`` does; None if it has no end."""
+        total = getattr(_made(self.make, _Shadow(configured)), "total_steps", None)
+        return total if isinstance(total, int) else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TorchSchedule":
         return self  # nothing of it can be observed to change, and a copy goes on from the same replay

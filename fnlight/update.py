@@ -175,7 +175,7 @@ class Update:
         if store.version != state.version:
             store = state.live  # raises
         item = batch if batch.__class__ is Item else Item.of(batch, state=state)
-        if store.optim.schedule is not None:
+        if store.optim.scheduled:
             set_lr(store.optim, progress, state.history)
         key = fold_in(streams.get(state.seed) or streams.setdefault(state.seed, fold_in(state.seed, TRAIN)), progress.step)
         store.version += 1  # from here on the input is donated, whatever happens

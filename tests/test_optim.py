@@ -233,7 +233,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"schedule": from_torch(lr_scheduler.ReduceLROnPlateau)}, OptimizerError, r"from_torch\(ReduceLROnPlateau, monitored=True\) watches"),
     ({"monitor": "val/loss"}, OptimizerError, r"monitor='val/loss' is for plateau schedules, but the schedule is None; leave it out"),
     ({"schedule": exponential(0.5), "monitor": "a"}, OptimizerError, r"but the schedule is exponential\(0.5\); leave it out"),
-    ({"interval": "batch"}, ValueError, r"'interval' must be in \('step', 'epoch'\) \(got 'batch'\)"),
+    ({"interval": "batch"}, ValueError, r"'interval' must be in \('step', 'epoch', 'samples'\) \(got 'batch'\)"),
 ]
 
 

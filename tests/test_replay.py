@@ -221,9 +221,22 @@ def test_after_a_failure_of_the_scheduler_the_replay_starts_again() -> None:
     """A scheduler that refuses a step, as OneCycleLR does past its end, leaves no half-way replay behind."""
     schedule, held = from_torch(lambda o: OneCycleLR(o, 0.1, total_steps=5)), configured(optimizer())
     schedule.groups(held, 3)
-    with pytest.raises(ValueError, match="Tried to step 6 times"):
+    with pytest.raises(
+        ConfigError, match=r"OneCycleLR, replayed by from_torch, refuses its step 6: Tried to step 6 times.*; train no longer"
+    ):
         schedule.groups(held, 7)
     assert schedule.groups(held, 4) == from_torch(lambda o: OneCycleLR(o, 0.1, total_steps=5)).groups(held, 4)
+
+
+def test_a_scheduler_with_an_end_says_where_it_is() -> None:
+    """The last count that OneCycleLR has a value for is known beforehand, and is the last one that it gives."""
+    schedule, held = from_torch(lambda o: OneCycleLR(o, 0.1, total_steps=5)), configured(optimizer())
+    last = schedule.last(held)
+    assert last == 5
+    schedule.groups(held, last)
+    with pytest.raises(ConfigError, match="refuses its step 6"):
+        schedule.groups(held, last + 1)
+    assert from_torch(MAKERS["CyclicLR"]).last(held) is None
 
 
 def test_a_scheduler_of_the_user_is_replayed_like_one_of_torch() -> None:

@@ -15,6 +15,8 @@ from fnlight.errors import ConfigError
 from fnlight.schedules import (
     constant,
     cosine,
+    cosine_restarts,
+    cyclic,
     exponential,
     join,
     linear,
@@ -23,6 +25,7 @@ from fnlight.schedules import (
     step_decay,
     warmup,
     warmup_cosine,
+    wsd,
 )
 
 PAIRS: dict[str, tuple[Callable[[int], float], Callable[[Any], Any], int]] = {
@@ -56,6 +59,31 @@ PAIRS: dict[str, tuple[Callable[[int], float], Callable[[Any], Any], int]] = {
         lambda o: lr_scheduler.OneCycleLR(o, max_lr=1.0, total_steps=12, pct_start=0.0),
         12,
     ),
+    "CosineAnnealingWarmRestarts": (
+        cosine_restarts(7, final=0.1),
+        lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=7, eta_min=0.1),
+        40,
+    ),
+    "CosineAnnealingWarmRestarts, longer each time": (
+        cosine_restarts(3, mult=2),
+        lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=3, T_mult=2),
+        60,
+    ),
+    "CyclicLR": (
+        cyclic(4, down=6, low=0.2),
+        lambda o: lr_scheduler.CyclicLR(o, 0.2, 1.0, step_size_up=4, step_size_down=6, cycle_momentum=False),
+        45,
+    ),
+    "CyclicLR triangular2": (
+        cyclic(5, low=0.1, mode="triangular2"),
+        lambda o: lr_scheduler.CyclicLR(o, 0.1, 1.0, step_size_up=5, mode="triangular2", cycle_momentum=False),
+        45,
+    ),
+    "CyclicLR exp_range": (
+        cyclic(3, low=0.0, mode="exp_range", gamma=0.95),
+        lambda o: lr_scheduler.CyclicLR(o, 0.0, 1.0, step_size_up=3, mode="exp_range", gamma=0.95, cycle_momentum=False),
+        45,
+    ),
     "SequentialLR": (
         join([linear(0.1, 1.0, 5), exponential(0.9), cosine(10)], [5, 12]),
         lambda o: lr_scheduler.SequentialLR(
@@ -81,6 +109,9 @@ EVERY = {
     "exponential": exponential(0.5),
     "polynomial": polynomial(10, power=0.5, final=0.2),
     "one_cycle": one_cycle(10, anneal="linear"),
+    "cosine_restarts": cosine_restarts(3, mult=2, final=0.1),
+    "cyclic": cyclic(2, down=3, low=0.2, mode="triangular2"),
+    "wsd": wsd(warmup=2, total=10, decay=4, final=0.1, shape="sqrt"),
     "join": join([warmup(2), cosine(5)], [2]),
 }
 
@@ -138,11 +169,44 @@ def test_a_schedule_is_pure(name: str) -> None:
     assert all(isinstance(factor, float) for factor in forward)
 
 
-@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "warmup_cosine", "polynomial", "one_cycle", "join"])
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "warmup_cosine", "polynomial", "one_cycle", "wsd", "join"])
 def test_past_its_end_a_schedule_holds_its_last_value(name: str) -> None:
     """A schedule with an end gives its last factor for ever."""
     schedule = EVERY[name]
     assert {schedule(count) for count in (10, 11, 50, 10**9)} == {schedule(10)}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_schedule_knows_where_it_ends(name: str) -> None:
+    """From `total` on the factor is the same for ever, and not from any count before; without an end there is no total."""
+    schedule = EVERY[name]
+    if schedule.total is None:
+        assert name in ("constant", "warmup", "step_decay", "exponential", "cyclic", "cosine_restarts")
+        return
+    assert {schedule(count) for count in range(schedule.total, schedule.total + 40)} == {schedule(schedule.total)}
+    assert schedule(schedule.total - 1) != schedule(schedule.total)
+
+
+def test_schedules_in_a_row_end_where_the_last_one_does() -> None:
+    """The end of a warm-up is that of what follows; a function of the user's own has no known end."""
+    assert (warmup(5).total, warmup(5, then=cosine(10)).total, warmup(5, then=exponential(0.5)).total) == (5, 15, None)
+    assert (join([constant(), cosine(10)], [7]).total, join([constant(), lambda count: 1.0], [7]).total) == (17, None)
+
+
+@pytest.mark.parametrize("shape, middle", [("linear", 0.5), ("cos", 0.5), ("sqrt", 1 - math.sqrt(0.5))])
+def test_a_wsd_rises_stays_and_falls_over_its_last_steps(shape: Any, middle: float) -> None:
+    """Before the fall the factor is 1, half-way through it that of its form, at the end the last one."""
+    course = wsd(warmup=4, total=100, decay=20, shape=shape)
+    assert [course(count) for count in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert {course(count) for count in range(4, 81)} == {1.0}
+    assert course(90) == pytest.approx(middle)
+    assert course(100) == 0.0
+
+
+def test_a_stable_part_may_be_prolonged_without_another_start() -> None:
+    """Two courses that differ in their total agree until the first one falls: a checkpoint of the plain serves both."""
+    short, long = wsd(warmup=4, total=50, decay=10), wsd(warmup=4, total=90, decay=10)
+    assert [short(count) for count in range(41)] == [long(count) for count in range(41)]
 
 
 def test_the_first_step_of_a_warm_up_learns() -> None:
@@ -199,6 +263,18 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: one_cycle(5, warmup=1.5), r"one_cycle\(warmup\) must be a finite number, at least 0 and at most 1, but got 1.5"),
     (lambda: one_cycle(5, start_div=0.0), r"one_cycle\(start_div\) must be a finite number, above 0, but got 0.0"),
     (lambda: one_cycle(5, anneal="exp"), r"one_cycle\(anneal\) must be one of \['cos', 'linear'\], but got 'exp'"),
+    (lambda: cyclic(0), r"cyclic\(up\) must be a whole number of at least 1, but got 0"),
+    (lambda: cyclic(2, down=0), r"cyclic\(down\) must be a whole number of at least 1, but got 0"),
+    (lambda: cyclic(2, low=2.0), r"cyclic\(low\) must be a finite number, at least 0 and at most 1, but got 2.0"),
+    (lambda: cyclic(2, mode="square"), r"cyclic\(mode\) must be one of \['exp_range', .*\], but got 'square'"),
+    (
+        lambda: cyclic(2, gamma=0.9),
+        r"cyclic\(gamma=0.9\) shrinks cycles of mode=\"exp_range\", but the mode is 'triangular'; leave gamma out",
+    ),
+    (lambda: cosine_restarts(0), r"cosine_restarts\(first\) must be a whole number of at least 1, but got 0"),
+    (lambda: cosine_restarts(5, mult=0), r"cosine_restarts\(mult\) must be a whole number of at least 1, but got 0"),
+    (lambda: wsd(60, 100, 50), r"rise and fall must fit into total, but got warmup=60, decay=50, total=100"),
+    (lambda: wsd(6, 100, 50, shape="exp"), r"wsd\(shape\) must be one of \['cos', 'linear', 'sqrt'\], but got 'exp'"),
     (lambda: join([constant()], [3]), r"one boundary fewer than schedules, but got 1 schedules and 1 boundaries"),
     (lambda: join([], []), r"one boundary fewer than schedules, but got 0 schedules"),
     (lambda: join([constant(), 0.5], [3]), r"join\(schedules\)\[1\] must be a schedule"),

@@ -4,21 +4,29 @@ An optimizer keeps memory in ``state`` and, some of them, in ``param_groups``; b
 beside it (`Optim.configured`), so that a value that was changed in the code wins over the one in a checkpoint.
 """
 
+from fnlight.optim.groups import GroupRule, frozen, layer_decay, no_decay, param_groups
 from fnlight.optim.kernels import take_step
 from fnlight.optim.memory import OTHER, named_groups, named_state, place_slot, to_device
 from fnlight.optim.prepare import prepare
-from fnlight.optim.rates import monitored, set_lr
+from fnlight.optim.rates import ends, monitored, reported, set_lr
 from fnlight.optim.spec import Optim, copy_optimizer
 
 __all__ = [
     "OTHER",
+    "GroupRule",
     "Optim",
     "copy_optimizer",
+    "ends",
+    "frozen",
+    "layer_decay",
     "monitored",
     "named_groups",
     "named_state",
+    "no_decay",
+    "param_groups",
     "place_slot",
     "prepare",
+    "reported",
     "set_lr",
     "take_step",
     "to_device",

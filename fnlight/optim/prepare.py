@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from fnlight.errors import OptimizerError, OptimizerWarning
 from fnlight.optim.kernels import choose_fused
+from fnlight.optim.rates import courses_of, group_name
 from fnlight.optim.spec import Optim
 
 
@@ -54,12 +55,23 @@ def prepare(made: Any, module: nn.Module) -> Optim:
         )
     _check_parameters(optim.optimizer, module, trainable)
     choose_fused(optim.optimizer, module)
+    _check_groups(optim.optimizer)
     for group in optim.optimizer.param_groups:
         if optim.schedule is not None and group.get("lr") is None:
             raise OptimizerError(f"a schedule multiplies a learning rate, but {type(optim.optimizer).__name__} has lr=None; give it one")
         group.setdefault("initial_lr", _plain(group.get("lr")))
     configured = [{k: copy.deepcopy(v) for k, v in g.items() if k != "params"} for g in optim.optimizer.param_groups]
-    return attrs.evolve(optim, configured=configured)
+    optim = attrs.evolve(optim, configured=configured)
+    return attrs.evolve(optim, courses=courses_of(optim))
+
+
+def _check_groups(optimizer: Optimizer) -> None:
+    names = [group_name(group, i) for i, group in enumerate(optimizer.param_groups)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise OptimizerError(
+            f"two groups of the optimizer are called {twice[0]!r}; give each a name of its own, or none; there are {names}"
+        )
 
 
 def _check_parameters(optimizer: Optimizer, module: nn.Module, trainable: Mapping[str, Tensor]) -> None:
