@@ -23,6 +23,7 @@ from fnlight.pipe import Combinator, Pipe, pipe
 from fnlight.rng import isolated
 from fnlight.rules import StopRule
 from fnlight.signals import Signals
+from fnlight.sinks.deliver import deliver, let_go
 from fnlight.state import Record, TrainState
 from fnlight.when import Tick, condition, epochs, steps
 
@@ -265,7 +266,9 @@ def checkpoint_every(dir: str | os.PathLike[str], every: Callable[[Tick], bool] 
 def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "log") -> Combinator:
     """Send records to sinks: training metrics when they are due, as exact means since the last time, and every evaluation at once.
 
-    Training metrics are called ``train/loss`` and so on, with ``lr`` beside them (``lr/NAME`` where there are several groups); means over an epoch ``train_epoch/loss``.
+    Training metrics are called ``train/loss`` and so on, with ``lr`` beside them (``lr/NAME`` where there are several groups); means over an
+    epoch ``train_epoch/loss``. A sink that fails is warned of once, with a `FaultWarning`, and training goes on;
+    ``state.memory["failed_sinks"]`` says what it missed.
 
     Args:
         *sinks: Any functions of a `Record`.
@@ -288,12 +291,10 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
         if not callable(sink):
             raise ConfigError(f"a sink must be a function of a record, but got {type(sink).__name__}: {sink!r:.60}")
 
-    is_due = condition(every)
+    is_due, told = condition(every), set[str]()
 
     def send(state: TrainState, metrics: dict[str, Any]) -> None:
-        record = Record(state.progress.step, state.progress.epoch, metrics)
-        for sink in sinks:
-            sink(record)
+        deliver(sinks, Record(state.progress.step, state.progress.epoch, metrics), state.store.memory, told)
 
     def logged_now(state: TrainState, due: bool, old: tuple[Record, ...]) -> None:
         metrics = _news(state, old)
@@ -317,6 +318,7 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
         return logged
 
     def start(state: TrainState) -> TrainState:
+        told.clear()
         if state.store.media:  # of an evaluation that was made up for
             send(state, dict(state.store.media))
         return state
@@ -327,20 +329,11 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
             logged_now(state, due, before.history)
         return state
 
-    def close() -> None:
-        for sink in sinks:
-            for method in ("flush", "close"):
-                getattr(sink, method, _nothing)()
-
     label = ", ".join(getattr(s, "__name__", repr(s)) for s in sinks)
     return Combinator(
         "log_to", wrap, "step", "step", args=f"{label}, every={every}", key=name, init=lambda store: Tally(),
-        phase="log", start=start, finish=finish, close=close,
+        phase="log", start=start, finish=finish, close=lambda: let_go(sinks),
     )  # fmt: skip
-
-
-def _nothing() -> None:
-    return None
 
 
 def _news(state: TrainState, old: tuple[Record, ...]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import attrs
@@ -146,7 +146,8 @@ class Folder:
             raise cannot_write(os.path.join(self.path, name), error) from error
         finally:
             if self.size(hidden) is not None:
-                os.unlink(os.path.join(self.path, hidden))
+                with suppress(OSError):  # where not even this works, the error above says why
+                    os.unlink(os.path.join(self.path, hidden))
 
     def remove(self) -> None:
         """Delete it: first out of sight in one move, so that no reader sees half of it."""

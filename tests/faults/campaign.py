@@ -1,10 +1,11 @@
 """A program: kill trainings at every kind of instant, go on with them, and count what was lost.
 
-``python tests/faults/campaign.py --kills 200 --runs 50`` prints a table and ends with 1 if anything was lost.
+``python tests/faults/campaign.py --kills 200 --runs 50 --failures 200`` prints a table and ends with 1 if anything was lost.
 """
 
 import argparse
 import collections
+import errno
 import os
 import random
 import shutil
@@ -16,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from fnlight import load, newest, save
+from fnlight import CheckpointError, load, newest, save
 from fnlight.testing import assert_trees_equal
-from tests.faults.processes import Shared, Watch, dying, every_instant, in_a_child, instants
+from tests.faults.processes import Shared, Watch, dying, every_instant, failing, in_a_child, instants, vanishing
 from tests.faults.training import STEPS, make_loaders, make_task, train
 
 
@@ -61,6 +62,10 @@ def went_on(folder, whole, durable, reference, workers=0):
     names = sorted(p.name for p in (folder / "checkpoints").iterdir())
     assert names == [f"step-{s:08d}" for s in (STEPS - 1, STEPS)], f"checkpoints: {names}"
     assert (folder / "log.jsonl").read_bytes() == (reference / "log.jsonl").read_bytes(), "the log differs"
+
+
+OF_WORKERS = ("pymp-",)
+"""What Python's multiprocessing leaves in the temporary folder when a process with workers is killed."""
 
 
 class Tally:
@@ -109,6 +114,54 @@ def runs(root, count, seed, tally):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+FAULTS = {
+    "no space left, once": (errno.ENOSPC, False),
+    "no space left, from then on": (errno.ENOSPC, True),
+    "input/output error, once": (errno.EIO, False),
+    "input/output error, from then on": (errno.EIO, True),
+    "permission denied, once": (errno.EACCES, False),
+    "permission denied, from then on": (errno.EACCES, True),
+    "the directory vanished": (None, False),
+}
+"""What a file system does to a call."""
+
+
+def faulty(folder, at, fault, durable):
+    """Train while the file system fails at a call; how it ended."""
+    code, lasting = FAULTS[fault]
+    act = vanishing(folder / "checkpoints") if code is None else failing(code)
+    watch = Watch(folder / "checkpoints", at, act, durable, lasting)
+    try:
+        train(folder)
+    except CheckpointError as error:
+        end = f"ended with an error: {error}"
+        assert code is None or os.strerror(code) in end, end
+    else:
+        end = "went on"
+    watch.stop()
+    if not lasting or code == errno.ENOSPC:
+        assert watch.seen[-1].startswith(("unlink", "rmdir")) or not leftovers(folder), f"left behind: {leftovers(folder)}"
+    return end if watch.begun else "nothing happened"
+
+
+def failures(root, count, seed, tally):
+    """Let the file system fail at so many calls of saves and deletions, and go on when it works again."""
+    whole, labels, _ = uninterrupted(root)
+    rng = random.Random(seed)
+    kinds = [(label, fault) for label in dict.fromkeys(labels) for fault in FAULTS]
+    rng.shuffle(kinds)
+    for i in range(count):
+        label, fault = kinds[i % len(kinds)]
+        folder, durable, at = root / f"failure-{i}", Shared(), (label, rng.randint(1, labels.count(label)))
+        code, text = in_a_child(faulty, folder, at, fault, durable)
+        end = text if not code else fault
+        if not code:
+            code, text = in_a_child(went_on, folder, whole, durable.get() if FAULTS[fault][0] else 0, root / "whole")
+        tally.take(f"{fault}: the run {end.partition(':')[0]}" if not code else fault, code, f"{at} {end}\n{text}")
+        shutil.rmtree(folder, ignore_errors=True)
+    return len(kinds)
+
+
 def watched_run(folder, durable, workers):
     Watch(folder / "checkpoints", renamed=durable)
     train(folder, loaders=make_loaders(workers))
@@ -119,24 +172,27 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=200, help="deaths at chosen system calls")
     parser.add_argument("--runs", type=int, default=50, help="whole runs killed at random times")
+    parser.add_argument("--failures", type=int, default=200, help="calls of the file system that fail")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dir", default=None, help="where the runs lie; TMPDIR may be on another file system")
+    parser.add_argument("--dir", default=None, help="where the runs lie; TMPDIR may be on another file system {left or ''}")
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    temporary = sorted(os.listdir(tempfile.gettempdir()))
     tally = Tally()
-    with tempfile.TemporaryDirectory(dir=given.dir, prefix="faults-") as folder:
+    with tempfile.TemporaryDirectory(prefix="faults-temporary-") as temporary, tempfile.TemporaryDirectory(dir=given.dir) as folder:
+        os.environ["TMPDIR"] = tempfile.tempdir = temporary
         if given.kills:
-            root = Path(folder) / "kills"
-            kinds, chosen = kills(root, given.kills, given.seed, tally)
-            print(f"{kinds} kinds of instants of a save, {chosen} deaths chosen")
+            kinds, chosen = kills(Path(folder) / "kills", given.kills, given.seed, tally)
+            print(f"{kinds:6} kinds of instants of a save, {chosen} deaths chosen")
         if given.runs:
             runs(Path(folder) / "runs", given.runs, given.seed, tally)
-        left = sorted(set(os.listdir(tempfile.gettempdir())) - {*temporary, os.path.basename(folder)})
+        if given.failures:
+            print(f"{failures(Path(folder) / 'failures', given.failures, given.seed, tally):6} kinds of failures of a call")
+        left, tempfile.tempdir = [n for n in os.listdir(temporary) if not n.startswith(OF_WORKERS)], None
+        same = os.stat(temporary).st_dev == os.stat(folder).st_dev
     for kind, number in sorted(tally.tried.items()):
         print(f"{number:6} {kind}")
-    print(f"{len(left):6} files left in {tempfile.gettempdir()}")
+    print(f"{len(left):6} files left in the temporary folder, which is on {'the same' if same else 'another'} file system {left or ''}")
     print(f"{len(tally.lost):6} lost")
     for text in tally.lost[:5]:
         print(text)

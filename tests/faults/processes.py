@@ -1,5 +1,6 @@
 """Children forked from a warm parent, and deaths at any system call that changes a file."""
 
+import errno
 import mmap
 import os
 import random
@@ -7,9 +8,11 @@ import re
 import select
 import signal
 import struct
+import subprocess
 import threading
 import traceback
 import warnings
+from contextlib import suppress
 
 CALLS = ("open", "write", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir", "truncate", "ftruncate", "link")
 """What saving and deleting are made of, as the system sees it."""
@@ -29,7 +32,7 @@ def in_a_child(fn, *args, kill_after=None):
     if child == 0:
         code = 1
         try:
-            os.close(read)
+            os.setpgid(0, 0)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 text = str(fn(*args))
@@ -39,17 +42,22 @@ def in_a_child(fn, *args, kill_after=None):
         finally:
             os.write(write, text.encode()[-60_000:])
             os._exit(code)
-    os.close(write)
+    os.close(write)  # a worker that outlives the child may hold its copy, so nothing waits for the end of the pipe
     if kill_after is not None:
         ended = os.pidfd_open(child)
         if not select.select([ended], [], [], kill_after)[0]:
             os.kill(child, signal.SIGKILL)
         os.close(ended)
-    chunks = []
-    while chunk := os.read(read, 1 << 16):
-        chunks.append(chunk)
-    os.close(read)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), b"".join(chunks).decode()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with suppress(ProcessLookupError):  # loader workers that were being started when their parent died
+        os.killpg(child, signal.SIGKILL)
+    os.set_blocking(read, False)
+    try:
+        return code, os.read(read, 1 << 16).decode()
+    except BlockingIOError:
+        return code, ""
+    finally:
+        os.close(read)
 
 
 class Shared:
@@ -87,12 +95,14 @@ class Watch:
     Args:
         root: The folder.
         at: Kind and number of the call, such as ``("fsync checkpoints/.step.tmp", 3)``; None only counts.
+        lasting: Whether what happens there happens at every later call too.
         act: Maps the call, its arguments and options to its result; it may also raise, or never return.
         renamed: Told the number of every checkpoint that was moved into its place.
     """
 
-    def __init__(self, root, at=None, act=None, renamed=None):
+    def __init__(self, root, at=None, act=None, renamed=None, lasting=False):
         self.root, self.at, self.act, self.renamed = os.path.realpath(root), at, act, renamed
+        self.lasting, self.begun = lasting, False
         self.seen, self.counts, self.lock, self.calls = [], {}, threading.Lock(), {name: getattr(os, name) for name in CALLS}
         for name in CALLS:
             setattr(os, name, self.watched(name))
@@ -114,7 +124,8 @@ class Watch:
             with self.lock:
                 self.seen.append(label)
                 self.counts[label] = self.counts.get(label, 0) + 1
-                here = self.at == (label, self.counts[label])
+                here = self.at == (label, self.counts[label]) or (self.begun and self.lasting)
+                self.begun |= here
             found = self.act(call, target, *args, **options) if here else call(target, *args, **options)
             done = re.fullmatch(r"step-([0-9]+)", os.path.basename(path))
             if done and self.renamed is not None and name in ("rename", "replace"):
@@ -135,6 +146,27 @@ def dying(instant):
         os.kill(os.getpid(), signal.SIGKILL)
 
     return die
+
+
+def failing(code):
+    """An act: the system refuses the call; a full disk still deletes and renames."""
+
+    def fail(call, target, *args, **options):
+        if code == errno.ENOSPC and call.__name__ not in ("open", "write", "fsync", "mkdir"):
+            return call(target, *args, **options)
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+def vanishing(folder):
+    """An act: somebody deletes a folder, and the call goes on."""
+
+    def vanish(call, target, *args, **options):
+        subprocess.run(["rm", "-rf", str(folder)], check=True)
+        return call(target, *args, **options)
+
+    return vanish
 
 
 def every_instant(labels):
