@@ -21,6 +21,7 @@ Read on in `fnlight.state`, `fnlight.update`, `fnlight.loop` and `fnlight.fit`.
 import importlib
 from typing import Any as _Any
 
+from fnlight.averages import ema
 from fnlight.checkpoint import LoadReport, Retention, best, checkpoints, every, last, load, load_weights, newest, restore, save, verify
 from fnlight.clip import clip_norm, clip_value
 from fnlight.config import FitConfig
@@ -78,7 +79,7 @@ from fnlight.schedules import (
 from fnlight.signals import Signals
 from fnlight.sinks import CSV, JSONL, Console, TensorBoard, fan_out
 from fnlight.state import History, Progress, Record, Store, Task, TrainState
-from fnlight.update import accumulate, apply, ema, grad, pure, update
+from fnlight.update import accumulate, apply, grad, pure, update
 from fnlight.watch import check_finite, epoch_means
 from fnlight.when import Tick, at_end, epochs, minutes, seconds, steps
 

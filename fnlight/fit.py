@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 import torch
 
+from fnlight.averages import ema
 from fnlight.checkpoint import checkpoints, newest, restore, writable
 from fnlight.clip import clip_norm, clip_value
 from fnlight.config import FitConfig
@@ -23,7 +24,7 @@ from fnlight.precision import autocast
 from fnlight.signals import Signals
 from fnlight.sinks import Console
 from fnlight.state import Task, TrainState
-from fnlight.update import accumulate, apply, ema, grad
+from fnlight.update import accumulate, apply, grad
 from fnlight.watch import check_finite, epoch_means
 from fnlight.when import epochs, seconds
 

@@ -9,12 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from fnlight.averages import ema
 from fnlight.errors import ConfigError, LoaderError, StepError
 from fnlight.evaluate import collect, evaluate, predict
 from fnlight.metrics import Cat, Mean, Text
 from fnlight.pipe import pipe
 from fnlight.state import Task, TrainState
-from fnlight.update import apply, ema, grad
+from fnlight.update import apply, grad
 
 
 def train_step(model, batch):

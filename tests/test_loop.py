@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from fnlight.averages import ema
 from fnlight.checkpoint import checkpoints, last, load
 from fnlight.errors import ConfigError
 from fnlight.loop import checkpoint_every, evaluate_every, log_to, run, stop_when
@@ -15,7 +16,7 @@ from fnlight.metrics import Mean, Text
 from fnlight.pipe import pipe
 from fnlight.rules import max_epochs, max_steps
 from fnlight.state import Task, TrainState
-from fnlight.update import accumulate, apply, ema, grad
+from fnlight.update import accumulate, apply, grad
 from fnlight.watch import epoch_means
 from fnlight.when import at_end, epochs, steps
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fnlight.averages import ema
 from fnlight.clip import clip_norm
 from fnlight.data import Item
 from fnlight.errors import MemoryWarning, MonitorError, SeamError
@@ -12,7 +13,7 @@ from fnlight.pipe import TICK, Combinator, pipe
 from fnlight.precision import autocast
 from fnlight.rules import patience
 from fnlight.state import Task, TrainState
-from fnlight.update import accumulate, apply, ema, grad
+from fnlight.update import accumulate, apply, grad
 
 
 def train_step(model, batch):

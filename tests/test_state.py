@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fnlight import tree
+from fnlight.averages import ema
 from fnlight.errors import DonatedStateError, OptimizerError
 from fnlight.metrics import Tally
 from fnlight.optim import Optim
 from fnlight.pipe import pipe
 from fnlight.replay import from_torch
 from fnlight.state import History, Progress, Record, Store, Task, TrainState
-from fnlight.update import apply, ema, grad
+from fnlight.update import apply, grad
 
 
 class Net(nn.Module):

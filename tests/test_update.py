@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from fnlight.averages import ema
 from fnlight.clip import clip_norm, clip_value
 from fnlight.data import Item
 from fnlight.errors import ConfigError, DonatedStateError, OptimizerError, StepError
@@ -17,7 +18,7 @@ from fnlight.optim import Optim
 from fnlight.pipe import pipe
 from fnlight.rng import TRAIN, fold_in, isolated, seed_generators
 from fnlight.state import Task, TrainState
-from fnlight.update import accumulate, apply, ema, grad, pure, update
+from fnlight.update import accumulate, apply, grad, pure, update
 
 
 def loss_fn(model, batch):
@@ -156,17 +157,6 @@ def test_metrics_are_merged_over_a_group():
     assert not metrics["twice"].total.requires_grad
 
 
-def test_ema_is_the_recurrence():
-    """average = decay * average + (1 - decay) * params, from the initial parameters on."""
-    state = created()
-    step = pipe(loss_fn, grad(), apply(), ema(0.9))
-    average = {name: p.clone() for name, p in state.params.items()}
-    for i in range(3):
-        state, _ = step(state, data(seed=i))
-        average = {name: torch.lerp(value, state.params[name], 1 - 0.9) for name, value in average.items()}
-    assert all(torch.equal(state.memory["ema"][name], value) for name, value in average.items())
-
-
 def test_a_schedule_is_a_function_of_completed_steps():
     """The step after k completed ones uses base * schedule(k)."""
     rates = []
@@ -276,7 +266,6 @@ def test_a_task_without_an_optimizer_cannot_train():
     [
         (lambda: accumulate(0), r"accumulate must be a number of batches >= 1.*but got 0"),
         (lambda: accumulate({5: 4}), r"must say what holds from epoch 0 on"),
-        (lambda: ema(1.0), r"ema must be a decay of at least 0 and below 1, but got 1.0"),
     ],
 )
 def test_a_combinator_that_means_nothing_is_refused(make, message):

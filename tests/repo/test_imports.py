@@ -13,7 +13,7 @@ FLOORS = {
     4: {"state"},
     5: {"checkpoint", "data", "when", "rules", "sinks", "pipe"},
     6: {"precision", "clip", "microbatch", "update", "evaluate", "watch"},
-    7: {"loop", "config"},
+    7: {"averages", "loop", "config"},
     8: {"fit", "main"},
     9: {"cli", "testing", "report", "__init__"},
 }
