@@ -61,6 +61,7 @@ from fnlight.protocols import EvalFn, GradFn, Gradients, LossFn, PredictFn, Rule
 from fnlight.replay import from_torch, plateau
 from fnlight.rng import fold_in, isolated, seed_generators
 from fnlight.rules import diverged, max_epochs, max_steps, max_time, min_epochs, min_steps, nonfinite, patience, reached
+from fnlight.scale import loss_scale
 from fnlight.schedules import (
     constant,
     cosine,
@@ -188,6 +189,7 @@ __all__ = [
     "load",
     "load_weights",
     "log_to",
+    "loss_scale",
     "main",
     "max_epochs",
     "max_steps",

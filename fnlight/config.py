@@ -128,7 +128,7 @@ class FitConfig:
         stop: A stop rule.
         accumulate: Batches a step, or a mapping from the epoch at which it starts to batches.
         microbatch: Samples that are computed at a time at most, or ``"auto"``: whole batches until one does not fit into memory.
-        precision: ``"fp32"`` or ``"bf16"`` (autocast).
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (autocast; fp16 with a loss scale).
         clip_norm: The largest 2-norm of the gradients.
         clip_value: The largest absolute value of a gradient's entry.
         ema: Decay of averaged weights; evaluations of the run then use them.
@@ -172,7 +172,7 @@ class FitConfig:
     stop: Callable[[Any], str | None] | None = attrs.field(default=None, validator=_callable)
     accumulate: int | Mapping[int, int] = attrs.field(default=1, validator=_accumulate)
     microbatch: int | str | None = attrs.field(default=None, validator=_part)
-    precision: str = attrs.field(default="fp32", validator=_not_yet("fp32", "bf16"))
+    precision: str = attrs.field(default="fp32", validator=_one_of("fp32", "bf16", "fp16"))
     clip_norm: float | None = attrs.field(default=None, validator=_above_zero)
     clip_value: float | None = attrs.field(default=None, validator=_above_zero)
     ema: float | None = attrs.field(default=None, validator=_decay)

@@ -21,6 +21,7 @@ from fnlight.microbatch import microbatch
 from fnlight.optim import Optim, ends, monitored
 from fnlight.pipe import Combinator, Pipe, pipe
 from fnlight.precision import autocast
+from fnlight.scale import loss_scale
 from fnlight.signals import Signals
 from fnlight.sinks import Console
 from fnlight.state import Task, TrainState
@@ -28,6 +29,7 @@ from fnlight.update import accumulate, apply, grad
 from fnlight.watch import check_finite, epoch_means
 from fnlight.when import epochs, seconds
 
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _ALL_BUT_NOTHING = 1e-3  # a factor of the learning rate below which nobody means to train on
 _EVERY_TICK = seconds(0.1)  # how often the console is given numbers; it draws when it likes
 
@@ -91,10 +93,11 @@ def compose(task: Task, config: FitConfig, loaders: Any = None, signals: Signals
     """
     given = _loaders(loaders) if loaders is not None else Loaders()
     parts: list[Combinator | None] = [
-        autocast(torch.bfloat16) if config.precision == "bf16" else None,
+        autocast(_AUTOCAST[config.precision]) if config.precision in _AUTOCAST else None,
         grad(),
         accumulate(config.accumulate) if config.accumulate != 1 else None,
         microbatch(config.microbatch) if config.microbatch is not None else None,
+        loss_scale() if config.precision == "fp16" else None,
         clip_value(config.clip_value) if config.clip_value else None,
         clip_norm(config.clip_norm) if config.clip_norm else None,
         apply(),
@@ -115,7 +118,7 @@ def _evaluation(task: Task, config: FitConfig, loaders: Loaders, signals: Signal
         if config.eval_every not in (None, epochs(1)):
             raise ConfigError(f"FitConfig(eval_every={config.eval_every!r}) needs data to evaluate on; give fl.Loaders(train=..., val=...)")
         return None
-    eval_step = autocast(torch.bfloat16)(task.eval_step) if config.precision == "bf16" and task.eval_step else None
+    eval_step = autocast(_AUTOCAST[config.precision])(task.eval_step) if config.precision in _AUTOCAST and task.eval_step else None
     return evaluate_every(
         loaders.val,
         config.eval_every,

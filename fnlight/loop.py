@@ -231,7 +231,7 @@ def checkpoint_every(dir: str | os.PathLike[str], every: Callable[[Tick], bool] 
     def saved(state: TrainState) -> TrainState:
         tree = state.store.memory["checkpoint_every"]
         step = state.progress.step
-        tree["saved"] = [*(s for s in tree["saved"] if s < step), step]
+        tree["saved"], tree["skipped"] = [*(s for s in tree["saved"] if s < step), step], state.progress.skipped
         save(state, step_path(path, step))
         tree["saved"] = prune(path, tree["saved"], keep, state.history)
         return state
@@ -251,14 +251,14 @@ def checkpoint_every(dir: str | os.PathLike[str], every: Callable[[Tick], bool] 
         return state
 
     def finish(before: TrainState, state: TrainState) -> TrainState:
-        done = state.store.memory["checkpoint_every"]["saved"]
-        if done and done[-1] == state.progress.step:
-            amend(state, step_path(path, done[-1]))
+        tree, at = state.store.memory["checkpoint_every"], state.progress
+        if tree["saved"][-1:] == [at.step] and tree.get("skipped", 0) == at.skipped:
+            amend(state, step_path(path, at.step))
             return state
         return saved(state)
 
     return Combinator(
-        "checkpoint_every", wrap, "step", "step", args=f"{path!r}, every={every}, keep={keep}", init=lambda store: {"saved": []},
+        "checkpoint_every", wrap, "step", "step", args=f"{path!r}, every={every}, keep={keep}", init=lambda store: {"saved": [], "skipped": 0},
         phase="save", start=start, finish=finish, monitors=keep.monitors,
     )  # fmt: skip
 

@@ -52,6 +52,7 @@ class Combinator:
         close: Called when a run ends, however it ends.
         monitors: Names in the history that it needs.
         yields: Prefixes of the names that it adds to the history.
+        fits: Maps all combinators of a finished step to what is wrong with its company, or None.
 
     Example:
         >>> double = Combinator("double", lambda loss_fn: lambda model, batch: 2 * loss_fn(model, batch), "loss", "loss")
@@ -73,6 +74,7 @@ class Combinator:
     close: Callable[[], None] | None = attrs.field(default=None, kw_only=True)
     monitors: tuple[str, ...] = attrs.field(default=(), kw_only=True)
     yields: tuple[str, ...] = attrs.field(default=(), kw_only=True)
+    fits: Callable[[tuple["Combinator", ...]], str | None] | None = attrs.field(default=None, kw_only=True)
 
     def __call__(self, fn: Any) -> Any:
         """Wrap one function, outside of any pipe."""
@@ -194,7 +196,7 @@ def pipe(fn: Any, *combinators: Combinator) -> Pipe:
         A `Pipe`, callable as the function that the last combinator gives; ``print`` shows it in reading order.
 
     Raises:
-        SeamError: If neighbours do not fit, two combinators share a name, or the phases of a tick are out of order.
+        SeamError: If neighbours do not fit, two combinators share a name or contradict each other, or the phases of a tick are out of order.
 
     Example:
         >>> twice = Combinator("twice", lambda loss_fn: lambda model, batch: 2 * loss_fn(model, batch), "loss", "loss")
@@ -218,6 +220,8 @@ def pipe(fn: Any, *combinators: Combinator) -> Pipe:
         if c.takes != kind:
             raise SeamError(_seam(c, kind, combinators[i - 1] if i else None, fn))
         wrapped, kind = c.wrap(wrapped), c.gives
+    if kind == "step":
+        _check_company(every)
     groups = [c.group for c in every if c.group is not None]
     return Pipe(wrapped, inner.base if inner else getattr(fn, "__name__", type(fn).__name__), every, kind, groups[-1] if groups else 1)
 
@@ -247,6 +251,13 @@ def _check_phases(combinators: tuple[Combinator, ...]) -> None:
                 f"{after} ({after.phase}) stands behind {before} ({before.phase}), but a tick has one order: {', '.join(TICK)}; "
                 f"move {after} in front of {before}"
             )
+
+
+def _check_company(combinators: tuple[Combinator, ...]) -> None:
+    for c in combinators:
+        wrong = None if c.fits is None else c.fits(combinators)
+        if wrong is not None:
+            raise SeamError(wrong)
 
 
 def _seam(c: Combinator, kind: Kind, before: Combinator | None, fn: Any) -> str:

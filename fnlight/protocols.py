@@ -24,14 +24,15 @@ class Gradients(NamedTuple):
         loss: The detached loss, a scalar tensor, shape []; a sum where `weight` is not 1.
         weight: What the loss was divided by: 1.0 for a plain scalar, samples or tokens for a `Mean`.
         metrics: Names to detached values, the loss among them.
-        finite: None, or a bool tensor, shape [], that is False when a value is NaN or infinite.
+        finite: Whether the update may be made; None where nobody asked. A bool tensor, shape [], is known to the device only: the update
+            is masked there, and the step counts. A plain False is known here: there is no update, and no step is counted.
     """
 
     values: list[Tensor | None]
     loss: Tensor
     weight: Any
     metrics: dict[str, Any]
-    finite: Tensor | None = None
+    finite: Tensor | bool | None = None
 
 
 class LossFn(Protocol):

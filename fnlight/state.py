@@ -71,6 +71,7 @@ class Progress:
         samples: Samples seen.
         seconds: Time spent, in seconds; it does not count in comparisons.
         epoch_samples: Samples of the epoch that is under way that are done; 0 where an old checkpoint does not say.
+        skipped: Groups of batches that were consumed without an update, such as those whose scaled gradients overflowed.
 
     Example:
         >>> Progress(step=3).step
@@ -83,6 +84,7 @@ class Progress:
     samples: int = 0
     seconds: float = attrs.field(default=0.0, eq=False)
     epoch_samples: int = 0
+    skipped: int = 0
 
 
 @attrs.frozen
@@ -153,13 +155,17 @@ class Store:
         False
     """
 
-    __slots__ = ("device", "media", "memory", "module", "named", "optim", "owner", "params", "position", "seed", "version")
+    __slots__ = (
+        "device", "media", "memory", "module", "named", "optim", "owner", "params", "position", "scale", "seed", "skipped", "version",
+    )  # fmt: skip
 
     def __init__(self, module: nn.Module, optim: Optim, memory: dict[str, Any]) -> None:
         self.module, self.optim, self.memory = module, optim, memory
         self.version = 0
         self.owner: Any = None  # the pipe whose combinators have their memory here
         self.position: Callable[[], Any] | None = None  # where a loader that keeps its own position stands
+        self.skipped = False  # whether the last step left out its update, and the host knows
+        self.scale: Tensor | None = None  # what a loss is multiplied by before it goes backward
         self.media: dict[str, Any] | None = None  # pictures and texts of an evaluation, for the sinks of the same tick
         self.named = dict(module.named_parameters())
         self.params = [p for p in self.named.values() if p.requires_grad]

@@ -15,12 +15,15 @@ from torch.optim import LBFGS
 
 from fnlight.data import Item
 from fnlight.errors import ConfigError, OptimizerError, StepError
+from fnlight.mask import step_where
 from fnlight.metrics import Mean
 from fnlight.optim import set_lr, take_step
 from fnlight.pipe import Combinator, Part, Pipe, mean_of_group, pipe
 from fnlight.protocols import Gradients
 from fnlight.rng import TRAIN, fold_in, isolated
 from fnlight.state import Progress, Store, TrainState
+
+_SKIPPED = 1 << 32  # beyond every number of a micro-batch: attempts at one step share no random numbers
 
 
 def grad() -> Combinator:
@@ -42,7 +45,7 @@ def grad() -> Combinator:
             if total.__class__ is not Tensor or total.dim() or not total.requires_grad:
                 total, weight, metrics = _read(total, store)
             if store.params:
-                total.backward()
+                (total if store.scale is None else total * store.scale).backward()
             loss = total.detach()
             metrics["loss"] = loss if weight.__class__ is float else Mean(loss, weight)
             return Gradients([p.grad for p in store.params], loss, weight, metrics)
@@ -178,6 +181,9 @@ class Update:
         if store.optim.scheduled:
             set_lr(store.optim, progress, state.history)
         key = fold_in(streams.get(state.seed) or streams.setdefault(state.seed, fold_in(state.seed, TRAIN)), progress.step)
+        if progress.skipped:
+            key = fold_in(key, _SKIPPED + progress.skipped)
+        store.skipped = False
         store.version += 1  # from here on the input is donated, whatever happens
         try:
             metrics = self.kernel(store, item.batches, key)
@@ -188,14 +194,15 @@ class Update:
         batch, seconds = (0 if item.last else item.batch), progress.seconds + item.seconds
         known = progress.epoch_samples or not progress.batch  # an old checkpoint does not say
         done = progress.epoch_samples + item.samples if known and not item.last else 0
-        after = Progress(progress.step + 1, item.epoch + item.last, batch, progress.samples + item.samples, seconds, done)
+        made, skipped = (0, progress.skipped + 1) if store.skipped else (1, progress.skipped)
+        after = Progress(progress.step + made, item.epoch + item.last, batch, progress.samples + item.samples, seconds, done, skipped)
         return TrainState(state.task, after, state.seed, state.history, None, store, store.version), metrics
 
     def then(self, fn: Callable[[Store], None], *reads: str) -> "Update":
         """An update whose kernel goes on with a function of the store, which changes tensors only.
 
         Args:
-            fn: Called after the optimizer's step.
+            fn: Called after the optimizer's step, and not where it was skipped.
             *reads: Names of the trees in the memory that it uses.
 
         Returns:
@@ -205,7 +212,8 @@ class Update:
 
         def followed(store: Store, batches: Any, key: int) -> Mapping[str, Any]:
             metrics = kernel(store, batches, key)
-            fn(store)
+            if not store.skipped:
+                fn(store)
             return metrics
 
         return Update(followed, (*self.reads, *reads))
@@ -218,7 +226,12 @@ def _optimize(grad_fn: Callable[..., Gradients], store: Store, batches: Any, key
     found = grad_fn(store, batches, key)
     if optimizer is not None:
         _put(store, found)
-        take_step(optimizer)
+        if found.finite is None:
+            take_step(optimizer)
+        elif found.finite is False:
+            store.skipped = True
+        else:
+            step_where(optimizer, found.finite)
     elif store.params:
         raise OptimizerError(
             "this task cannot train: its parameters require gradients, but it has no configure_optimizers; give fl.Task one"
@@ -240,6 +253,11 @@ def _optimize_closure(store: Store, grad_fn: Callable[..., Gradients], batches: 
         for p in store.params:
             p.grad = None
         found = grad_fn(store, batches, key)
+        if found.finite is not None:
+            raise OptimizerError(
+                f"{type(store.optim.optimizer).__name__} evaluates the loss several times in a step, so a step of it cannot be skipped; "
+                "leave out what skips (loss_scale, skip_nonfinite, skip_spikes), or take another optimizer"
+            )
         evaluations.append(dict(found.metrics))
         _put(store, found)
         loss = found.loss

@@ -96,7 +96,7 @@ def test_text_that_is_no_configuration_is_refused():
         ({"stop": 3}, r"stop=...\) must be something like patience"),
         ({"max_epochs": 1, "accumulate": 0}, r"accumulate=...\) must be batches a step \(>= 1\)"),
         ({"max_epochs": 1, "accumulate": {3: 2}}, r"must say what holds from epoch 0 on"),
-        ({"max_epochs": 1, "precision": "fp16"}, r"FitConfig\(precision='fp16'\) is not supported by this version; use 'fp32' or 'bf16'"),
+        ({"max_epochs": 1, "precision": "int8"}, r"FitConfig\(precision=\.\.\.\) must be one of 'fp32', 'bf16', 'fp16'.*but got 'int8'"),
         ({"max_epochs": 1, "compile": "step"}, r"compile='step'\) is not supported by this version; use None"),
         ({"max_epochs": 1, "parallel": "ddp"}, r"parallel='ddp'\) is not supported"),
         ({"max_epochs": 1, "signals": "yes"}, r"signals=...\) must be one of True, False, but got 'yes'"),

@@ -120,7 +120,7 @@ def _fill(state: TrainState, opened: Opened, partial: bool) -> tuple[TrainState,
 
 def _head(state: TrainState, body: Any) -> TrainState:
     progress, seed, stopped = Progress(**body["progress"]), body["seed"], body["stopped"]
-    counts = (progress.step, progress.epoch, progress.batch, progress.samples, progress.epoch_samples, seed)
+    counts = (progress.step, progress.epoch, progress.batch, progress.samples, progress.epoch_samples, progress.skipped, seed)
     if (
         not all(type(n) is int and n >= 0 for n in counts)
         or not isinstance(stopped, str | None)

@@ -25,6 +25,7 @@ from fnlight import (
     grad,
     last,
     log_to,
+    loss_scale,
     max_epochs,
     microbatch,
     pipe,
@@ -41,19 +42,23 @@ class Entry:
     Args:
         fn: The function that gives it.
         build: Maps a directory and batches to evaluate on to the combinator.
+        needs: Other entries that it cannot do without.
     """
 
     fn: Callable[..., Combinator]
     build: Callable[[Path, Any], Combinator]
+    needs: tuple[str, ...] = ()
 
 
 ENTRIES = {
     "autocast": Entry(autocast, lambda folder, val: autocast(torch.bfloat16)),
+    "autocast fp16": Entry(autocast, lambda folder, val: autocast(torch.float16), needs=("loss_scale",)),
     "grad": Entry(grad, lambda folder, val: grad()),
     "accumulate": Entry(accumulate, lambda folder, val: accumulate(2)),
     "accumulate by epoch": Entry(accumulate, lambda folder, val: accumulate({0: 1, 1: 2})),
     "microbatch": Entry(microbatch, lambda folder, val: microbatch(4)),
     "microbatch auto": Entry(microbatch, lambda folder, val: microbatch("auto")),
+    "loss_scale": Entry(loss_scale, lambda folder, val: loss_scale(init=64.0, interval=2), needs=("autocast fp16",)),
     "clip_value": Entry(clip_value, lambda folder, val: clip_value(0.01)),
     "clip_norm": Entry(clip_norm, lambda folder, val: clip_norm(0.1)),
     "apply": Entry(apply, lambda folder, val: apply()),
@@ -67,11 +72,11 @@ ENTRIES = {
 }
 EVERYTHING = "all of them"
 CHOICES = [*ENTRIES, EVERYTHING]
-OTHERS = ("accumulate", "microbatch auto")
-"""Other arguments of a combinator that the full pipe holds already."""
+OTHERS = ("autocast fp16", "loss_scale", "accumulate", "microbatch auto")
+"""Not in the full pipe: other arguments of a combinator that it holds already, and what contradicts one."""
 
 
 def pipe_with(choice: str, task: Task, folder: Path, val: Any) -> Pipe:
     """The shortest step that holds a combinator; or one that holds each of them once."""
-    chosen = [name for name in ENTRIES if name not in OTHERS] if choice == EVERYTHING else ["grad", "apply", choice]
+    chosen = [name for name in ENTRIES if name not in OTHERS] if choice == EVERYTHING else ["grad", "apply", choice, *ENTRIES[choice].needs]
     return pipe(task.train_step, *(entry.build(folder, val) for name, entry in ENTRIES.items() if name in chosen))

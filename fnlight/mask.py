@@ -1,0 +1,134 @@
+"""Updates that are left out: an optimizer that steps only where the device says so, and metrics of a step that do not count."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from fnlight.metrics import Mean
+from fnlight.optim import take_step
+
+
+def step_where(optimizer: Any, finite: Tensor | bool) -> None:
+    """Let an optimizer step if `finite` is True, and else leave parameters and memory as they are.
+
+    A fused optimizer of torch decides on the device, in its kernel, as it does for ``torch.amp.GradScaler``; so does no other, and
+    SGD with momentum starts wrongly there if its first step is left out: for these the host waits for the answer.
+
+    Args:
+        optimizer: Any ``torch.optim.Optimizer``; its parameters have their gradients.
+        finite: A bool tensor, shape [], or a bool.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(1))
+        >>> weight.grad = torch.ones(1)
+        >>> step_where(torch.optim.SGD([weight], lr=0.5, fused=True), torch.tensor(False)); weight.tolist()
+        [1.0]
+    """
+    if not masks(optimizer):
+        if finite:
+            take_step(optimizer)
+        return
+    held = vars(optimizer)
+    held["grad_scale"], held["found_inf"] = None, torch.as_tensor(finite).logical_not().float()
+    try:
+        take_step(optimizer)
+    finally:
+        del held["grad_scale"], held["found_inf"]
+
+
+def masks(optimizer: Any) -> bool:
+    """Say whether an optimizer can leave out a step without the host knowing.
+
+    Args:
+        optimizer: Any ``torch.optim.Optimizer``.
+
+    Returns:
+        True for the fused forms of torch's Adam, AdamW, Adagrad, and SGD without momentum.
+
+    Example:
+        >>> masks(torch.optim.Adam([torch.zeros(1)])), masks(torch.optim.Adam([torch.zeros(1)], fused=True))
+        (False, True)
+    """
+    known = isinstance(optimizer, torch.optim.Adam | torch.optim.Adagrad) or type(optimizer) is torch.optim.SGD
+    started = not any(group.get("momentum") for group in optimizer.param_groups)
+    return known and started and getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+@attrs.frozen(eq=False)
+class Buffers:
+    """Buffers as they stood before a step that may be left out; made by `buffers_before`.
+
+    Args:
+        module: Whose buffers they are.
+        held: Names to the buffer and a copy of it.
+
+    Example:
+        >>> buffers_before(nn.BatchNorm1d(1), ["running_mean"]).changing()
+        ['running_mean']
+    """
+
+    module: nn.Module
+    held: Mapping[str, tuple[Tensor, Tensor]]
+
+    def changing(self) -> list[str]:
+        """The names of those that were written to since, and of those that norms write to in train mode."""
+        norms = {
+            f"{name}.{leaf}".removeprefix(".")
+            for name, m in self.module.named_modules()
+            if isinstance(m, nn.modules.batchnorm._NormBase)
+            for leaf in m._buffers
+        }
+        return [name for name, (buffer, copy) in self.held.items() if name in norms or not torch.equal(buffer, copy)]
+
+    def put_back(self, finite: Tensor | bool = False) -> None:
+        """Write the copies back, unless `finite`: a bool tensor, shape [], or a bool."""
+        for buffer, copy in self.held.values():
+            if finite is not True:
+                buffer.copy_(torch.where(finite, buffer, copy) if isinstance(finite, Tensor) else copy)
+
+
+def buffers_before(module: nn.Module, names: Iterable[str] | None) -> Buffers:
+    """Copy the buffers that a forward pass may change.
+
+    Args:
+        module: The module.
+        names: Those that change, as `Buffers.changing` found them; None copies them all.
+
+    Returns:
+        The copies, with where they belong.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(1)
+        >>> before = buffers_before(norm, None)
+        >>> _ = norm(torch.ones(2, 1))
+        >>> before.changing(), before.put_back(), norm.running_mean.tolist()
+        (['running_mean', 'running_var', 'num_batches_tracked'], None, [0.0])
+    """
+    found = dict(module.named_buffers()) if names is None else {name: module.get_buffer(name) for name in names}
+    return Buffers(module, {name: (buffer, buffer.clone()) for name, buffer in found.items()})
+
+
+def uncounted(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of a step as neutral elements: their names are there, and no mean, sum or extreme changes.
+
+    Args:
+        metrics: Names to values.
+
+    Returns:
+        The same names, each with the neutral element of its kind.
+
+    Example:
+        >>> uncounted({"loss": torch.tensor(float("nan"))})
+        {'loss': Mean(total=0.0, weight=0)}
+    """
+    return {name: _empty(value) for name, value in metrics.items()}
+
+
+def _empty(value: Any) -> Any:
+    if isinstance(value, Tensor | int | float):
+        return Mean.empty()
+    make = getattr(type(value), "empty", None)
+    return value if make is None else make()  # a picture or a text is no number that could be counted
