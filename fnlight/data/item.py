@@ -206,7 +206,8 @@ def _items(source: Source, state: Any, group: int | Mapping[int, int], clock: Ca
                     continue
                 found, taken = tuple(taken), []
             now, batch = clock(), None  # nothing is kept of what is handed out
-            yield Item(found, epoch, done, last, samples, now - then, _at(source, epoch, done, last) if keeps else None)
+            passed = max(0.0, now - then)  # a clock that is set back takes no time back
+            yield Item(found, epoch, done, last, samples, passed, _at(source, epoch, done, last) if keeps else None)
             found, samples, then = None, 0, now
         epoch, start, position = epoch + 1, 0, None
 

@@ -26,6 +26,7 @@ from torch.utils.data import (
 )
 
 from fnlight.data.order import Span, Task, tasks
+from fnlight.errors import LoaderError
 from fnlight.rng import COLLATE, LOADER, SAMPLE, fold_in, seed_generators
 from fnlight.signals import held_back, leave_to_parent, listening
 
@@ -217,13 +218,22 @@ class KeyedStream:
 
 @attrs.frozen(eq=False)
 class _Started:
-    """A loader of ours whose workers are started while signals are held back."""
+    """A loader of ours whose workers are started while signals are held back, and are named when they die."""
 
     loader: DataLoader[Any]
 
     def __iter__(self) -> Iterator[Any]:
         with held_back():
-            return iter(self.loader)
+            found = iter(self.loader)
+        try:
+            yield from found
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker (pid"):
+                raise
+            raise LoaderError(
+                f"{str(error.__cause__ or error).strip().rstrip('.')}: this process read data for the run and died, most often for want of memory; use fewer "
+                "workers or smaller batches and resume: the order of the data does not depend on the number of workers"
+            ) from error
 
 
 class _Sown(IterableDataset[Any]):
