@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fnlight.averages import ema
 from fnlight.checkpoint import manifest
 from fnlight.metrics import Mean, Tally
 from fnlight.pipe import pipe
 from fnlight.state import Task, TrainState
 from fnlight.tree import differences
-from fnlight.update import apply, ema, grad, pure, update
+from fnlight.update import apply, grad, pure, update
 
 
 class Net(nn.Module):
