@@ -10,9 +10,11 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -162,6 +164,38 @@ def failures(root, count, seed, tally):
     return len(kinds)
 
 
+def disks(root, count, tally):
+    """Train on real disks that are too small, each a little larger than the one before, and go on when there is room; it takes the right to mount."""
+    whole, _, _ = uninterrupted(root)
+    for i in range(count):
+        folder, durable = root / f"disk-{i}", Shared()
+        folder.mkdir()
+        size = f"{32 + 4 * i}k"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+        try:
+            code, text = in_a_child(squeezed, folder, durable)
+            end = text.partition(":")[0]
+            if not code:
+                subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
+                code, text = in_a_child(went_on, folder, whole, durable.get(), root / "whole")
+        finally:
+            subprocess.run(["umount", str(folder)], check=True)
+        tally.take(f"disks that were full: the run {end}" if not code else "disks that were full", code, f"{size}\n{text}")
+
+
+def squeezed(folder, durable):
+    Watch(folder / "checkpoints", renamed=durable)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            train(folder)
+    except CheckpointError as error:
+        assert "No space left on device; free some space" in str(error), str(error)  # noqa: PT017  # this is no test
+        assert not leftovers(folder), f"left behind: {leftovers(folder)}"
+        return f"ended with an error: {error}"
+    return "went on"
+
+
 def watched_run(folder, durable, workers):
     Watch(folder / "checkpoints", renamed=durable)
     train(folder, loaders=make_loaders(workers))
@@ -173,6 +207,7 @@ def main():
     parser.add_argument("--kills", type=int, default=200, help="deaths at chosen system calls")
     parser.add_argument("--runs", type=int, default=50, help="whole runs killed at random times")
     parser.add_argument("--failures", type=int, default=200, help="calls of the file system that fail")
+    parser.add_argument("--disks", type=int, default=0, help="real disks that are too small; takes the right to mount")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dir", default=None, help="where the runs lie; TMPDIR may be on another file system {left or ''}")
     given = parser.parse_args()
@@ -188,6 +223,8 @@ def main():
             runs(Path(folder) / "runs", given.runs, given.seed, tally)
         if given.failures:
             print(f"{failures(Path(folder) / 'failures', given.failures, given.seed, tally):6} kinds of failures of a call")
+        if given.disks:
+            disks(Path(folder) / "disks", given.disks, tally)
         left, tempfile.tempdir = [n for n in os.listdir(temporary) if not n.startswith(OF_WORKERS)], None
         same = os.stat(temporary).st_dev == os.stat(folder).st_dev
     for kind, number in sorted(tally.tried.items()):
