@@ -231,8 +231,8 @@ def main():
         print(f"{number:6} {kind}")
     print(f"{len(left):6} files left in the temporary folder, which is on {'the same' if same else 'another'} file system {left or ''}")
     print(f"{len(tally.lost):6} lost")
-    for text in tally.lost[:5]:
-        print(text)
+    for text in tally.lost:
+        print("\n".join([*text.splitlines()[:2], *text.splitlines()[-4:]]))
     sys.exit(bool(tally.lost))
 
 
