@@ -50,12 +50,14 @@ from fnlight.errors import (
 )
 from fnlight.evaluate import collect, evaluate, predict
 from fnlight.fit import compose, fit, total_steps
+from fnlight.history import History, Record
 from fnlight.loop import checkpoint_every, evaluate_every, log_to, run, stop_when
 from fnlight.main import main
+from fnlight.manual import manual
 from fnlight.metrics import Cat, Figure, Histogram, Image, Last, Max, Mean, Min, Sum, Tally, Text
 from fnlight.microbatch import microbatch
 from fnlight.optim import GroupRule, Optim, frozen, layer_decay, no_decay, param_groups
-from fnlight.pipe import Combinator, Pipe, pipe
+from fnlight.pipe import Combinator, Phase, Pipe, pipe
 from fnlight.precision import autocast
 from fnlight.protocols import EvalFn, GradFn, Gradients, LossFn, PredictFn, Rule, Schedule, Sink, Step, When
 from fnlight.replay import from_torch, plateau
@@ -79,7 +81,7 @@ from fnlight.schedules import (
 )
 from fnlight.signals import Signals
 from fnlight.sinks import CSV, JSONL, Console, TensorBoard, fan_out
-from fnlight.state import History, Progress, Record, Store, Task, TrainState
+from fnlight.state import Progress, Store, Task, TrainState
 from fnlight.update import accumulate, apply, grad, pure, update
 from fnlight.watch import check_finite, epoch_means
 from fnlight.when import Tick, at_end, epochs, minutes, seconds, steps
@@ -124,6 +126,7 @@ __all__ = [
     "Optim",
     "OptimizerError",
     "OptimizerWarning",
+    "Phase",
     "Pipe",
     "PredictFn",
     "Progress",
@@ -191,6 +194,7 @@ __all__ = [
     "log_to",
     "loss_scale",
     "main",
+    "manual",
     "max_epochs",
     "max_steps",
     "max_time",

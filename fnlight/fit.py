@@ -110,7 +110,19 @@ def compose(task: Task, config: FitConfig, loaders: Any = None, signals: Signals
         checkpoint_every(config.dir, every=config.save_every or _never, keep=config.keep) if config.dir else None,
         stop_when(config.bounds),
     ]
-    return pipe(task.train_step, *(part for part in parts if part is not None))
+    return pipe(task.train_step, *_fitting(task, [part for part in parts if part is not None]))
+
+
+def _fitting(task: Task, parts: list[Combinator]) -> list[Combinator]:
+    """The combinators; where the task has a whole step already, those behind it."""
+    if not isinstance(task.train_step, Pipe) or task.train_step.kind != "step":
+        return parts
+    foreign = [str(part) for part in parts if part.takes != "step" and part.name not in ("grad", "apply")]
+    if foreign:
+        raise ConfigError(
+            f"the task's train_step is a whole step, {task.train_step}, so there is no place for {', '.join(foreign)} in it; leave that out of FitConfig"
+        )
+    return [part for part in parts if part.takes == "step"]
 
 
 def _evaluation(task: Task, config: FitConfig, loaders: Loaders, signals: Signals | None) -> Combinator | None:
@@ -277,7 +289,11 @@ def settings(config: FitConfig) -> Iterator[None]:
 def _preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pipe, signals: Signals | None) -> None:
     """What can be known to be wrong before the first step."""
     _check_alone(config)
-    _check_ends(state.store.optim, loaders, config)
+    for name, optim in state.store.optims.items():
+        if (
+            getattr(state.task.train_step[name] if name in step.phases else None, "every", None) is None
+        ):  # else nobody knows how often it is due
+            _check_ends(optim, loaders, config)
     if config.dir is not None:
         writable(config.dir)
     if state.store.params and not state.store.module.training:
@@ -288,7 +304,8 @@ def _preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pip
             stacklevel=3,
         )
     asked = [name for c in step.combinators for name in c.monitors if name.startswith("val/")]
-    watched = [name for name in (state.store.optim.monitor,) if name is not None and name.startswith("val/")]
+    monitors = [optim.monitor for optim in state.store.optims.values()]
+    watched = [name for name in monitors if name is not None and name.startswith("val/")]
     wanted = list(dict.fromkeys((*asked, *watched)))
     unseen = [name for name in wanted if not any(name in record.metrics for record in state.history)]
     evaluates = loaders.val is not None and config.eval_every is not None

@@ -17,14 +17,14 @@ from fnlight.checkpoint import Retention, amend, last, prune, save, step_path, w
 from fnlight.data import Item, Source, batches
 from fnlight.errors import ConfigError, Interrupted
 from fnlight.evaluate import evaluate_sources, sources_of, step_of
+from fnlight.history import Record
 from fnlight.metrics import MEDIA, Tally
-from fnlight.optim import reported
 from fnlight.pipe import Combinator, Pipe, pipe
 from fnlight.rng import isolated
 from fnlight.rules import StopRule
 from fnlight.signals import Signals
 from fnlight.sinks.deliver import deliver, let_go
-from fnlight.state import Record, TrainState
+from fnlight.state import TrainState
 from fnlight.when import Tick, condition, epochs, steps
 
 Metrics = Mapping[str, Any]
@@ -300,7 +300,7 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
         metrics = _news(state, old)
         if due:
             tally: Tally = state.store.memory[name]
-            metrics |= {f"train/{k}": v for k, v in tally.read().items()} | reported(state.store.optim)
+            metrics |= {f"train/{k}": v for k, v in tally.read().items()} | state.store.reported()
             tally.clear()
         if metrics:
             send(state, metrics)

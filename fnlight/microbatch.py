@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fnlight.data.readers import num_samples
 from fnlight.errors import ConfigError, FaultWarning, StepError
-from fnlight.pipe import Combinator, Part
+from fnlight.gradients import Part
+from fnlight.pipe import Combinator
 from fnlight.protocols import Gradients
 from fnlight.state import Store
 from fnlight.tree import leaves, map_tensors

@@ -1,31 +1,31 @@
 """Combinators and the pipe that joins them: a step is built by wrapping a function into a function into a function.
 
 The kinds of function, from the user's to the loop's: ``loss`` (`LossFn`), ``sum`` (a `GradFn` of one batch whose gradients are sums),
-``grad`` (a `GradFn` of a group of batches whose gradients are true means) and ``step`` (`Step`).
+``grad`` (a `GradFn` of a group of batches whose gradients are true means) and ``step`` (`Step`). Besides, ``kernel``: a function
+``(store, batches, key) -> metrics`` that changes the store itself, of which `fnlight.manual.manual` makes a step.
 """
 
 import warnings
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import attrs
-import torch
 from torch import Tensor
 
-from fnlight.errors import MemoryWarning, MonitorError, SeamError
-from fnlight.metrics import Mean
-from fnlight.protocols import Gradients
-from fnlight.rng import fold_in
+from fnlight.errors import ConfigError, MemoryWarning, MonitorError, SeamError
+from fnlight.gradients import mean_of_group
 from fnlight.state import Store, TrainState
 from fnlight.tree import leaves
 
-Kind = Literal["loss", "sum", "grad", "step"]
+Kind = Literal["kernel", "loss", "sum", "grad", "step"]
 
 TICK = ("update", "schedule", "evaluate", "history", "log", "save", "stop")
 """The one order of a tick; combinators that act in a phase must stand in it."""
 
+_ORDER: tuple[Kind, ...] = ("kernel", "loss", "sum", "grad", "step")
 _SAYS = {
+    "kernel": "an update by hand, (store, batches, key) -> metrics",
     "loss": "a LossFn, (model, batch) -> loss",
     "sum": "a GradFn of one batch, whose gradients are sums",
     "grad": "a GradFn of a group, whose gradients are true means",
@@ -84,6 +84,60 @@ class Combinator:
         return f"{self.name}({self.args})" if self.args else self.name
 
 
+@attrs.frozen(eq=False, init=False)
+class Phase:
+    """One of several losses that take turns, each with its own optimizer; a value in the mapping that is a task's ``train_step``.
+
+    Args:
+        train_step: ``(model, batch) -> loss`` or ``(loss, metrics)``.
+        *combinators: What holds for this phase alone, such as ``clip_norm(0.1)``. It takes the place of what all phases share under the same
+            name; else what wraps the loss stands in front of the shared ones, and what changes gradients behind them.
+        every: When it is due: a function of a tick, such as ``steps(5)``; None is every step.
+
+    Example:
+        >>> phase = Phase(lambda model, batch: batch)
+        >>> phase(None, 3)
+        3
+    """
+
+    train_step: Callable[[Any, Any], Any]
+    combinators: tuple[Combinator, ...]
+    every: Callable[[Any], bool] | None
+
+    def __init__(self, train_step: Any, *combinators: Combinator, every: Callable[[Any], bool] | None = None) -> None:
+        if every is not None and not callable(every):
+            raise ConfigError(f"Phase(every=...) must be a trigger such as steps(5), but got {every!r}")
+        for c in combinators:
+            if not isinstance(c, Combinator):
+                raise SeamError(_no_combinator(c))
+            if c.gives == "step":
+                raise SeamError(f"{c} gives a whole step, so it cannot be a phase's own; put it behind the mapping of phases")
+        self.__attrs_init__(train_step, combinators, every)  # pyright: ignore[reportAttributeAccessIssue]  # made by attrs
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        """Call the train_step."""
+        return self.train_step(model, batch)
+
+
+@attrs.frozen(eq=False)
+class Turn:
+    """A phase as `apply` is given it.
+
+    Args:
+        grad_fn: Gives the true gradients of a group of batches.
+        every: When it is due; None is every step.
+        group: Batches of a step that it takes, the first ones: a number, or a mapping of epochs to numbers; None takes all.
+
+    Example:
+        >>> Turn(lambda store, batches, key: None).every is None
+        True
+    """
+
+    grad_fn: Callable[..., Any]
+    every: Callable[[Any], bool] | None = None
+    group: int | Mapping[int, int] | None = None
+
+
 @attrs.frozen(eq=False, repr=False)
 class Pipe:
     """A function with the combinators that wrap it; made by `pipe`.
@@ -94,6 +148,7 @@ class Pipe:
         combinators: In reading order, innermost first.
         kind: The kind of function that the pipe is.
         group: Batches that one step consumes: a number, or a mapping of first epochs to numbers.
+        phases: The pipes of the phases that it joins, by name.
 
     Example:
         >>> half = Combinator("half", lambda loss_fn: lambda model, batch: loss_fn(model, batch) / 2, "loss", "loss")
@@ -106,6 +161,7 @@ class Pipe:
     combinators: tuple[Combinator, ...]
     kind: Kind
     group: int | Mapping[int, int] = 1
+    phases: Mapping[str, "Pipe"] = attrs.field(factory=dict)
 
     def __call__(self, state: Any, batch: Any, *more: Any) -> Any:
         """Call the wrapped function; a `Step` first makes sure that its combinators have their memory in the store."""
@@ -120,35 +176,50 @@ class Pipe:
 
     def adopt(self, state: TrainState) -> None:
         """Give every combinator that remembers something its tree in the store; say what was added or is left over."""
-        store = state.live
+        store, at = state.live, state.progress.step
+        if not self.phases.keys() <= store.phases.keys():
+            raise SeamError(
+                f"this step has the phases {', '.join(self.phases)}, but the task has optimizers for {', '.join(store.phases) or 'none of them'}; "
+                "let configure_optimizers return a dict of an optimizer for each phase"
+            )
+        trees = store.memory.get("phases", {})
+        for name, phase in self.phases.items():
+            own = store.phases[name]
+            own.memory = trees.get(name, {})
+            phase._own(own, at, f"phases/{name}/")
+            if own.memory:
+                trees[name] = own.memory
+        if trees:
+            store.memory["phases"] = trees
+        self._own(store, at, "")
+        store.owner = self
+
+    def _own(self, store: Store, at: int, prefix: str) -> None:
         owners = {c.key: c for c in self.combinators if c.init is not None}
-        left = [key for key in store.memory if key not in owners and key != "loader" and _notable(store.memory[key])]
+        known = owners.keys() | {"loader"} | ({"phases"} if self.phases else set())
+        left = [prefix + key for key in store.memory if key not in known and _notable(store.memory[key])]
         if left:
             warnings.warn(
-                f"the state at step {state.progress.step} holds memory of {left}, which no combinator of this pipe owns; it is kept as it is. "
-                f"Pipe: {self}",
+                f"the state at step {at} holds memory of {left}, which no combinator of this pipe owns; it is kept as it is. Pipe: {self}",
                 MemoryWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         for key, combinator in owners.items():
             if key in store.memory or combinator.init is None:
                 continue
             tree = combinator.init(store)
-            if state.progress.step and _notable(tree):
+            if at and _notable(tree):
                 warnings.warn(
-                    f"{combinator} starts its memory at step {state.progress.step}: the state holds none for {key!r}",
-                    MemoryWarning,
-                    stacklevel=3,
+                    f"{combinator} starts its memory at step {at}: the state holds none for {prefix + key!r}", MemoryWarning, stacklevel=4
                 )
             store.memory[key] = tree
-        store.owner = self
 
     def start(self, state: TrainState) -> TrainState:
         """Prepare a run: memory first, then what each combinator does before the first step, in reading order."""
         self._check_monitors(state)
         self.adopt(state)
         state.store.media = None  # what an earlier run showed
-        for combinator in self.combinators:
+        for combinator in (*(c for phase in self.phases.values() for c in phase.combinators), *self.combinators):
             if combinator.start is not None:
                 state = combinator.start(state)
         return state
@@ -164,8 +235,7 @@ class Pipe:
     def _check_monitors(self, state: TrainState) -> None:
         yields = [prefix for c in self.combinators for prefix in c.yields]
         wanted = {name: str(c) for c in self.combinators for name in c.monitors}
-        if state.store.optim.monitor is not None:
-            wanted[state.store.optim.monitor] = f"the schedule {state.store.optim.schedule}"
+        wanted |= {optim.monitor: f"the schedule {optim.schedule}" for optim in state.store.optims.values() if optim.monitor is not None}
         for name, who in wanted.items():
             if not name.startswith(tuple(yields)) and not any(name in record.metrics for record in state.history):
                 raise MonitorError(
@@ -175,7 +245,7 @@ class Pipe:
 
     def close(self) -> None:
         """Release what combinators hold open, however the run ended."""
-        for combinator in self.combinators:
+        for combinator in (*(c for phase in self.phases.values() for c in phase.combinators), *self.combinators):
             if combinator.close is not None:
                 combinator.close()
 
@@ -189,7 +259,8 @@ def pipe(fn: Any, *combinators: Combinator) -> Pipe:
     """Join a function and combinators: ``pipe(x, f, g)`` is ``g(f(x))``; every seam is checked.
 
     Args:
-        fn: What the first combinator takes: a ``train_step``, or a user's own `Step`, or another pipe.
+        fn: What the first combinator takes: a ``train_step``, or a user's own `Step`, or another pipe; or a mapping of names to
+            ``train_step``s or `Phase`s, each of which gets all combinators in front of `apply`, which joins them.
         *combinators: Innermost first, in the order in which a reader thinks of them.
 
     Returns:
@@ -203,11 +274,13 @@ def pipe(fn: Any, *combinators: Combinator) -> Pipe:
         >>> print(pipe(lambda model, batch: batch.sum(), twice))
         <lambda> > twice
     """
-    if not callable(fn):
-        raise SeamError(f"pipe(fn, ...) starts from a function such as task.train_step, but got {type(fn).__name__}: {fn!r:.80}")
     for c in combinators:
         if not isinstance(c, Combinator):
             raise SeamError(_no_combinator(c))
+    if isinstance(fn, Mapping):
+        return _joined(fn, combinators)
+    if not callable(fn):
+        raise SeamError(f"pipe(fn, ...) starts from a function such as task.train_step, but got {type(fn).__name__}: {fn!r:.80}")
     inner = fn if isinstance(fn, Pipe) else None
     every = (*(inner.combinators if inner else ()), *combinators)
     _check_names(every)
@@ -220,10 +293,55 @@ def pipe(fn: Any, *combinators: Combinator) -> Pipe:
         if c.takes != kind:
             raise SeamError(_seam(c, kind, combinators[i - 1] if i else None, fn))
         wrapped, kind = c.wrap(wrapped), c.gives
+    groups = [c.group for c in every if c.group is not None] or [inner.group if inner else 1]
+    base = inner.base if inner else getattr(fn, "__name__", type(fn).__name__)
+    phases = inner.phases if inner else {}
     if kind == "step":
-        _check_company(every)
-    groups = [c.group for c in every if c.group is not None]
-    return Pipe(wrapped, inner.base if inner else getattr(fn, "__name__", type(fn).__name__), every, kind, groups[-1] if groups else 1)
+        for company in [(*phase.combinators, *every) for phase in phases.values()] or [every]:
+            _check_company(company)
+    return Pipe(wrapped, base, every, kind, groups[-1], phases)
+
+
+def _joined(given: Mapping[str, Any], combinators: tuple[Combinator, ...]) -> Pipe:
+    """A step of several phases: each has a pipe of its own, up to the combinator that gives a step."""
+    end = next((i for i, c in enumerate(combinators) if c.gives == "step"), None)
+    if end is None:
+        raise SeamError(
+            f"the phases {', '.join(given)} become one step by apply(), but there is none; put it behind the combinators that they share"
+        )
+    joint, phases, turns, said = combinators[end], dict[str, Pipe](), dict[str, Turn](), list[Any]()
+    for name, fn in given.items():
+        phase = fn if isinstance(fn, Phase) else Phase(fn)
+        own = {c.key for c in phase.combinators}
+        early = [c for c in phase.combinators if c.takes == "loss"]
+        late = [c for c in phase.combinators if c.takes != "loss"]
+        shared = [c for c in combinators[:end] if c.key not in own]
+        order = sorted((*early, *shared, *late), key=lambda c: _ORDER.index(c.takes))
+        whole = pipe(phase.train_step, *order)
+        _check_phase(name, whole, joint)
+        groups = [c.group for c in whole.combinators if c.group is not None]
+        turns[name] = Turn(mean_of_group(whole.fn) if whole.kind == "sum" else whole.fn, phase.every, groups[-1] if groups else None)
+        phases[name] = whole
+        said += [f"{name}({whole}{'' if phase.every is None else f', every={phase.every}'})"]
+    group = _largest([turn.group for turn in turns.values() if turn.group is not None])
+    return pipe(Pipe(joint.wrap(turns), " + ".join(said), (joint,), "step", group, phases), *combinators[end + 1 :])
+
+
+def _check_phase(name: str, phase: Pipe, joint: Combinator) -> None:
+    if phase.kind not in ("sum", "grad"):
+        given = _SAYS[phase.kind if phase.combinators else "loss"]
+        raise SeamError(f"{joint} takes {_SAYS['grad']}, but the phase {name!r} gives {given}; put grad() in front of {joint}")
+    for c in phase.combinators:
+        if c.finish is not None or c.monitors or c.yields:
+            raise SeamError(f"{c} acts on the whole state, so it cannot stand within the phase {name!r}; put it behind {joint}")
+
+
+def _largest(groups: list[int | Mapping[int, int]]) -> int | Mapping[int, int]:
+    """The batches of a step of which each phase takes as many as it says."""
+    by_epoch = [group if isinstance(group, Mapping) else {0: group} for group in groups]
+    starts = sorted({start for group in by_epoch for start in group})
+    found = {start: max(group[max(s for s in group if s <= start)] for group in by_epoch) for start in starts}
+    return found if len(found) > 1 else found.get(0, 1)
 
 
 def _no_combinator(given: Any) -> str:
@@ -261,10 +379,11 @@ def _check_company(combinators: tuple[Combinator, ...]) -> None:
 
 
 def _seam(c: Combinator, kind: Kind, before: Combinator | None, fn: Any) -> str:
+    before = before or (fn.combinators[-1] if isinstance(fn, Pipe) and fn.combinators else None)
     whom = f"behind {before}" if before else f"behind {getattr(fn, '__name__', type(fn).__name__)}"
-    order: tuple[Kind, ...] = ("loss", "sum", "grad", "step")
-    if order.index(c.takes) < order.index(kind):
+    if _ORDER.index(c.takes) < _ORDER.index(kind):
         where = {
+            "kernel": "directly behind a function (store, batches, key) -> metrics",
             "loss": "in front of grad()",
             "sum": "directly behind grad()",
             "grad": "between grad() and apply()",
@@ -272,99 +391,8 @@ def _seam(c: Combinator, kind: Kind, before: Combinator | None, fn: Any) -> str:
         }[c.takes]
         what = f"move {c} {where}"
     else:
-        need = {"loss": "", "sum": "grad()", "grad": "grad()", "step": "apply()" if kind != "loss" else "grad() and apply()"}[c.takes]
+        need = {"kernel": "", "loss": "", "sum": "grad()", "grad": "grad()", "step": "apply()" if kind != "loss" else "grad() and apply()"}[
+            c.takes
+        ]
         what = f"put {need} in front of {c}"
     return f"{c} takes {_SAYS[c.takes]}, but {whom} it is given {_SAYS[kind]}; {what}"
-
-
-def mean_of_group(grad_fn: Any) -> Any:
-    """Turn a `GradFn` of one batch into one of a group: gradients are summed, then divided by the summed weight.
-
-    Args:
-        grad_fn: Gives the gradients of a batch's sum, with its weight.
-
-    Returns:
-        A `GradFn` that takes a tuple of batches and gives true gradients.
-
-    Example:
-        >>> def grad_fn(store, batch, key):
-        ...     return Gradients([torch.tensor(batch)], torch.tensor(batch), 1.0, {})
-        >>> mean_of_group(grad_fn)(None, (2.0, 4.0), 0).values
-        [tensor(3.)]
-    """
-
-    def grouped(store: Any, batches: Any, key: int) -> Gradients:
-        found = grad_fn(store, batches[0], fold_in(key, 0))
-        for i in range(1, len(batches)):
-            found = _add(found, grad_fn(store, batches[i], fold_in(key, i)))
-        return found if found.weight.__class__ is float and found.weight == 1.0 else _divide(found)
-
-    return grouped
-
-
-class Part(NamedTuple):
-    """A part of a batch, which a `GradFn` may be given in the place of a batch.
-
-    Args:
-        batch: Some of the samples of a batch.
-        share: Which fraction of its samples they are, in 0..1; the parts of one batch come to 1.
-
-    Example:
-        >>> loss_fn, batch = Part(torch.tensor([1.0, 3.0]), 0.5).taken(lambda model, batch: batch.mean())
-        >>> loss_fn(None, batch)
-        Mean(total=tensor(1.), weight=0.5)
-    """
-
-    batch: Any
-    share: float
-
-    def taken(self, loss_fn: Any) -> tuple[Any, Any]:
-        """The loss function of this part, and the batch to call it with: what counts with weight 1 counts with its share."""
-
-        def shared(model: Any, batch: Any) -> Any:
-            out = loss_fn(model, batch)
-            if out.__class__ is tuple and len(out) == 2 and isinstance(out[1], Mapping):
-                return _shared(out[0], self.share), {name: _shared(value, self.share) for name, value in out[1].items()}
-            return _shared(out, self.share)
-
-        return shared, self.batch
-
-
-def _shared(value: Any, share: float) -> Any:
-    number = not value.dim() if isinstance(value, Tensor) else isinstance(value, int | float)
-    return Mean(value * share, share) if number else value
-
-
-def _add(a: Gradients, b: Gradients) -> Gradients:
-    values = list(a.values)
-    left, right = list[Tensor](), list[Tensor]()
-    for i, (x, y) in enumerate(zip(a.values, b.values, strict=True)):
-        if x is None:
-            values[i] = y
-        elif y is not None and y is not x:  # where both are one tensor, backward() has added in place
-            left.append(x)
-            right.append(y)
-    if left:
-        torch._foreach_add_(left, right)
-    metrics = {name: _join(value, b.metrics[name]) for name, value in a.metrics.items() if name in b.metrics}
-    finite = a.finite if b.finite is None else b.finite if a.finite is None else a.finite & b.finite
-    return Gradients(values, a.loss + b.loss, a.weight + b.weight, metrics, finite)
-
-
-def _join(a: Any, b: Any) -> Any:
-    if isinstance(a, Tensor | int | float):
-        return Mean(a, 1).merge(b if isinstance(b, Mean) else Mean(b, 1))
-    if isinstance(a, Mean) and not isinstance(b, Mean):
-        return a.merge(Mean(b, 1))
-    merge = getattr(a, "merge", None)
-    return b if merge is None else merge(b)
-
-
-def _divide(found: Gradients) -> Gradients:
-    held = [v for v in found.values if v is not None]
-    weight = found.weight
-    if isinstance(weight, Tensor):
-        torch._foreach_mul_(held, 1.0 / weight.to(held[0].device)) if held else None
-    elif held:
-        torch._foreach_div_(held, weight)
-    return found

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import attrs
 
 from fnlight.errors import ConfigError
+from fnlight.history import History
 from fnlight.optim import monitored
-from fnlight.state import History
 
 Mode = Literal["min", "max"]
 

@@ -6,10 +6,11 @@ A state whose version is past raises `DonatedStateError` when its tensors are re
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
-from typing import Any, SupportsIndex, overload
+from typing import Any
 
 import attrs
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fnlight.errors import DonatedStateError, OptimizerError
+from fnlight.history import History, Record
 from fnlight.metrics import Tally
-from fnlight.optim import Optim, named_state, prepare, to_device
-from fnlight.rng import isolated, seed_generators
+from fnlight.optim import Optim, named_state, prepare, prepare_each, reported, to_device
+from fnlight.rng import SKIPPED, TRAIN, fold_in, isolated, seed_generators
 
 
 @attrs.frozen(eq=False)
@@ -28,10 +30,12 @@ class Task:
 
     Args:
         model: The module; it is copied, never changed.
-        train_step: ``(model, batch) -> loss`` or ``(loss, metrics)``; see `fnlight.protocols.LossFn`.
+        train_step: ``(model, batch) -> loss`` or ``(loss, metrics)``; see `fnlight.protocols.LossFn`. Where several optimizers take turns,
+            a mapping of names to such functions or to `Phase`s. Or a whole `Step` that is a pipe, such as one that `manual` gives.
         eval_step: ``(model, batch) -> metrics``; needed for `evaluate` only.
         predict_step: ``(model, batch) -> output``; needed for `predict` only.
-        configure_optimizers: ``(model) -> optimizer`` or `Optim`; needed unless nothing is trainable.
+        configure_optimizers: ``(model) -> optimizer`` or `Optim`, or a mapping of the names in `train_step` to them; needed unless
+            nothing is trainable.
 
     Raises:
         TypeError: If the model is no module, or a function is not callable.
@@ -44,7 +48,7 @@ class Task:
     """
 
     model: nn.Module
-    train_step: Callable[[Any, Any], Any]
+    train_step: Any
     eval_step: Callable[[Any, Any], Any] | None = None
     predict_step: Callable[[Any, Any], Any] | None = None
     configure_optimizers: Callable[[Any], Any] | None = None
@@ -56,8 +60,20 @@ class Task:
             given = getattr(self, name)
             if given is None and name != "train_step":
                 continue
-            if not callable(given):
+            if name == "train_step" and isinstance(given, Mapping):
+                _check_phases(given)
+            elif not callable(given):
                 raise TypeError(f"Task({name}=...) must be a function, but got {type(given).__name__}")
+
+
+def _check_phases(given: Mapping[Any, Any]) -> None:
+    if not given:
+        raise TypeError("Task(train_step={}) names no phase; give it functions by name, or one function")
+    for name, fn in given.items():
+        if not isinstance(name, str) or not name or "/" in name:
+            raise TypeError(f"Task(train_step=...) must name its phases with strings without a slash, but got the name {name!r}")
+        if not callable(fn):
+            raise TypeError(f"Task(train_step={{{name!r}: ...}}) must be a function or a Phase, but got {type(fn).__name__}")
 
 
 @attrs.frozen
@@ -72,6 +88,7 @@ class Progress:
         seconds: Time spent, in seconds; it does not count in comparisons.
         epoch_samples: Samples of the epoch that is under way that are done; 0 where an old checkpoint does not say.
         skipped: Groups of batches that were consumed without an update, such as those whose scaled gradients overflowed.
+        updates: Where a task has several optimizers: the completed updates of each, by name.
 
     Example:
         >>> Progress(step=3).step
@@ -85,68 +102,26 @@ class Progress:
     seconds: float = attrs.field(default=0.0, eq=False)
     epoch_samples: int = 0
     skipped: int = 0
+    updates: Mapping[str, int] = attrs.field(factory=dict, hash=False)
 
-
-@attrs.frozen
-class Record:
-    """Metrics at a step.
-
-    Args:
-        step: Completed optimizer updates when they were taken.
-        epoch: Completed epochs then.
-        metrics: Names such as ``val/loss`` to floats; sinks get media as well.
-
-    Example:
-        >>> Record(10, 1, {"val/loss": 0.5}).metrics["val/loss"]
-        0.5
-    """
-
-    step: int
-    epoch: int
-    metrics: Mapping[str, Any]
-
-
-class History(tuple[Record, ...]):
-    """Every evaluation so far, oldest first: a tuple of `Record`s that prints as a table.
-
-    Example:
-        >>> print(History().add(Record(10, 1, {"val/loss": 0.5})).add(Record(20, 2, {"val/loss": 0.25})))
-        step  epoch  val/loss
-          10      1       0.5
-          20      2      0.25
-    """
-
-    __slots__ = ()
-
-    def add(self, record: Record) -> "History":
-        """A history with one more record; what falls on one step becomes one record."""
-        if self and self[-1].step == record.step:
-            last = tuple.__getitem__(self, -1)
-            return History((*self[:-1], Record(record.step, record.epoch, {**last.metrics, **record.metrics})))
-        return History((*self, record))
-
-    @overload
-    def __getitem__(self, key: SupportsIndex) -> Record: ...
-    @overload
-    def __getitem__(self, key: slice) -> "History": ...
-    def __getitem__(self, key: Any) -> Any:
-        found = tuple.__getitem__(self, key)
-        return History(found) if isinstance(key, slice) else found
-
-    def __str__(self) -> str:
-        names = list(dict.fromkeys(name for record in self for name in record.metrics))
-        rows = [["step", "epoch", *names]]
-        rows += [[str(r.step), str(r.epoch), *(f"{r.metrics[n]:.4g}" if n in r.metrics else "" for n in names)] for r in self]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    def after(self, item: Any, made: bool, updates: Mapping[str, int]) -> "Progress":
+        """The progress once an `Item` is consumed; where no update was made, it is counted as skipped and no step is."""
+        batch, seconds = (0 if item.last else item.batch), self.seconds + item.seconds
+        known = self.epoch_samples or not self.batch  # an old checkpoint does not say
+        done = self.epoch_samples + item.samples if known and not item.last else 0
+        step, skipped, samples = self.step + made, self.skipped + (not made), self.samples + item.samples
+        return Progress(step, item.epoch + item.last, batch, samples, seconds, done, skipped, updates)
 
 
 class Store:
     """The arena: one live module, its optimizer, and the named trees that combinators own. Changed in place by steps.
 
+    Where a task has several optimizers, `phases` holds a store for each, of the same module: its `optim` is the optimizer, its `params` and
+    `named` are the parameters that this one holds, and its `memory` is that of the phase's own combinators.
+
     Args:
         module: The live module; nobody else holds it.
-        optim: Its prepared optimizer.
+        optim: Its prepared optimizer, or a mapping of names to several.
         memory: Names of combinators to trees of dicts, lists, tensors, numbers and strings, or a `Tally`.
 
     Example:
@@ -156,11 +131,12 @@ class Store:
     """
 
     __slots__ = (
-        "device", "media", "memory", "module", "named", "optim", "owner", "params", "position", "scale", "seed", "skipped", "version",
+        "device", "media", "memory", "module", "named", "optim", "owner", "params", "phases", "position", "scale", "seed", "skipped", "version",
     )  # fmt: skip
 
-    def __init__(self, module: nn.Module, optim: Optim, memory: dict[str, Any]) -> None:
-        self.module, self.optim, self.memory = module, optim, memory
+    def __init__(self, module: nn.Module, optim: Optim | Mapping[str, Optim], memory: dict[str, Any]) -> None:
+        self.module, self.memory = module, memory
+        self.optim = Optim(None) if isinstance(optim, Mapping) else optim
         self.version = 0
         self.owner: Any = None  # the pipe whose combinators have their memory here
         self.position: Callable[[], Any] | None = None  # where a loader that keeps its own position stands
@@ -172,6 +148,39 @@ class Store:
         first = next((t for t in (*module.parameters(), *module.buffers())), None)
         self.device = torch.device("cpu") if first is None else first.device
         self.seed = partial(seed_generators, device=self.device)  # what a kernel seeds the generators with; a trace puts its own here
+        self.phases = {name: self._phase(each) for name, each in optim.items()} if isinstance(optim, Mapping) else {}
+
+    def _phase(self, optim: Optim) -> "Store":
+        held = {id(p) for group in optim.optimizer.param_groups for p in group["params"]}
+        phase = Store(self.module, optim, {})
+        phase.named = {name: p for name, p in self.named.items() if id(p) in held}
+        phase.params = [p for p in phase.named.values() if p.requires_grad]
+        return phase
+
+    @property
+    def optims(self) -> dict[str, Optim]:
+        """The optimizers by name; a single one has the name ``""``."""
+        return {name: phase.optim for name, phase in self.phases.items()} or {"": self.optim}
+
+    def reported(self) -> dict[str, float]:
+        """The learning rates, and what else is scheduled, as a log shows them."""
+        return {key: value for name, optim in self.optims.items() for key, value in reported(optim, name).items()}
+
+    @contextmanager
+    def training(self, name: str) -> "Iterator[Store]":
+        """The store of one phase, while no other parameter requires a gradient."""
+        phase = self.phases[name]
+        held = {id(p) for p in phase.params}
+        others = [p for p in self.params if id(p) not in held]
+        for p in others:
+            p.requires_grad = False
+        try:
+            yield phase
+        finally:
+            for p in others:
+                p.requires_grad = True
+            for p in phase.params:
+                p.grad = None
 
     def settle(self) -> None:
         """Bring to rest what waits to be read: pending metrics, and the place of a loader that keeps its own."""
@@ -186,7 +195,8 @@ class Store:
         self.settle()
         memo: dict[int, Any] = {}
         module = copy.deepcopy(self.module, memo)
-        return Store(module, copy.deepcopy(self.optim, memo), copy.deepcopy(self.memory, memo))
+        optim = copy.deepcopy(self.optims if self.phases else self.optim, memo)
+        return Store(module, optim, copy.deepcopy(self.memory, memo))
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -246,7 +256,7 @@ class TrainState:
             if device is not None:
                 module.to(device)
             store = Store(module, _configure(task, module), {})
-        return cls(task, Progress(), seed, History(), None, store, 0)
+        return cls(task, Progress(updates=dict.fromkeys(store.phases, 0)), seed, History(), None, store, 0)
 
     @property
     def live(self) -> Store:
@@ -264,6 +274,12 @@ class TrainState:
         return self.store.device
 
     @property
+    def key(self) -> int:
+        """The key of the next step, from which all of its random numbers come."""
+        key, skipped = fold_in(self.seed, TRAIN, self.progress.step), self.progress.skipped
+        return fold_in(key, SKIPPED + skipped) if skipped else key
+
+    @property
     def params(self) -> Mapping[str, Tensor]:
         """The parameters by qualified name, read-only; clone what must outlive the next step."""
         return MappingProxyType({name: p.detach() for name, p in self.live.module.named_parameters()})
@@ -275,9 +291,13 @@ class TrainState:
 
     @property
     def opt_state(self) -> Mapping[str, Mapping[str, Any]]:
-        """The optimizer's memory by qualified parameter name, read-only."""
+        """The optimizer's memory by qualified parameter name, read-only; of several optimizers by their names."""
         store = self.live
-        return MappingProxyType({name: MappingProxyType(slots) for name, slots in named_state(store.optim, store.module).items()})
+        found = {
+            key: MappingProxyType({name: MappingProxyType(slots) for name, slots in named_state(optim, store.module).items()})
+            for key, optim in store.optims.items()
+        }
+        return MappingProxyType(found) if store.phases else found[""]
 
     @property
     def memory(self) -> Mapping[str, Any]:
@@ -301,13 +321,31 @@ class TrainState:
         """This very state, its tensors moved in place; it donates its input."""
         store = self.live
         store.settle()
-        version = store.version + 1
+        version = store.version + 2  # as a step does
         store.module.to(device)
-        to_device(store.optim.optimizer)
+        for optim in store.optims.values():
+            to_device(optim.optimizer)
         store.memory = {key: tree if key == "loader" else _moved(tree, torch.device(device)) for key, tree in store.memory.items()}
-        store.__init__(store.module, store.optim, store.memory)
+        store.__init__(store.module, store.optims if store.phases else store.optim, store.memory)
         store.version = version
         return attrs.evolve(self, version=version)
+
+    def donated(self) -> Store:
+        """The store, to be written over: from here on this state can no longer be read, whatever happens."""
+        store = self.live
+        store.version += 1
+        store.skipped = False
+        return store
+
+    def advanced(self, item: Any, updates: Mapping[str, int] | None = None) -> "TrainState":
+        """The state once an `Item` is consumed and the store written: one step, its batches and samples further; it donates this one."""
+        p, store = self.progress, self.store
+        if store.version != self.version + 1:  # where it is, `donated` was called for this step
+            store = self.live
+        store.version = self.version + 2
+        store.position, store.media = item.position, None
+        after = p.after(item, not store.skipped, p.updates if updates is None else updates)
+        return TrainState(self.task, after, self.seed, self.history, None, store, store.version)
 
     def recorded(self, metrics: Mapping[str, float]) -> "TrainState":
         """This state with metrics added to its history at the present step."""
@@ -317,13 +355,19 @@ class TrainState:
     def __repr__(self) -> str:
         p, store = self.progress, self.store
         count = sum(t.numel() for t in store.module.parameters())
-        optimizer = type(store.optim.optimizer).__name__ if store.optim.optimizer is not None else "no optimizer"
+        kinds = {name: "no optimizer" if o.optimizer is None else type(o.optimizer).__name__ for name, o in store.optims.items()}
+        optimizers = ", ".join(f"{name}: {kind}" if name else kind for name, kind in kinds.items())
         ended = f", stopped: {self.stopped}" if self.stopped else ""
-        return f"TrainState(step={p.step}, epoch={p.epoch}, batch={p.batch}, {count:,} parameters, {optimizer}{ended})"
+        return f"TrainState(step={p.step}, epoch={p.epoch}, batch={p.batch}, {count:,} parameters, {optimizers}{ended})"
 
 
-def _configure(task: Task, module: nn.Module) -> Optim:
+def _configure(task: Task, module: nn.Module) -> Optim | dict[str, Optim]:
+    phases = list(task.train_step) if isinstance(task.train_step, Mapping) else []
     if task.configure_optimizers is None:
+        if phases:
+            raise OptimizerError(
+                f"this task has the phases {', '.join(phases)}, but no configure_optimizers; return an optimizer for each by name"
+            )
         return Optim(None)
     named = dict(module.named_parameters())
     before: Iterable[int] = [p._version for p in named.values()]
@@ -335,7 +379,9 @@ def _configure(task: Task, module: nn.Module) -> Optim:
         )
     for p in named.values():
         p.grad = None  # what is left there would be added to the first gradients
-    return prepare(made, module)
+    if getattr(task.train_step, "kind", None) == "step" and isinstance(made, Mapping):
+        phases = list(made)  # a whole step may have as many optimizers as it likes
+    return prepare_each(made, phases, module) if phases else prepare(made, module)
 
 
 def _moved(tree: Any, device: torch.device) -> Any:

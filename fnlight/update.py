@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS
 
-from fnlight.data import Item
+from fnlight.data import Item, group_at
 from fnlight.errors import ConfigError, OptimizerError, StepError
+from fnlight.gradients import Part, mean_of_group
 from fnlight.mask import step_where
 from fnlight.metrics import Mean
 from fnlight.optim import set_lr, take_step
-from fnlight.pipe import Combinator, Part, Pipe, mean_of_group, pipe
+from fnlight.pipe import Combinator, Pipe, Turn, pipe
 from fnlight.protocols import Gradients
-from fnlight.rng import TRAIN, fold_in, isolated
+from fnlight.rng import SKIPPED, TRAIN, fold_in, isolated
 from fnlight.state import Progress, Store, TrainState
-
-_SKIPPED = 1 << 32  # beyond every number of a micro-batch: attempts at one step share no random numbers
+from fnlight.when import Tick
 
 
 def grad() -> Combinator:
@@ -137,6 +137,8 @@ def apply() -> Combinator:
     """Turn a `GradFn` into a `Step`: set the learning rate, compute the gradients, let the optimizer step, count.
 
     The input state is donated. Should anything fail half-way, its tensors are no longer readable either.
+    Where a pipe starts from several phases, they take their turns in its order: each that is due gives gradients to the parameters of its own
+    optimizer only, and sees what those before it have done. The metrics of the phase ``gen`` are called ``gen/loss`` and so on.
 
     Returns:
         A combinator from `GradFn` to `Step`.
@@ -146,8 +148,8 @@ def apply() -> Combinator:
         <lambda> > grad > apply
     """
 
-    def wrap(grad_fn: Any) -> Update:
-        return Update(partial(_optimize, grad_fn))
+    def wrap(grad_fn: Any) -> Any:
+        return _in_turns(grad_fn) if isinstance(grad_fn, Mapping) else Update(partial(_optimize, grad_fn))
 
     return Combinator("apply", wrap, "grad", "step", phase="update")
 
@@ -182,7 +184,7 @@ class Update:
             set_lr(store.optim, progress, state.history)
         key = fold_in(streams.get(state.seed) or streams.setdefault(state.seed, fold_in(state.seed, TRAIN)), progress.step)
         if progress.skipped:
-            key = fold_in(key, _SKIPPED + progress.skipped)
+            key = fold_in(key, SKIPPED + progress.skipped)
         store.skipped = False
         store.version += 1  # from here on the input is donated, whatever happens
         try:
@@ -190,13 +192,7 @@ class Update:
         finally:
             for p in store.params:
                 p.grad = None
-        store.position, store.media = item.position, None
-        batch, seconds = (0 if item.last else item.batch), progress.seconds + item.seconds
-        known = progress.epoch_samples or not progress.batch  # an old checkpoint does not say
-        done = progress.epoch_samples + item.samples if known and not item.last else 0
-        made, skipped = (0, progress.skipped + 1) if store.skipped else (1, progress.skipped)
-        after = Progress(progress.step + made, item.epoch + item.last, batch, progress.samples + item.samples, seconds, done, skipped)
-        return TrainState(state.task, after, state.seed, state.history, None, store, store.version), metrics
+        return state.advanced(item), metrics
 
     def then(self, fn: Callable[[Store], None], *reads: str) -> "Update":
         """An update whose kernel goes on with a function of the store, which changes tensors only.
@@ -219,6 +215,39 @@ class Update:
         return Update(followed, (*self.reads, *reads))
 
 
+def _in_turns(turns: Mapping[str, Turn]) -> Any:
+    """A step in which several optimizers take their turns."""
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
+        item, before = Item.of(batch, state=state), state.progress
+        key, store = state.key, state.donated()
+        updates, metrics, made = dict(before.updates), dict[str, Any](), list[bool]()
+        tick = Tick(before, before.after(item, True, updates))
+        for i, (name, turn) in enumerate(turns.items()):
+            if turn.every is None or turn.every(tick):
+                batches = item.batches if turn.group is None else item.batches[: group_at(turn.group, item.epoch)]
+                at = attrs.evolve(before, step=updates[name])
+                found = _turn(store, name, turn.grad_fn, batches, fold_in(key, i), at, state.history)
+                metrics |= {f"{name}/{k}": v for k, v in found.items()}
+                made += [not store.phases[name].skipped]
+                updates[name] += made[-1]
+        store.skipped = bool(made) and not any(made)
+        return state.advanced(item, updates), metrics
+
+    return step
+
+
+def _turn(store: Store, name: str, grad_fn: Any, batches: Any, key: int, at: Progress, history: Any) -> Mapping[str, Any]:
+    with store.training(name) as phase:
+        phase.skipped = False
+        if phase.optim.scheduled:
+            set_lr(phase.optim, at, history)
+        try:
+            return _optimize(grad_fn, phase, batches, key)
+        except StepError as error:
+            raise StepError(f"in the phase {name!r}: {error}") from error
+
+
 def _optimize(grad_fn: Callable[..., Gradients], store: Store, batches: Any, key: int) -> Mapping[str, Any]:
     optimizer = store.optim.optimizer
     if isinstance(optimizer, LBFGS):
@@ -234,7 +263,10 @@ def _optimize(grad_fn: Callable[..., Gradients], store: Store, batches: Any, key
             step_where(optimizer, found.finite)
     elif store.params:
         raise OptimizerError(
-            "this task cannot train: its parameters require gradients, but it has no configure_optimizers; give fl.Task one"
+            f"this task has an optimizer for each of the phases {', '.join(store.phases)}, so its step starts from a mapping of them to functions, "
+            "as in fl.pipe(task.train_step, fl.grad(), fl.apply())"
+            if store.phases
+            else "this task cannot train: its parameters require gradients, but it has no configure_optimizers; give fl.Task one"
         )
     return found.metrics
 
@@ -308,5 +340,7 @@ def update(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]
         >>> before.progress.step, after.progress.step, list(metrics)
         (0, 1, ['loss'])
     """
-    step: Pipe = pipe(state.task.train_step, grad(), apply())
+    train_step = state.task.train_step
+    whole = isinstance(train_step, Pipe) and train_step.kind == "step"
+    step: Pipe = train_step if whole else pipe(train_step, grad(), apply())
     return pure(step)(state, batch)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnlight.errors import NonFiniteError
+from fnlight.errors import NonFiniteError, StepError
 from fnlight.metrics import MEDIA, Mean, Tally
 from fnlight.pipe import Combinator
 from fnlight.state import TrainState
@@ -78,7 +78,7 @@ def check_finite(every: Callable[[Tick], bool] = steps(50)) -> Combinator:
         def guarded(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
             before = state.progress
             state, metrics = step(state, batch)
-            tree, loss = state.store.memory["check_finite"], metrics["loss"]
+            tree, loss = state.store.memory["check_finite"], metrics["loss"] if "loss" in metrics else _loss_of_phases(metrics)
             tree["losses"].append(loss.total if loss.__class__ is Mean else loss)
             if len(tree["losses"]) >= _STACK:
                 tree["chunks"], tree["losses"] = [_stacked(tree)], []
@@ -91,6 +91,17 @@ def check_finite(every: Callable[[Tick], bool] = steps(50)) -> Combinator:
         init=lambda store: {"losses": [], "chunks": []}, phase="update",
         finish=checked,
     )  # fmt: skip
+
+
+def _loss_of_phases(metrics: Metrics) -> Any:
+    """The losses of the phases that had their turn, added up: a sum is finite where all of its terms are."""
+    losses = [value.total if value.__class__ is Mean else value for name, value in metrics.items() if name.endswith("/loss")]
+    if not losses and any("/" not in name for name in metrics):
+        raise StepError(
+            f"check_finite watches the loss, but the step gives no metric called 'loss', only {list(metrics)}; let it give one, or leave "
+            'check_finite out (FitConfig(nonfinite="ignore"))'
+        )
+    return sum(losses, 0.0)
 
 
 def _stacked(tree: dict[str, list[Any]]) -> Tensor:

@@ -12,11 +12,12 @@ from torch.optim import lr_scheduler
 
 from fnlight import tree
 from fnlight.errors import MonitorError, OptimizerError, OptimizerWarning
+from fnlight.history import History, Record
 from fnlight.optim import OTHER, Optim, copy_optimizer, monitored, named_groups, named_state, place_slot, prepare, set_lr, to_device
 from fnlight.pipe import pipe
 from fnlight.replay import from_torch, plateau
 from fnlight.schedules import exponential
-from fnlight.state import History, Record, Task, TrainState
+from fnlight.state import Task, TrainState
 from fnlight.update import apply, grad
 
 FUSED = [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad]

@@ -7,7 +7,6 @@ from torch.nn import functional as F
 
 from fnlight.averages import ema
 from fnlight.clip import clip_norm
-from fnlight.data import Item
 from fnlight.errors import MemoryWarning, MonitorError, SeamError
 from fnlight.pipe import TICK, Combinator, pipe
 from fnlight.precision import autocast
@@ -181,16 +180,3 @@ def test_a_monitor_that_nothing_yields_is_an_error_before_the_first_step():
     with pytest.raises(MonitorError, match=r"stopping monitors 'val/loss', but nothing in this pipe yields it, so it could never fire"):
         step.start(created())
     assert step.start(created().recorded({"val/loss": 1.0})).progress.step == 0
-
-
-def test_a_group_is_divided_by_its_summed_weight():
-    """Without `accumulate` a step still takes an item of several batches, and sees one mean."""
-    state = created()
-    a, b = torch.ones(2, 2), 3 * torch.ones(2, 2)
-    step = pipe(train_step, grad(), apply())
-    one, _ = step(state.copy(), torch.cat([a, b]))
-    two, metrics = step(state.copy(), Item.of(a, b, state=state))
-    assert all(torch.allclose(one.params[n], p) for n, p in two.params.items())
-    assert two.progress.batch == 2
-    mean = (train_step(state.module(), a) + train_step(state.module(), b)) / 2
-    assert float(metrics["loss"]) == pytest.approx(float(mean.detach()))

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fnlight.errors import ConfigError, MonitorError
+from fnlight.history import History, Record
 from fnlight.rules import diverged, max_epochs, max_steps, max_time, min_epochs, min_steps, nonfinite, patience, reached
-from fnlight.state import History, Progress, Record
+from fnlight.state import Progress
 
 
 def after(*values, step=0, epoch=0, seconds=0.0, name="val/loss"):

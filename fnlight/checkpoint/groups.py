@@ -17,12 +17,12 @@ _ABSENT = object()
 _KERNELS = ("fused", "foreach")  # how it is computed: the business of this machine, never of a file
 
 
-def place_optimizer(optim: Optim, module: nn.Module, opened: Opened, loaded: frozenset[str]) -> list[str]:
-    """Give an optimizer the memory and the group values of a checkpoint, in place.
+def place_optimizers(optims: Mapping[str, Optim], module: nn.Module, opened: Opened, loaded: frozenset[str]) -> list[str]:
+    """Give each optimizer the memory and the group values of the one of its name in a checkpoint, in place.
 
     Args:
-        optim: The prepared optimizer.
-        module: Its module.
+        optims: The prepared optimizers by name; a single one has the name ``""``.
+        module: Their module.
         opened: The checkpoint.
         loaded: Names of the parameters whose values were taken.
 
@@ -31,10 +31,30 @@ def place_optimizer(optim: Optim, module: nn.Module, opened: Opened, loaded: fro
 
     Example:
         >>> from fnlight.checkpoint.folder import Folder
-        >>> place_optimizer(Optim(None), nn.Linear(1, 1), Opened("a", Folder("a"), {"optimizer": None}), frozenset())
+        >>> place_optimizers({"": Optim(None)}, nn.Linear(1, 1), Opened("a", Folder("a"), {"optimizer": None}), frozenset())
         []
     """
-    section = opened.body["optimizer"]
+    whole = opened.body["optimizer"]
+    saved = whole["phases"] if whole is not None and "phases" in whole else {"": whole}
+    if ("" in saved) != ("" in optims):
+        return [
+            f"the optimizers changed: {_kinds(saved)} in the checkpoint, {', '.join(filter(None, optims)) or 'a single one'} now; all memory starts afresh"
+        ]
+    notes = [f"the optimizer {name!r} is no more, and its memory is dropped" for name in saved if name not in optims]
+    for name, optim in optims.items():
+        if name not in saved:
+            notes.append(f"there was no optimizer {name!r} then; its memory starts afresh")
+            continue
+        found = _place_optimizer(optim, module, saved[name], opened, loaded)
+        notes += [f"{name}: {line}" for line in found] if name else found
+    return notes
+
+
+def _kinds(saved: Mapping[str, Any]) -> str:
+    return ", ".join(name or ("none" if section is None else section["class"]) for name, section in saved.items())
+
+
+def _place_optimizer(optim: Optim, module: nn.Module, section: Any, opened: Opened, loaded: frozenset[str]) -> list[str]:
     saved_class = "none" if section is None else section["class"]
     kind = type(optim.optimizer)
     own_class = "none" if optim.optimizer is None else f"{kind.__module__}.{kind.__qualname__}"

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fnlight.checkpoint.encode import decode
-from fnlight.checkpoint.groups import place_optimizer
+from fnlight.checkpoint.groups import place_optimizers
 from fnlight.checkpoint.manifest import MEMORY, MODEL
 from fnlight.checkpoint.places import Opened, Path, open_checkpoint
 from fnlight.checkpoint.weights import extra_states, place_weights, put, split_buffers
 from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning, MismatchError
-from fnlight.state import History, Progress, Record, Task, TrainState
+from fnlight.history import History, Record
+from fnlight.state import Progress, Task, TrainState
 
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError)
 
@@ -107,7 +108,7 @@ def _fill(state: TrainState, opened: Opened, partial: bool) -> tuple[TrainState,
         tensors = opened.tensors(MEMORY)
         notes += _derived_buffers(store.module, decode(opened.body["buffers"], tensors.__getitem__))
         notes += _extra(store.module, decode(opened.body["extra"], _copied(tensors, store.device)))
-        notes += place_optimizer(store.optim, store.module, opened, frozenset(report.loaded))
+        notes += place_optimizers(store.optims, store.module, opened, frozenset(report.loaded))
         store.memory = _memory(opened.body["memory"], tensors, store.device)
         return _head(state, opened.body), notes
     except CheckpointError:
@@ -127,8 +128,11 @@ def _head(state: TrainState, body: Any) -> TrainState:
         or not isinstance(progress.seconds, int | float)
     ):
         raise ValueError(f"progress {progress}, seed {seed!r}, stopped {stopped!r}")
+    if not all(type(n) is int and n >= 0 for n in progress.updates.values()):
+        raise ValueError(f"updates {progress.updates!r:.80}")
+    updates = {name: progress.updates.get(name, 0) for name in state.store.phases}
     history = History(Record(step, epoch, decode(metrics, {}.__getitem__)) for step, epoch, metrics in body["history"])
-    return attrs.evolve(state, progress=progress, seed=seed, stopped=stopped, history=history)
+    return attrs.evolve(state, progress=attrs.evolve(progress, updates=updates), seed=seed, stopped=stopped, history=history)
 
 
 def _copied(tensors: dict[str, Tensor], device: torch.device) -> Callable[[str], Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fnlight.checkpoint.bucket import Bucket
 from fnlight.checkpoint.encode import Put, encode
@@ -17,7 +17,7 @@ from fnlight.checkpoint.places import Path, at, examine
 from fnlight.checkpoint.tensors import chunks, describe
 from fnlight.checkpoint.weights import extra_states, split_buffers
 from fnlight.errors import CheckpointError
-from fnlight.optim import named_groups, named_state
+from fnlight.optim import Optim, named_groups, named_state
 from fnlight.state import Store, TrainState
 from fnlight.tree import equal
 
@@ -152,19 +152,19 @@ def describe_state(state: TrainState) -> tuple[dict[str, Any], Tensors]:
         body = {
             "fnlight": _version(),
             "torch": torch.__version__,
-            "progress": attrs.asdict(state.progress),
+            "progress": {key: value for key, value in attrs.asdict(state.progress).items() if key != "updates" or value},
             "seed": state.seed,
             "stopped": state.stopped,
             "history": [[r.step, r.epoch, encode(dict(r.metrics), _refuse, f"history of step {r.step}")] for r in state.history],
             "parameters": list(params),
-            "optimizer": _optimizer(store, _collector(tensors[OPTIMIZER])),
+            "optimizer": _optimizers(store, _collector(tensors[OPTIMIZER])),
             "memory": {key: encode(tree, put, key) for key, tree in store.memory.items()},
             "buffers": encode(derived, put, "buffers"),
             "extra": encode(extra_states(store.module), put, "extra"),
         }
     except RecursionError as error:
         raise CheckpointError("the memory of the state is nested too deeply, or contains itself; keep it flat") from error
-    if store.optim.optimizer is None:
+    if body["optimizer"] is None:
         del tensors[OPTIMIZER]
     if not tensors[MEMORY]:
         del tensors[MEMORY]
@@ -185,19 +185,23 @@ def _refuse(path: str, tensor: Tensor) -> str:
     raise CheckpointError(f"{path} is a tensor of shape {list(tensor.shape)}, but a history holds numbers; record float(value)")
 
 
-def _optimizer(store: Store, put: Put) -> dict[str, Any] | None:
-    optim = store.optim
-    if optim.optimizer is None:
-        return None
+def _optimizers(store: Store, put: Put) -> dict[str, Any] | None:
+    """The section of a single optimizer; or those of several, by name."""
+    if store.phases:
+        return {"phases": {name: _optimizer(optim, store.module, put, f"{name}/") for name, optim in store.optims.items()}}
+    return None if store.optim.optimizer is None else _optimizer(store.optim, store.module, put, "")
+
+
+def _optimizer(optim: Optim, module: nn.Module, put: Put, prefix: str) -> dict[str, Any]:
     kind = type(optim.optimizer)
-    slots = {name: encode(found, put, name) for name, found in named_state(optim, store.module).items()}
+    slots = {name: encode(found, put, prefix + name) for name, found in named_state(optim, module).items()}
     groups = [
         {
             "params": group.pop("params"),
-            "values": _values(group, was, put, f"groups/{i}"),
-            "configured": _values(was, was, put, f"configured/{i}"),
+            "values": _values(group, was, put, f"{prefix}groups/{i}"),
+            "configured": _values(was, was, put, f"{prefix}configured/{i}"),
         }
-        for i, (group, was) in enumerate(zip(named_groups(optim, store.module), optim.configured, strict=True))
+        for i, (group, was) in enumerate(zip(named_groups(optim, module), optim.configured, strict=True))
     ]
     return {"class": f"{kind.__module__}.{kind.__qualname__}", "slots": slots, "groups": groups}
 

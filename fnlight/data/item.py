@@ -41,15 +41,17 @@ class Item:
 
     @classmethod
     def of(cls, *batches: Any, state: Any) -> "Item":
-        """An item made by hand, at the place where a state stands.
+        """An item made by hand, at the place where a state stands; one that is an item already is given back.
 
         Args:
-            *batches: The batches of one step.
+            *batches: The batches of one step, or an item.
             state: Where training stands.
 
         Returns:
             An item that is not the last of its epoch.
         """
+        if len(batches) == 1 and isinstance(batches[0], Item):
+            return batches[0]
         at = state.progress
         return cls(batches, at.epoch, at.batch + len(batches), False, sum(map(num_samples, batches)))
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from functools import reduce
 from operator import attrgetter
 from typing import Any
@@ -33,6 +34,7 @@ class Tally:
 
     Adding is one list append. Reading brings everything pending to the host in one copy and adds it up in float64, one
     step after the other, so that the result does not depend on when or how often somebody read.
+    Names with a slash, such as ``gen/loss``, belong to a phase: those of one phase come together, or are left out together.
 
     Args:
         totals: Per name the kind of monoid and its merged fields on the host.
@@ -49,13 +51,14 @@ class Tally:
     totals: dict[str, list[Any]] = attrs.field(factory=dict)
     bad: tuple[int, str] | None = None
     _names: Any = attrs.field(default=None, init=False)
+    _turns: set[frozenset[str]] = attrs.field(factory=set, init=False)  # sets of names that are steps of some phases, but not of all
     _pending: list[tuple[int, Mapping[str, Any]]] = attrs.field(factory=list, init=False)
     _stacked: list[tuple["_Block | None", dict[str, tuple[str, list[int], list[Any]]]]] = attrs.field(factory=list, init=False)
     _objects: dict[str, list[Any]] = attrs.field(factory=dict, init=False)
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Take the metrics of one step; the names must be those of the first one."""
-        if metrics.keys() != self._names:
+        """Take the metrics of one step; the names must be those of the first one, but for whole phases that are not due."""
+        if metrics.keys() != self._names and frozenset(metrics) not in self._turns:
             self._accept(step, metrics)
         self._pending.append((step, metrics))
         if len(self._pending) >= _STACK:
@@ -65,7 +68,8 @@ class Tally:
         known, names = self._names, metrics.keys()
         if known is None and self.totals:  # from a file, which holds no pictures and no texts
             known, names = self.totals.keys(), {name for name, value in metrics.items() if _kind(value)}
-        if known is not None and names != known:
+        turns = known is not None and names != known and _by_turns(known, names)
+        if known is not None and names != known and not turns:
             missing, new = sorted(known - names), sorted(names - known)
             raise StepError(
                 f"step {step}: the metrics must have the same names at every step, {sorted(known)}; "
@@ -80,7 +84,9 @@ class Tally:
                 raise StepError(
                     f"metric {name!r} must be a number, a scalar tensor, or a value such as Mean or Image, but got {value!r:.60}"
                 )
-        self._names = dict.fromkeys(metrics).keys()
+        if turns:
+            self._turns |= {frozenset(known or ()), frozenset(metrics)}
+        self._names = dict.fromkeys([*(known or ()), *metrics] if turns else metrics).keys()
 
     def settle(self) -> None:
         """Bring what is pending to the host and merge it; one host sync for all of it."""
@@ -97,10 +103,20 @@ class Tally:
         self._stacked.clear()
 
     def _stack(self) -> None:
-        steps = [step for step, _ in self._pending]
-        rows = [metrics for _, metrics in self._pending]
+        rows, names = self._pending[:], list(self._names)
         self._pending.clear()
-        found = {name: [row[name] for row in rows] for name in self._names}
+        if not self._turns:
+            self._stack_whole(names, rows)
+            return
+        for phase in dict.fromkeys(map(_phase, names)):
+            own = [name for name in names if _phase(name) == phase]
+            held = [(step, metrics) for step, metrics in rows if own[0] in metrics]
+            if held:
+                self._stack_whole(own, held)
+
+    def _stack_whole(self, names: list[str], pending: list[tuple[int, Mapping[str, Any]]]) -> None:
+        steps = [step for step, _ in pending]
+        found = {name: [metrics[name] for _, metrics in pending] for name in names}
         plain = [n for n, values in found.items() if set(map(type, values)) == _PLAIN and self.totals.get(n, _MEAN)[0] == "Mean"]
         block = _block(plain, steps, [value for name in plain for value in found[name]])
         columns: dict[str, tuple[str, list[int], list[Any]]] = {}
@@ -137,7 +153,7 @@ class Tally:
         scalars = {name: float(SCALARS[kind](*fields)) for name, (kind, *fields) in self.totals.items()}
         objects = {name: _compute(name, values) for name, values in self._objects.items()}
         found = {**scalars, **objects}
-        return {name: found[name] for name in self._names or found}
+        return {name: found[name] for name in self._names or found if name in found}
 
     def is_empty(self) -> bool:
         """Say whether nothing was added since the last `clear`."""
@@ -155,6 +171,17 @@ class Tally:
         twin = Tally({name: list(fields) for name, fields in self.totals.items()}, self.bad)
         twin._objects = {name: list(values) for name, values in self._objects.items()}
         return twin
+
+
+def _phase(name: str) -> str:
+    """The phase that a name belongs to; "" where there is none."""
+    return name.rpartition("/")[0]
+
+
+def _by_turns(known: AbstractSet[str], names: AbstractSet[str]) -> bool:
+    """Say whether two sets of names differ by whole phases only."""
+    changed = {_phase(name) for name in known ^ names}
+    return "" not in changed and not any(_phase(name) in changed for name in known & names)
 
 
 @attrs.frozen(eq=False)

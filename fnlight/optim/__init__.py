@@ -7,7 +7,7 @@ beside it (`Optim.configured`), so that a value that was changed in the code win
 from fnlight.optim.groups import GroupRule, frozen, layer_decay, no_decay, param_groups
 from fnlight.optim.kernels import take_step
 from fnlight.optim.memory import OTHER, named_groups, named_state, place_slot, to_device
-from fnlight.optim.prepare import prepare
+from fnlight.optim.prepare import prepare, prepare_each
 from fnlight.optim.rates import ends, monitored, reported, set_lr
 from fnlight.optim.spec import Optim, copy_optimizer
 
@@ -26,6 +26,7 @@ __all__ = [
     "param_groups",
     "place_slot",
     "prepare",
+    "prepare_each",
     "reported",
     "set_lr",
     "take_step",

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -37,23 +37,75 @@ def prepare(made: Any, module: nn.Module) -> Optim:
         0.1
     """
     optim = made if isinstance(made, Optim) else Optim(made)
-    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if optim.optimizer is None:
+        trainable = [name for name, p in module.named_parameters() if p.requires_grad]
         if trainable:
             raise OptimizerError(
                 f"configure_optimizers must return an optimizer or Optim, but returned None; trainable: {_some(trainable)}"
             )
         return Optim(None)
+    optim = _completed(optim, module)
+    _check_all_held([optim.optimizer], module)
+    return optim
+
+
+def prepare_each(made: Any, phases: Sequence[str], module: nn.Module) -> dict[str, Optim]:
+    """Check the optimizers of a task with several phases, and complete them.
+
+    Args:
+        made: What `configure_optimizers` returned: a mapping of phases to optimizers or `Optim`s.
+        phases: The names of the phases that the task has.
+        module: The module whose parameters they must hold; one parameter may be held by several.
+
+    Returns:
+        Prepared optimizers by phase, in the order of the phases.
+
+    Raises:
+        OptimizerError: If the names differ, a phase has no optimizer or nothing to train, or an optimizer does not fit the module.
+
+    Example:
+        >>> import torch
+        >>> model = nn.ModuleDict({"disc": nn.Linear(2, 1), "gen": nn.Linear(1, 2)})
+        >>> made = {name: torch.optim.SGD(part.parameters(), lr=0.1) for name, part in model.items()}
+        >>> list(prepare_each(made, ["gen", "disc"], model))
+        ['gen', 'disc']
+    """
+    if not isinstance(made, Mapping):
+        raise OptimizerError(
+            f"this task has the phases {', '.join(phases)}, so configure_optimizers must return a dict of an optimizer for each, "
+            f"but returned {_describe(made)}"
+        )
+    if set(made) != set(phases):
+        raise OptimizerError(
+            f"the phases of train_step and the optimizers must have the same names, but the phases are {sorted(phases)} and "
+            f"configure_optimizers returned {sorted(map(str, made))}"
+        )
+    found: dict[str, Optim] = {}
+    for name in phases:
+        optim = made[name] if isinstance(made[name], Optim) else Optim(made[name])
+        held = [p for group in optim.optimizer.param_groups for p in group["params"]] if isinstance(optim.optimizer, Optimizer) else []
+        if optim.optimizer is None or (isinstance(optim.optimizer, Optimizer) and not any(p.requires_grad for p in held)):
+            raise OptimizerError(
+                f"the phase {name!r} has no parameters to train: its optimizer holds none that requires a gradient; "
+                "give it some, or leave the phase out"
+            )
+        found[name] = _completed(optim, module)
+    _check_all_held([optim.optimizer for optim in found.values()], module)
+    return found
+
+
+def _completed(optim: Optim, module: nn.Module) -> Optim:
     if not isinstance(optim.optimizer, Optimizer):
         raise OptimizerError(
-            f"configure_optimizers must return a torch.optim.Optimizer or fl.Optim(optimizer, schedule), but returned {_describe(made)}"
+            "configure_optimizers must return a torch.optim.Optimizer or fl.Optim(optimizer, schedule), but returned "
+            f"{_describe(optim.optimizer)}"
         )
     if getattr(optim.optimizer.step, "_wrapped_by_lr_sched", False):
         raise OptimizerError(
             f"a torch scheduler was made on this {type(optim.optimizer).__name__}, and nobody would step it; "
             "return fl.Optim(optimizer, schedule=fl.from_torch(lambda optimizer: Scheduler(optimizer, ...))) instead"
         )
-    _check_parameters(optim.optimizer, module, trainable)
+    _check_own(optim.optimizer, module)
     choose_fused(optim.optimizer, module)
     _check_groups(optim.optimizer)
     for group in optim.optimizer.param_groups:
@@ -74,8 +126,8 @@ def _check_groups(optimizer: Optimizer) -> None:
         )
 
 
-def _check_parameters(optimizer: Optimizer, module: nn.Module, trainable: Mapping[str, Tensor]) -> None:
-    own = {id(p): name for name, p in module.named_parameters()}
+def _check_own(optimizer: Optimizer, module: nn.Module) -> None:
+    own = {id(p) for p in module.parameters()}
     held = [p for group in optimizer.param_groups for p in group["params"]]
     foreign = [list(p.shape) for p in held if id(p) not in own]
     if foreign:
@@ -83,14 +135,17 @@ def _check_parameters(optimizer: Optimizer, module: nn.Module, trainable: Mappin
             f"configure_optimizers(model) must use the parameters of the model it is given, but {type(optimizer).__name__} holds "
             f"{len(foreign)} of another one (shapes {foreign[:5]}); write model.parameters() of the argument, not of a model outside"
         )
-    ids = {id(p) for p in held}
-    missing = [name for name, p in trainable.items() if id(p) not in ids]
+
+
+def _check_all_held(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
     if missing:
         warnings.warn(
-            f"{type(optimizer).__name__} holds no {_some(missing)}, which require gradients but will never change; "
+            f"{' and '.join(type(optimizer).__name__ for optimizer in optimizers)} holds no {_some(missing)}, which require gradients but will never change; "
             "give them to the optimizer, or freeze them with requires_grad_(False)",
             OptimizerWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -175,14 +175,15 @@ def group_name(group: Mapping[str, Any], index: int) -> str:
     return str(group.get("name", index))
 
 
-def reported(optim: Optim) -> dict[str, float]:
+def reported(optim: Optim, phase: str = "") -> dict[str, float]:
     """The learning rate of each group, and what else is scheduled, as a log shows them.
 
     Args:
         optim: A prepared optimizer, or one of None.
+        phase: What it is called, where there are several.
 
     Returns:
-        ``lr``, or ``lr/NAME`` for each of several groups; the same for other options with a schedule.
+        ``lr``, or ``lr/NAME`` for each of several groups, behind ``lr/PHASE`` of a phase; the same for other options with a schedule.
 
     Example:
         >>> import torch
@@ -198,7 +199,8 @@ def reported(optim: Optim) -> dict[str, float]:
         held = {group_name(group, i): group[key] for i, group in enumerate(groups) if group.get(key) is not None}
         shown = "momentum" if key == "betas" else key
         for name, value in held.items():
-            found[shown if len(held) == 1 else f"{shown}/{name}"] = float(value[0] if key == "betas" else value)
+            where = (shown, phase, name if len(held) > 1 else "")
+            found["/".join(filter(None, where))] = float(value[0] if key == "betas" else value)
     return found
 
 

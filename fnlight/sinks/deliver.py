@@ -25,7 +25,7 @@ def deliver(sinks: Sequence[Any], record: Any, memory: dict[str, Any], told: set
         told: The sinks that this run has warned of; changed in place.
 
     Example:
-        >>> from fnlight.state import Record
+        >>> from fnlight.history import Record
         >>> memory = {FAILED: {}}
         >>> deliver([print], Record(1, 0, {}), memory, set())
         Record(step=1, epoch=0, metrics={})

@@ -29,7 +29,7 @@ class CSV:
 
     Example:
         >>> import tempfile
-        >>> from fnlight.state import Record
+        >>> from fnlight.history import Record
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     sink = CSV(f"{folder}/log.csv")
         ...     sink(Record(10, 0, {"train/loss": 0.5}))

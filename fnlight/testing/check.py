@@ -17,7 +17,7 @@ from fnlight.checkpoint import load, save
 from fnlight.errors import ConfigError, StepError, TaskCheckError
 from fnlight.evaluate import inference
 from fnlight.metrics import Tally
-from fnlight.pipe import pipe
+from fnlight.pipe import Phase, pipe
 from fnlight.rng import TRAIN, fold_in, isolated, seed_generators
 from fnlight.state import Store, Task, TrainState
 from fnlight.testing.compare import listed, next_numbers, plain, snapshot
@@ -64,22 +64,26 @@ class _Case:
         return self.state.copy().store, copy.deepcopy(self.batch)
 
     def gradients(self, key: int) -> dict[str, Any]:
-        """All that one `train_step` and its backward pass give."""
+        """All that one `train_step` and its backward pass give; of several by the names of their phases."""
         store, batch = self.fresh()
-        found = grad()(self.task.train_step)(store, batch, key)
-        names = [name for name, p in store.named.items() if p.requires_grad]
-        values = dict(zip(names, found.values, strict=True))
-        return {
-            "loss": found.loss,
-            "weight": found.weight,
-            "metrics": found.metrics,
-            "gradient": values,
-            "buffer": dict(store.module.named_buffers()),
-        }
+        if not store.phases:
+            return {**_gradients_of(self.losses["train_step"], store, batch, key), "buffer": dict(store.module.named_buffers())}
+        found: dict[str, Any] = {}
+        for name, fn in self.losses.items():
+            with store.training(name) as phase:
+                found[name] = map_tensors(torch.clone, _gradients_of(fn, phase, copy.deepcopy(batch), key))
+        return {**found, "buffer": dict(store.module.named_buffers())}
+
+    @property
+    def losses(self) -> dict[str, Callable[[Any, Any], Any]]:
+        """The task's losses by name; none where its `train_step` is a whole step, or made of gradient functions."""
+        given = self.task.train_step if isinstance(self.task.train_step, Mapping) else {"train_step": self.task.train_step}
+        bare = {name: fn.train_step if isinstance(fn, Phase) else fn for name, fn in given.items()}
+        return {} if any(getattr(fn, "kind", "loss") != "loss" for fn in bare.values()) else bare
 
     def steps(self) -> dict[str, Callable[[Store, Any], Any]]:
         """The task's functions as functions of a store and a batch, in the mode and with the keys that fnlight gives them."""
-        found: dict[str, Callable[[Store, Any], Any]] = {"train_step": lambda store, batch: self.task.train_step(store.module, batch)}
+        found: dict[str, Callable[[Store, Any], Any]] = {name: partial(_called, fn) for name, fn in self.losses.items()}
         for name in ("eval_step", "predict_step"):
             fn = getattr(self.task, name)
             if fn is not None:
@@ -88,11 +92,12 @@ class _Case:
 
     def trained(self, steps: int) -> tuple[TrainState, list[float]]:
         """A state some steps on, at a constant learning rate, and the losses on the way."""
-        state, losses, step = self.state.copy(), list[float](), pipe(self.task.train_step, grad(), apply())
+        whole = getattr(self.task.train_step, "kind", None) == "step"
+        state, losses, step = self.state.copy(), list[float](), pipe(self.task.train_step, *([] if whole else [grad(), apply()]))
         state.store.optim = attrs.evolve(state.store.optim, schedule=None, monitor=None)
         for _ in range(steps):
             state, metrics = step(state, copy.deepcopy(self.batch))
-            losses.append(float(metrics["loss"]))
+            losses += [float(metrics["loss"])] if "loss" in metrics else []
         return state, losses
 
     def unable(self) -> str | None:
@@ -100,6 +105,17 @@ class _Case:
         if not self.state.store.params:
             return "nothing is trainable"
         return None if self.task.configure_optimizers is not None else "the task has no configure_optimizers"
+
+
+def _called(fn: Callable[[Any, Any], Any], store: Store, batch: Any) -> Any:
+    return fn(store.module, batch)
+
+
+def _gradients_of(fn: Callable[[Any, Any], Any], store: Store, batch: Any, key: int) -> dict[str, Any]:
+    found = grad()(fn)(store, batch, key)
+    names = [name for name, p in store.named.items() if p.requires_grad]
+    values = dict(zip(names, found.values, strict=True))
+    return {"loss": found.loss, "weight": found.weight, "metrics": found.metrics, "gradient": values}
 
 
 def _inferred(fn: Callable[[Any, Any], Any], store: Store, batch: Any) -> Any:
@@ -164,6 +180,8 @@ def _fail(check: str, found: str, advice: str) -> NoReturn:
 
 
 def _deterministic(case: _Case) -> str | None:
+    if not case.losses:
+        return _WHOLE
     results = list[Any]()
     for before in (1, 2):
         seed_generators(before, case.state.device)
@@ -177,6 +195,8 @@ def _deterministic(case: _Case) -> str | None:
 
 
 def _keyed(case: _Case) -> str | None:
+    if not case.losses:
+        return _WHOLE
     after = list[dict[str, Any]]()
     for key in (case.key, fold_in(case.key, 1)):
         case.gradients(key)
@@ -200,9 +220,12 @@ def _batch(case: _Case) -> str | None:
 
 
 def _model(case: _Case) -> str | None:
+    if not case.losses:
+        return _WHOLE
     store, batch = case.fresh()
     before = _anatomy(store.module)
-    case.task.train_step(store.module, batch)
+    for fn in case.losses.values():
+        fn(store.module, batch)
     places = list(differences(before, _anatomy(store.module)))
     places += [f"{name}.grad: filled" for name, p in store.named.items() if p.grad is not None]
     if places:
@@ -235,7 +258,12 @@ def _frozen(value: Any) -> Any:
 def _gradients(case: _Case) -> str | None:
     if not case.state.store.params:
         return "nothing is trainable"
-    values = case.gradients(case.key)["gradient"]
+    if not case.losses:
+        return _WHOLE
+    found = case.gradients(case.key)
+    values = {
+        name: value for part in ([found] if "gradient" in found else found.values()) for name, value in part.get("gradient", {}).items()
+    }
     without = [name for name, value in values.items() if value is None]
     if without:
         _fail("gradients", f"no gradient reaches{listed(without)}",
@@ -251,7 +279,8 @@ def _gradients(case: _Case) -> str | None:
 
 def _evaluation(case: _Case) -> str | None:
     steps = case.steps()
-    del steps["train_step"]
+    for name in case.losses:
+        del steps[name]
     for name, step in steps.items():
         store, batch = case.fresh()
         before = {**_anatomy(store.module), **snapshot(store.module)}
@@ -308,7 +337,7 @@ def _outputs(case: _Case, batch: Any) -> list[tuple[str, Tensor]]:
         store = case.state.copy().store
         handle = store.module.register_forward_hook(lambda module, args, out: found.append(("the model gives", out)))
         seed_generators(case.key, case.state.device)
-        out = step(store, copy.deepcopy(batch)) if name != "train_step" else _inferred(case.task.train_step, store, copy.deepcopy(batch))
+        out = step(store, copy.deepcopy(batch)) if name not in case.losses else _inferred(case.losses[name], store, copy.deepcopy(batch))
         handle.remove()
         if name == "predict_step":
             found.append(("predict_step gives", out))
@@ -316,8 +345,8 @@ def _outputs(case: _Case, batch: Any) -> list[tuple[str, Tensor]]:
 
 
 def _overfit(case: _Case) -> str | None:
-    if case.unable():
-        return case.unable()
+    if case.unable() or len(case.losses) != 1:
+        return case.unable() or ("the phases of the task may pull against each other" if case.losses else _WHOLE)
     _, losses = case.trained(case.overfit_steps)
     first, last = losses[0], sum(losses[-5:]) / len(losses[-5:])
     if not first - last >= 0.05 * abs(first) or not math.isfinite(last):
@@ -337,6 +366,8 @@ def _round_trip(case: _Case) -> str | None:
         _fail("round_trip", f"after save and load the state differs in{listed(places)}", "Keep what must survive in parameters and buffers")
     return None
 
+
+_WHOLE = "the task's train_step is a whole step, or made of gradient functions"
 
 _CHECKS: Mapping[str, tuple[Callable[[_Case], str | None], str]] = {
     "deterministic": (_deterministic, "train_step gives bitwise the same for one key"),

@@ -86,9 +86,15 @@ def _parts(state: TrainState) -> dict[str, Any]:
         "params": state.params,
         "buffers": state.buffers,
         "opt_state": state.opt_state,
-        "groups": named_groups(state.live.optim, state.live.module),
+        "groups": {name: named_groups(optim, state.live.module) for name, optim in state.live.optims.items()},
         "memory": state.memory,
-        "progress": {"step": at.step, "epoch": at.epoch, "batch": at.batch, "samples": at.samples},
+        "progress": {
+            "step": at.step,
+            "epoch": at.epoch,
+            "batch": at.batch,
+            "samples": at.samples,
+            **({"updates": at.updates} if at.updates else {}),
+        },
         "history": [{"step": r.step, "epoch": r.epoch, "metrics": r.metrics} for r in state.history],
         "seed": state.seed,
     }

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fnlight.errors import ConfigError
+from fnlight.history import Record
 from fnlight.metrics import Mean
 from fnlight.rng import isolated, seed_generators
-from fnlight.state import Record, Task
+from fnlight.state import Task
 
 
 @attrs.define

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fnlight.checkpoint import Retention, best, checkpoints, every, folder, last, prune, save, step_path
 from fnlight.errors import CheckpointWarning, ConfigError
-from fnlight.state import Record
+from fnlight.history import Record
 from tests.checkpoint.tasks import trained
 
 STEPS = st.lists(st.integers(0, 12), unique=True)

@@ -10,6 +10,7 @@ import torch
 from fnlight import (
     Combinator,
     Pipe,
+    Store,
     Task,
     accumulate,
     apply,
@@ -26,6 +27,7 @@ from fnlight import (
     last,
     log_to,
     loss_scale,
+    manual,
     max_epochs,
     microbatch,
     pipe,
@@ -33,6 +35,7 @@ from fnlight import (
     stop_when,
 )
 from fnlight.testing import RecordingSink
+from tests.laws.tasks import TASKS, Case
 
 
 @attrs.frozen
@@ -62,6 +65,7 @@ ENTRIES = {
     "clip_value": Entry(clip_value, lambda folder, val: clip_value(0.01)),
     "clip_norm": Entry(clip_norm, lambda folder, val: clip_norm(0.1)),
     "apply": Entry(apply, lambda folder, val: apply()),
+    "manual": Entry(manual, lambda folder, val: manual(lambda store: {"factor": torch.ones(())})),
     "ema": Entry(ema, lambda folder, val: ema(0.9)),
     "check_finite": Entry(check_finite, lambda folder, val: check_finite(every=steps(2))),
     "evaluate_every": Entry(evaluate_every, lambda folder, val: evaluate_every(val, every=steps(2) | epochs(1))),
@@ -72,11 +76,38 @@ ENTRIES = {
 }
 EVERYTHING = "all of them"
 CHOICES = [*ENTRIES, EVERYTHING]
-OTHERS = ("autocast fp16", "loss_scale", "accumulate", "microbatch auto")
-"""Not in the full pipe: other arguments of a combinator that it holds already, and what contradicts one."""
+OTHERS = ("autocast fp16", "loss_scale", "accumulate", "microbatch auto", "manual")
+"""Not in the full pipe: other arguments of a combinator that it holds already, what contradicts one, and what makes a step in another way."""
+
+
+def _fits(choice: str, case: Case) -> bool:
+    """A whole step takes what stands behind a step only."""
+    return case.kind != "whole" or choice in (EVERYTHING, "manual") or ENTRIES[choice].build(Path(), None).takes == "step"
+
+
+PAIRS = [(name, choice) for name, case in TASKS.items() for choice in CHOICES if _fits(choice, case)]
+"""Every task with every combinator that it can have."""
+
+
+@torch.no_grad()
+def shrink(store: Store, batches: Any, key: int) -> dict[str, torch.Tensor]:
+    """A step by hand for any task: weights shrink by factors that are drawn, and what they have shrunk by is remembered."""
+    factor = 1 - 0.1 * torch.rand(())
+    for p in store.module.parameters():
+        p.mul_(factor)
+    store.memory["manual"]["factor"] *= factor
+    return {"loss": store.memory["manual"]["factor"].clone()}
+
+
+def num_steps(choice: str, case: Case) -> int:
+    """Steps that two epochs of three batches have."""
+    return 6 if case.kind == "whole" else {"accumulate": 4, "accumulate by epoch": 5, EVERYTHING: 5}.get(choice, 6)
 
 
 def pipe_with(choice: str, task: Task, folder: Path, val: Any) -> Pipe:
     """The shortest step that holds a combinator; or one that holds each of them once."""
+    if choice == "manual":
+        return pipe(shrink, ENTRIES["manual"].build(folder, val))
     chosen = [name for name in ENTRIES if name not in OTHERS] if choice == EVERYTHING else ["grad", "apply", choice, *ENTRIES[choice].needs]
-    return pipe(task.train_step, *(entry.build(folder, val) for name, entry in ENTRIES.items() if name in chosen))
+    parts = [entry.build(folder, val) for name, entry in ENTRIES.items() if name in chosen]
+    return pipe(task.train_step, *(part for part in parts if part.takes == "step" or not isinstance(task.train_step, Pipe)))

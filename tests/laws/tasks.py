@@ -1,13 +1,14 @@
 """The tasks that every law is tried on; one more entry in `TASKS` joins all of them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fnlight import Mean, Task, isolated
+from fnlight import Mean, Optim, Phase, Store, Task, clip_norm, cosine, isolated, manual, pipe, steps
 from fnlight.testing import tiny_batches, tiny_task
 
 
@@ -73,6 +74,70 @@ def measured(model: Any, batch: Any) -> Any:
     return {"loss": Mean(model(batch[0]).square().sum(), batch[0].numel())}
 
 
+class Adversaries(nn.Module):
+    """A generator with BatchNorm and a discriminator with dropout; predictions are the discriminator's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gen = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4))
+        self.disc = nn.Sequential(nn.Linear(4, 6), nn.LeakyReLU(0.2), nn.Dropout(0.1), nn.Linear(6, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.disc(x)
+
+
+def tell_apart(model: Any, batch: Any) -> Any:
+    """The loss of the discriminator."""
+    real, fake = model(batch[0]), model(model.gen(torch.randn(len(batch[0]), 3)))
+    return (F.softplus(-real) + F.softplus(fake)).mean(), {"real": real.mean(), "fake": fake.mean()}
+
+
+def deceive(model: Any, batch: Any) -> Any:
+    """The loss of the generator."""
+    return F.softplus(-model(model.gen(torch.randn(len(batch[0]), 3)))).mean()
+
+
+def deceived(model: Any, batch: Any) -> Any:
+    return {"loss": Mean(F.softplus(-model(batch[0])).sum(), len(batch[0]))}
+
+
+def two_optimizers(model: Any) -> dict[str, Any]:
+    return {
+        "disc": torch.optim.AdamW(model.disc.parameters(), lr=1e-2),
+        "gen": Optim(torch.optim.SGD(model.gen.parameters(), lr=0.1, momentum=0.9), schedule=cosine(total=5)),
+    }
+
+
+class Centres(nn.Module):
+    """Nothing that a gradient could move: three centres."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at = nn.Parameter(torch.randn(3, 4), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -torch.cdist(x, self.at)
+
+
+@torch.no_grad()
+def draw_near(store: Store, batches: Any, key: int) -> Any:
+    """One step of k-means on a batch, by hand: each centre goes to the running mean of what is nearest to it, give or take; empty ones jump."""
+    counts, losses = store.memory["k-means"]["counts"], list[Tensor]()
+    for x, _ in batches:
+        x = x + 0.01 * torch.randn_like(x)
+        distances, nearest = torch.cdist(x, store.module.at).min(1)
+        for i in range(3):
+            own = x[nearest == i]
+            counts[i] += len(own)
+            store.module.at[i] += (own - store.module.at[i]).sum(0) / counts[i] if len(own) else 0.1 * torch.randn(4)
+        losses.append(distances.square().mean())
+    return {"loss": torch.stack(losses).mean()}
+
+
+def distance(model: Any, batch: Any) -> Any:
+    return {"loss": Mean(model(batch[0]).max(1).values.square().sum(), len(batch[0]))}
+
+
 def adam(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
@@ -96,11 +161,13 @@ class Case:
         make: Makes the task, the same one each time.
         data: The tiny batches that it takes.
         trains: Whether anything is trainable.
+        kind: What its `train_step` is: one ``"loss"``, several ``"phases"``, or a ``"whole"`` step.
     """
 
     make: Callable[[], Task]
     data: str
     trains: bool = True
+    kind: Literal["loss", "phases", "whole"] = "loss"
 
     def batches(self, num_batches: int = 3) -> list[Any]:
         """Batches of which the last is smaller."""
@@ -109,6 +176,20 @@ class Case:
         return [*found[:-1], (x[:4], y[:4])]
 
 
+def of(model: Callable[[], nn.Module], *functions: Any) -> Callable[[], Task]:
+    """A task of its own: a model and the four functions of a task."""
+
+    def make() -> Task:
+        with isolated():
+            torch.manual_seed(0)
+            return Task(model(), *functions)
+
+    return make
+
+
+PHASES = {"disc": tell_apart, "gen": Phase(deceive, clip_norm(0.05), every=steps(2))}
+WHOLE = pipe(draw_near, manual(lambda store: {"counts": torch.zeros(3)}, key="k-means"))
+
 TASKS = {
     "mlp with BatchNorm and dropout": Case(lambda: tiny_task("mlp"), "mlp"),
     "convnet": Case(lambda: tiny_task("convnet"), "convnet"),
@@ -116,5 +197,7 @@ TASKS = {
     "recurrent net": Case(lambda: tiny_task("tokens"), "tokens"),
     "tied weights": Case(by_hand(Tied, "tokens"), "tokens"),
     "frozen parts": Case(by_hand(Frozen, "mlp"), "mlp"),
+    "two optimizers": Case(of(Adversaries, PHASES, deceived, lambda model, batch: model(batch[0]), two_optimizers), "mlp", kind="phases"),
+    "a step by hand": Case(of(Centres, WHOLE, distance, lambda model, batch: model(batch[0])), "mlp", trains=False, kind="whole"),
     "buffers only": Case(lambda: Task(Statistics(), measure, measured, lambda model, batch: model(batch[0])), "mlp", trains=False),
 }

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from fnlight import FitConfig, Loaders, Optim, TrainState, fit, load, plateau, run, save, steps
 from fnlight.checkpoint import step_path
 from fnlight.testing import assert_trees_equal, tiny_batches, tiny_task
-from tests.laws.combinators import CHOICES, pipe_with
+from tests.laws.combinators import PAIRS, num_steps, pipe_with
 from tests.laws.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,14 +27,13 @@ def loader_of(case):
     return DataLoader(TensorDataset(x, y), batch_size=6, shuffle=True)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize(("name", "choice"), PAIRS)
 def test_a_file_holds_the_state_and_going_on_from_it_is_going_on(name, choice, tmp_path):
     """From every step of two shuffled epochs: what is loaded is bitwise what was saved, and ends bitwise where the first run did."""
     case = TASKS[name]
     loader, task = loader_of(case), case.make()
     step = pipe_with(choice, task, tmp_path, case.batches())
-    total = {"accumulate": 4, "accumulate by epoch": 5, "all of them": 5}.get(choice, 6)
+    total = num_steps(choice, case)
     for state, _ in islice(run(step, TrainState.create(task, seed=9), loader), total):
         done = state.progress.step
         save(state, tmp_path / f"{done}")

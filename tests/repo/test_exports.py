@@ -10,7 +10,10 @@ import fnlight as fl
 from tests.repo.source import ROOT, lacking, names_in_init, nouns
 
 WITHOUT_TESTS = {"protocols": "types without code; every other test uses them"}
-TESTS_OF_NO_MODULE = {"examples": "runs the programs in examples/"}
+TESTS_OF_NO_MODULE = {
+    "phases": "several optimizers go through pipe, update, state and checkpoint",
+    "examples": "runs the programs in examples/",
+}
 
 
 def test_all_is_sorted_and_is_what_is_exported() -> None:

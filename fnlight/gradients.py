@@ -1,0 +1,104 @@
+"""Gradients of a group of batches: sums that are added, then divided by their summed weight; and parts of a batch that is too large."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fnlight.metrics import Mean
+from fnlight.protocols import Gradients
+from fnlight.rng import fold_in
+
+
+def mean_of_group(grad_fn: Any) -> Any:
+    """Turn a `GradFn` of one batch into one of a group: gradients are summed, then divided by the summed weight.
+
+    Args:
+        grad_fn: Gives the gradients of a batch's sum, with its weight.
+
+    Returns:
+        A `GradFn` that takes a tuple of batches and gives true gradients.
+
+    Example:
+        >>> def grad_fn(store, batch, key):
+        ...     return Gradients([torch.tensor(batch)], torch.tensor(batch), 1.0, {})
+        >>> mean_of_group(grad_fn)(None, (2.0, 4.0), 0).values
+        [tensor(3.)]
+    """
+
+    def grouped(store: Any, batches: Any, key: int) -> Gradients:
+        found = grad_fn(store, batches[0], fold_in(key, 0))
+        for i in range(1, len(batches)):
+            found = _add(found, grad_fn(store, batches[i], fold_in(key, i)))
+        return found if found.weight.__class__ is float and found.weight == 1.0 else _divide(found)
+
+    return grouped
+
+
+class Part(NamedTuple):
+    """A part of a batch, which a `GradFn` may be given in the place of a batch.
+
+    Args:
+        batch: Some of the samples of a batch.
+        share: Which fraction of its samples they are, in 0..1; the parts of one batch come to 1.
+
+    Example:
+        >>> loss_fn, batch = Part(torch.tensor([1.0, 3.0]), 0.5).taken(lambda model, batch: batch.mean())
+        >>> loss_fn(None, batch)
+        Mean(total=tensor(1.), weight=0.5)
+    """
+
+    batch: Any
+    share: float
+
+    def taken(self, loss_fn: Any) -> tuple[Any, Any]:
+        """The loss function of this part, and the batch to call it with: what counts with weight 1 counts with its share."""
+
+        def shared(model: Any, batch: Any) -> Any:
+            out = loss_fn(model, batch)
+            if out.__class__ is tuple and len(out) == 2 and isinstance(out[1], Mapping):
+                return _shared(out[0], self.share), {name: _shared(value, self.share) for name, value in out[1].items()}
+            return _shared(out, self.share)
+
+        return shared, self.batch
+
+
+def _shared(value: Any, share: float) -> Any:
+    number = not value.dim() if isinstance(value, Tensor) else isinstance(value, int | float)
+    return Mean(value * share, share) if number else value
+
+
+def _add(a: Gradients, b: Gradients) -> Gradients:
+    values = list(a.values)
+    left, right = list[Tensor](), list[Tensor]()
+    for i, (x, y) in enumerate(zip(a.values, b.values, strict=True)):
+        if x is None:
+            values[i] = y
+        elif y is not None and y is not x:  # where both are one tensor, backward() has added in place
+            left.append(x)
+            right.append(y)
+    if left:
+        torch._foreach_add_(left, right)
+    metrics = {name: _join(value, b.metrics[name]) for name, value in a.metrics.items() if name in b.metrics}
+    finite = a.finite if b.finite is None else b.finite if a.finite is None else a.finite & b.finite
+    return Gradients(values, a.loss + b.loss, a.weight + b.weight, metrics, finite)
+
+
+def _join(a: Any, b: Any) -> Any:
+    if isinstance(a, Tensor | int | float):
+        return Mean(a, 1).merge(b if isinstance(b, Mean) else Mean(b, 1))
+    if isinstance(a, Mean) and not isinstance(b, Mean):
+        return a.merge(Mean(b, 1))
+    merge = getattr(a, "merge", None)
+    return b if merge is None else merge(b)
+
+
+def _divide(found: Gradients) -> Gradients:
+    held = [v for v in found.values if v is not None]
+    weight = found.weight
+    if isinstance(weight, Tensor):
+        torch._foreach_mul_(held, 1.0 / weight.to(held[0].device)) if held else None
+    elif held:
+        torch._foreach_div_(held, weight)
+    return found
