@@ -93,3 +93,23 @@ def test_dropout_at_prediction_knows_where_it_errs(tmp_path: Path) -> None:
     """The entropy of many predictions with dropout is higher where the answer is wrong."""
     lines = lines_of("mc_dropout", tmp_path)
     assert re.fullmatch(r"mean entropy \d\.\d\d where right, \d\.\d\d where wrong: True", lines[-1])
+
+
+def test_a_gan_draws_digits_of_all_kinds(tmp_path: Path) -> None:
+    """A classifier of real digits finds the drawings certain and various, which collapsed or blurred ones are not; TensorBoard shows them."""
+    lines = lines_of("gan", tmp_path)
+    assert number_in(lines[-1], r"digit score of the drawings (\d\.\d\d), of real images \d\.\d\d") > 6
+    (events,) = (tmp_path / "runs/gan").glob("events.out.tfevents.*")
+    assert b"val/drawings" in events.read_bytes()
+
+
+def test_an_actor_balances_a_pole(tmp_path: Path) -> None:
+    """Actor and critic learn from experience that a combinator of the example brings in."""
+    lines = lines_of("actor_critic", tmp_path)
+    assert number_in(lines[-1], r"a greedy actor balances the pole for (\d+\.\d) of 200 steps") > 190
+
+
+def test_expectation_maximisation_finds_the_species(tmp_path: Path) -> None:
+    """Clusters that were never shown the species are the species, and a run of two halves ends in the same bits."""
+    lines = lines_of("em", tmp_path)
+    assert lines[-1] == "145 of 150 flowers are in the cluster of their species, resumed bitwise: True"
