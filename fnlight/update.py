@@ -186,13 +186,15 @@ class Update:
         if progress.skipped:
             key = fold_in(key, SKIPPED + progress.skipped)
         store.skipped = False
-        store.version += 1  # from here on the input is donated, whatever happens
+        store.version += 2  # from here on the input is donated, whatever happens
         try:
             metrics = self.kernel(store, item.batches, key)
         finally:
             for p in store.params:
                 p.grad = None
-        return state.advanced(item), metrics
+        store.position, store.media = item.position, None
+        after = progress.after(item, not store.skipped, progress.updates)
+        return TrainState(state.task, after, state.seed, state.history, None, store, store.version), metrics
 
     def then(self, fn: Callable[[Store], None], *reads: str) -> "Update":
         """An update whose kernel goes on with a function of the store, which changes tensors only.
