@@ -19,7 +19,9 @@ def modules() -> list[Path]:
 
 def nouns() -> set[str]:
     """What fnlight is made of: the name of every module and package in its folder."""
-    return {p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__"} | {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
+    return {p.stem for p in PACKAGE.glob("*.py") if p.stem not in ("__init__", "__main__")} | {
+        p.parent.name for p in PACKAGE.glob("*/__init__.py")
+    }
 
 
 def noun(path: Path) -> str:

@@ -1,0 +1,62 @@
+"""The command line: look at checkpoints, check, compare, export and remove them, and repeat what failed.
+
+``fnlight COMMAND --help`` says what each command takes. Exit codes are those of ``diff``: 0 if all is well or the same, 1 if something
+is broken or differs, 2 if the command could not do what it was told.
+"""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+
+from fnlight.cli.changes import export, prune
+from fnlight.cli.checks import diff, verify
+from fnlight.cli.show import inspect
+from fnlight.errors import FnlightError
+
+
+def run(args: Sequence[str] | None = None) -> int:
+    """Run one command; the entry point of ``fnlight`` and of ``python -m fnlight``.
+
+    Args:
+        args: What stands behind ``fnlight``; None takes it from the command line.
+
+    Returns:
+        The exit code.
+
+    Example:
+        >>> run(["verify", "no/such/run"])
+        2
+    """
+    commands = {fn.__name__: fn for fn in (inspect, verify, diff, export, prune)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = _say
+        try:
+            return tyro.extras.subcommand_cli_from_dict(
+                commands, prog="fnlight", description="Look at, check and change fnlight's checkpoints.", args=args
+            )
+        except BrokenPipeError:  # the reader, such as `head`, has gone
+            return 0
+        except (FnlightError, OSError) as error:
+            sys.stderr.write(f"fnlight: {error}\n")
+        except KeyboardInterrupt:
+            sys.stderr.write("fnlight: stopped\n")
+            return 130
+    return 2
+
+
+def _say(message: Warning | str, *_: Any, **__: Any) -> None:
+    sys.stderr.write(f"fnlight: {message}\n")
+
+
+def main() -> None:
+    """Run one command and leave with its exit code.
+
+    Example:
+        >>> main.__name__
+        'main'
+    """
+    sys.exit(run())

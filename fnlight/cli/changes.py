@@ -1,0 +1,145 @@
+"""``fnlight export`` and ``fnlight prune``: the commands that write and remove files."""
+
+import os
+import secrets
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fnlight.checkpoint import Retention, checkpoints, step_path
+from fnlight.checkpoint.manifest import MODEL
+from fnlight.checkpoint.places import at, open_checkpoint
+from fnlight.checkpoint.retention import prune as remove
+from fnlight.checkpoint.tensors import chunks
+from fnlight.cli.content import Content, content, history_of
+from fnlight.cli.page import Place, count, line, size, table
+from fnlight.config import parse
+from fnlight.errors import CheckpointError, ConfigError
+
+
+def export(path: Place, file: Place, weights: str | None = None, overwrite: bool = False) -> int:
+    """Write the weights of a checkpoint to one safetensors file.
+
+    Args:
+        path: A run's directory, of which the newest sound checkpoint is taken, or a checkpoint; or the URL of one.
+        file: The file to write.
+        weights: The memory whose averaged weights take the place of the parameters, such as ema.
+        overwrite: Replace a file that is there.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        CheckpointError: If the file is there, or cannot be written.
+        ConfigError: If there are no such averaged weights.
+
+    Example:
+        >>> import tempfile
+        >>> from fnlight.checkpoint import save
+        >>> from fnlight.state import TrainState
+        >>> from fnlight.testing import tiny_task
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = save(TrainState.create(tiny_task()), f"{folder}/a")
+        ...     code = export(path, f"{folder}/model.safetensors")
+        /...model.safetensors: 9 tensors, 1.0 KiB
+    """
+    if "://" in file:
+        raise ConfigError(f"export writes to this machine, but {file} is a URL; give a path, and copy the file")
+    if os.path.exists(file) and not overwrite:
+        raise CheckpointError(f"{file} exists; give another name, or --overwrite")
+    found = content(path)
+    tensors = dict(found.tensors[MODEL])
+    if weights is not None:
+        tensors |= _averaged(found, weights)
+    folder = at(os.path.dirname(os.path.abspath(file)))
+    hidden = f".{os.path.basename(file)}.tmp-{secrets.token_hex(4)}"
+    try:
+        written = folder.write(hidden, chunks(tensors))
+        os.replace(folder.child(hidden).path, file)
+    finally:
+        if os.path.exists(folder.child(hidden).path):
+            os.unlink(folder.child(hidden).path)
+    line(f"{file}: {count(len(tensors), 'tensor')}, {size(written['size'])}")
+    return 0
+
+
+def _averaged(found: Content, key: str) -> dict[str, Tensor]:
+    """The averaged weights in the memory of a combinator, which lie there by name, or one level deeper."""
+    names = found.tensors[MODEL].keys()
+    tree = found.memory(key)
+    for each in (tree, *(tree.values() if isinstance(tree, dict) else ())):
+        if isinstance(each, dict) and each and each.keys() <= names and all(isinstance(t, Tensor) for t in each.values()):
+            return each
+    there = list(found.body["memory"]) if found.body is not None else []
+    raise ConfigError(f"--weights {key}: {found.path} holds no averaged weights of that name; its memory holds {there or 'nothing'}")
+
+
+def prune(path: Place, keep: str, yes: bool = False, dry_run: bool = False) -> int:
+    """Remove those of a run's own checkpoints that need not be kept; the newest sound one always stays.
+
+    Args:
+        path: The run's directory, or its URL.
+        keep: What stays, such as: last(3) | best('val/loss', 2) | every(1000)
+        yes: Do not ask.
+        dry_run: Only show what would be removed.
+
+    Returns:
+        0, also if nothing had to be removed; 1 if the answer was no.
+
+    Raises:
+        ConfigError: If `keep` cannot be read, or nobody can be asked.
+        CheckpointError: If there is no run.
+
+    Example:
+        >>> prune("no/such/run", "last(1)")
+        Traceback (most recent call last):
+        fnlight.errors.CheckpointError: no checkpoint at no/such/run: there is no such directory
+    """
+    rule = parse(keep)
+    if not isinstance(rule, Retention):
+        raise ConfigError(f"--keep must be a retention such as \"last(3) | best('val/loss', 2)\", but got {keep}")
+    body = open_checkpoint(path).body
+    newest, history = body["progress"]["step"], history_of(body)
+    there = {step: place for step, place in checkpoints(path) if step in _own(body) and step <= newest}
+    stay = rule(sorted(there), history) | {newest}
+    rows = [[at(place).name(), "stays" if step in stay else "goes", size(_bytes(place))] for step, place in there.items()]
+    table("", ["checkpoint", "", "size"], rows, left=2)
+    going = [step for step in there if step not in stay]
+    if not going or dry_run:
+        line(f"{count(len(going), 'checkpoint')} {'would go' if dry_run else 'to remove'}")
+        return 0
+    if not yes and not _agreed(len(going)):
+        line("nothing was removed")
+        return 1
+    left = remove(path, sorted(there), rule | _only(newest), history)
+    failed = [step_path(path, step) for step in going if step in left]
+    line(f"{count(len(going) - len(failed), 'checkpoint')} removed")
+    return 1 if failed else 0
+
+
+def _own(body: Mapping[str, Any]) -> set[int]:
+    """The steps that this run has saved, and of which its retention decides; what else lies there is not touched."""
+    tree = body["memory"].get("checkpoint_every")
+    saved = tree.get("saved") if isinstance(tree, dict) else None
+    if not isinstance(saved, list):
+        raise CheckpointError("the newest checkpoint does not say which others its run has saved, so none is removed; delete them by hand")
+    return {step for step in saved if isinstance(step, int)}
+
+
+def _only(step: int) -> Retention:
+    return Retention(f"step {step}", lambda steps, history: {step})
+
+
+def _bytes(path: str) -> int:
+    folder = at(path)
+    return sum(folder.size(name) or 0 for name in folder.names())
+
+
+def _agreed(number: int) -> bool:
+    if not sys.stdin.isatty():
+        raise ConfigError("nobody can be asked here; say --yes to remove them, or --dry-run to see what would be removed")
+    sys.stdout.write(f"remove {count(number, 'checkpoint')}? [y/N] ")
+    sys.stdout.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")

@@ -1,0 +1,110 @@
+"""What a path holds: the tensors and the manifest of a checkpoint, or the tensors of a plain safetensors file."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+from fnlight.checkpoint import checkpoints
+from fnlight.checkpoint.encode import decode
+from fnlight.checkpoint.manifest import FILES, MODEL, STATE
+from fnlight.checkpoint.places import at, open_checkpoint
+from fnlight.errors import BrokenCheckpointError
+from fnlight.state import History, Record
+
+
+@attrs.frozen(eq=False)
+class Content:
+    """What a path holds.
+
+    Args:
+        path: The checkpoint, or the file.
+        tensors: By file, names to tensors.
+        body: The sections of the manifest; None of a plain file.
+        sizes: Bytes by file.
+
+    Example:
+        >>> Content("a.safetensors", {"model.safetensors": {}}, None, {}).history
+        ()
+    """
+
+    path: str
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    body: Mapping[str, Any] | None
+    sizes: Mapping[str, int]
+
+    @property
+    def history(self) -> History:
+        """The records of the manifest."""
+        return history_of(self.body) if self.body is not None else History()
+
+    def memory(self, key: str) -> Any:
+        """The tree that a combinator owned; None if there is none."""
+        if self.body is None or key not in self.body["memory"]:
+            return None
+        return decode(self.body["memory"][key], self.tensors["memory.safetensors"].__getitem__)
+
+
+def history_of(body: Mapping[str, Any]) -> History:
+    """The records of a manifest.
+
+    Args:
+        body: Its sections.
+
+    Returns:
+        The history.
+
+    Example:
+        >>> history_of({"history": [[10, 1, {"val/loss": 0.5}]]})[0].step
+        10
+    """
+    return History(Record(step, epoch, decode(metrics, {}.__getitem__)) for step, epoch, metrics in body["history"])
+
+
+def content(path: str) -> Content:
+    """Read a checkpoint, the newest sound one of a run, or a plain safetensors file; every digest is checked.
+
+    Args:
+        path: A path or URL.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        CheckpointError: If there is nothing.
+        BrokenCheckpointError: If it is damaged.
+
+    Example:
+        >>> content("no/such/run")
+        Traceback (most recent call last):
+        fnlight.errors.CheckpointError: no checkpoint at no/such/run: there is no such directory
+    """
+    file = at(path)
+    folder, name = file.parent(), file.name()
+    count = folder.size(name)
+    if count is not None:
+        try:
+            return Content(path, {MODEL: folder.tensors(name)}, None, {name: count})
+        except Exception as error:  # the safetensors library raises its own class, and others on damage
+            raise BrokenCheckpointError(f"{path} cannot be read as a safetensors file: {error}") from error
+    opened = open_checkpoint(path)
+    sizes = {name: entry["size"] for name, entry in opened.body["files"].items()} | {STATE: opened.folder.size(STATE) or 0}
+    return Content(opened.path, {name: opened.tensors(name) for name in FILES}, opened.body, sizes)
+
+
+def is_run(path: str) -> bool:
+    """Say whether a path is a run's directory rather than a checkpoint or a file.
+
+    Args:
+        path: A path or URL.
+
+    Returns:
+        True if it holds checkpoints.
+
+    Example:
+        >>> is_run("no/such/run")
+        False
+    """
+    present = at(path).names()
+    return STATE not in present and not any(name in present for name in FILES) and bool(checkpoints(path))
