@@ -22,6 +22,7 @@ import importlib
 from typing import Any as _Any
 
 from fnlight.averages import ema
+from fnlight.bundle import debug_bundle, load_bundle
 from fnlight.checkpoint import LoadReport, Retention, best, checkpoints, every, last, load, load_weights, newest, restore, save, verify
 from fnlight.clip import clip_norm, clip_value
 from fnlight.config import FitConfig
@@ -170,6 +171,7 @@ __all__ = [
     "cosine",
     "cosine_restarts",
     "cyclic",
+    "debug_bundle",
     "diverged",
     "ema",
     "epoch_means",
@@ -190,6 +192,7 @@ __all__ = [
     "layer_decay",
     "linear",
     "load",
+    "load_bundle",
     "load_weights",
     "log_to",
     "loss_scale",

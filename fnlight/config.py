@@ -153,6 +153,7 @@ class FitConfig:
         parallel: ``"auto"`` or None: one process; others are refused by this version.
         signals: True ends the run after the step that is under way when SIGTERM, SIGUSR1 or Ctrl-C comes; see `fnlight.signals`.
         signals_deadline: Seconds after a signal at which the process is ended, whatever it does; None waits as long as it takes.
+        debug_bundle: True writes what is needed to repeat a failed step to ``DIR/bundles``; see `fnlight.bundle` for what it costs.
         nonfinite: ``"raise"`` when a loss was NaN or infinite, or ``"ignore"``.
 
     Raises:
@@ -197,6 +198,7 @@ class FitConfig:
     parallel: str | None = attrs.field(default="auto", validator=_not_yet("auto", None))
     signals: bool = attrs.field(default=False, validator=_one_of(True, False))
     signals_deadline: float | None = attrs.field(default=None, validator=_above_zero)
+    debug_bundle: bool = attrs.field(default=False, validator=_one_of(True, False))
     nonfinite: str = attrs.field(default="raise", validator=_not_yet("raise", "ignore"))
 
     def __attrs_post_init__(self) -> None:
@@ -226,6 +228,8 @@ class FitConfig:
                 raise ConfigError(
                     f"FitConfig({asked[0]}={getattr(self, asked[0])!r}) is about checkpoints, but there is no dir to write them to; give dir"
                 )
+        if self.debug_bundle and self.dir is None:
+            raise ConfigError("FitConfig(debug_bundle=True) writes bundles to dir, but there is none; give dir")
         if self.signals_deadline is not None and not self.signals:
             raise ConfigError(
                 "FitConfig(signals_deadline=...) bounds what follows a signal, but signals is False; give signals=True as well"

@@ -10,6 +10,7 @@ import attrs
 import torch
 
 from fnlight.averages import ema
+from fnlight.bundle import EVERY, debug_bundle
 from fnlight.checkpoint import checkpoints, newest, restore, writable
 from fnlight.clip import clip_norm, clip_value
 from fnlight.config import FitConfig
@@ -27,7 +28,7 @@ from fnlight.sinks import Console
 from fnlight.state import Task, TrainState
 from fnlight.update import accumulate, apply, grad
 from fnlight.watch import check_finite, epoch_means
-from fnlight.when import epochs, seconds
+from fnlight.when import epochs, seconds, steps
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _ALL_BUT_NOTHING = 1e-3  # a factor of the learning rate below which nobody means to train on
@@ -103,6 +104,7 @@ def compose(task: Task, config: FitConfig, loaders: Any = None, signals: Signals
         apply(),
         ema(config.ema) if config.ema is not None else None,
         check_finite(every=_looked_at(config)) if config.nonfinite == "raise" else None,
+        debug_bundle(config.dir, config=_text(config)) if config.debug_bundle and config.dir else None,
         _evaluation(task, config, given, signals),
         epoch_means(),
         log_to(*config.sinks, every=config.log_every) if config.sinks else None,
@@ -148,6 +150,8 @@ def _never(_: Any) -> bool:
 def _looked_at(config: FitConfig) -> Callable[[Any], bool]:
     """Where a loss must be known to be finite: wherever something is kept or shown that would hide that it is not."""
     whole: Any = epochs(1)
+    if config.debug_bundle:
+        whole = whole | steps(EVERY)
     others = (config.eval_every, config.save_every if config.dir else None, config.log_every if config.sinks else None)
     for when in others:
         if when is not None and when != epochs(1):
@@ -228,7 +232,7 @@ def _dev_run(state: TrainState, config: FitConfig) -> FitConfig:
     return attrs.evolve(
         config, max_epochs=state.progress.epoch + 1, max_steps=None, max_time=None, stop=None, min_epochs=0, min_steps=0,
         limit_train=n, overfit_batches=0, limit_eval=n, eval_every=epochs(1), sanity_batches=0,
-        dir=None, save_every=epochs(1), keep=attrs.fields(FitConfig).keep.default, sinks=(), log_every=attrs.fields(FitConfig).log_every.default,
+        dir=None, debug_bundle=False, save_every=epochs(1), keep=attrs.fields(FitConfig).keep.default, sinks=(), log_every=attrs.fields(FitConfig).log_every.default,
     )  # fmt: skip
 
 
@@ -346,13 +350,20 @@ def _check_reachable(config: FitConfig, wanted: list[str]) -> None:
 def _write_config(config: FitConfig) -> None:
     if config.dir is None or "://" in config.dir:
         return
-    try:
-        text = config.to_json()
-    except ConfigError:
-        return  # it holds a function of the user's own, which has no text
+    text = _text(config)
+    if text is None:
+        return
     os.makedirs(config.dir, exist_ok=True)
     with open(os.path.join(config.dir, "config.json"), "w", encoding="utf-8") as file:
         file.write(text + "\n")
+
+
+def _text(config: FitConfig) -> str | None:
+    """The configuration as JSON; None if it holds a function of the user's own, which has no text."""
+    try:
+        return config.to_json()
+    except ConfigError:
+        return None
 
 
 def _drain(steps: Iterator[Any]) -> TrainState:

@@ -13,6 +13,7 @@ import tyro
 
 from fnlight.cli.changes import export, prune
 from fnlight.cli.checks import diff, verify
+from fnlight.cli.repeat import replay
 from fnlight.cli.show import inspect
 from fnlight.errors import FnlightError
 
@@ -30,7 +31,7 @@ def run(args: Sequence[str] | None = None) -> int:
         >>> run(["verify", "no/such/run"])
         2
     """
-    commands = {fn.__name__: fn for fn in (inspect, verify, diff, export, prune)}
+    commands = {fn.__name__: fn for fn in (inspect, verify, diff, export, prune, replay)}
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = _say

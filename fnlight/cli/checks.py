@@ -109,8 +109,7 @@ def _replayed(path: str, steps: int, code: Given) -> int:
     config = code.config if code.config is not None else _config_of(path)
     before = load(older[-1], code.task)
     known = before.progress.step
-    decisive = {n: getattr(config, n) for n in _DECIDES if n in attrs.fields_dict(FitConfig)}
-    after = fit(before, code.loaders, FitConfig(**decisive, max_steps=end, progress=False, donate=True))
+    after = fit(before, code.loaders, decisive(config, end))
     unlike, compared = _against(newest.path, code.task, after, known)
     if not unlike:
         line(f"{path}: {count(end - known, 'step')} from step {known} to {end} trained again: {count(compared, 'tensor')} bitwise the same")
@@ -118,6 +117,25 @@ def _replayed(path: str, steps: int, code: Given) -> int:
     line(f"{path}: {count(end - known, 'step')} from step {known} to {end} trained again give something else than {newest.path}")
     _show(unlike)
     return 1
+
+
+def decisive(config: FitConfig, max_steps: int) -> FitConfig:
+    """The part of a configuration that decides what a step does, without files, sinks, stop rules and signals.
+
+    Args:
+        config: How a run was trained.
+        max_steps: Where training ends.
+
+    Returns:
+        A configuration that trains on the very state it is given.
+
+    Example:
+        >>> chosen = decisive(FitConfig(max_epochs=3, dir="runs/a", clip_norm=1.0), 10)
+        >>> chosen.max_steps, chosen.dir, chosen.clip_norm
+        (10, None, 1.0)
+    """
+    fields = {name: getattr(config, name) for name in _DECIDES if name in attrs.fields_dict(FitConfig)}
+    return FitConfig(**fields, max_steps=max_steps, progress=False, donate=True)
 
 
 def _config_of(path: str) -> FitConfig:

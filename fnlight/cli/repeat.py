@@ -1,0 +1,92 @@
+"""``fnlight replay``: repeat a failed step from its debug bundle."""
+
+import traceback
+from typing import Any
+
+import attrs
+import torch
+
+from fnlight.bundle import Bundle, load_bundle
+from fnlight.cli.checks import decisive
+from fnlight.cli.given import Given, given
+from fnlight.cli.page import Code, Place, line
+from fnlight.config import FitConfig
+from fnlight.data import Item, batches
+from fnlight.errors import ConfigError
+from fnlight.fit import compose, settings
+
+
+def replay(bundle: Place, task: Code = None, loaders: Code = None, config: Code = None, anomaly: bool = False) -> int:
+    """Repeat a failed step from the bundle that debug_bundle=True has written.
+
+    Args:
+        bundle: The bundle's directory, such as runs/a/bundles/step-00000007.
+        task: module:name of the task, or of a function that gives it, or a tuple with a FitConfig or a pipe as well.
+        loaders: module:name of the loaders, if the bundle could not hold the batch.
+        config: module:name of the FitConfig; the one in the bundle if left out.
+        anomaly: Let autograd name the operation whose gradient was NaN.
+
+    Returns:
+        0 if the step fails as it did, 1 if it does not.
+
+    Raises:
+        ConfigError: If the code, the configuration or the batch is missing.
+
+    Example:
+        >>> replay("no/such/bundle")
+        Traceback (most recent call last):
+        fnlight.errors.ConfigError: to repeat a step its code is needed: give --task module:task
+    """
+    code = given(task, loaders, config)
+    if code.task is None:
+        raise ConfigError("to repeat a step its code is needed: give --task module:task")
+    found = load_bundle(bundle, code.task, code.names)
+    line(f"{bundle}: step {found.state.progress.step + 1}, key {found.key:016x}, failed with {found.error[0]}: {found.error[1]}")
+    chosen = _config(found, code)
+    step = code.step if code.step is not None else compose(code.task, attrs.evolve(chosen, eval_every=None))
+    item = found.item if found.item is not None else _read(found, code, step, chosen)
+    with settings(attrs.evolve(chosen, detect_anomaly=anomaly)):
+        error, after, metrics = found.replay(step, item)
+    if error is None:
+        line("the step does not fail here")
+        return 1
+    line("".join(traceback.format_exception(error)).rstrip())
+    if after is not None:
+        _explain(found, after, metrics)
+    same = type(error).__name__ == found.error[0]
+    line("the step fails as it did" if same else f"the step fails, but otherwise: {type(error).__name__}")
+    return 0 if same else 1
+
+
+def _config(found: Bundle, code: Given) -> FitConfig:
+    if code.config is not None:
+        return decisive(code.config, max_steps=found.state.progress.step + 2)
+    if found.config is not None:
+        return decisive(FitConfig.from_json(found.config), max_steps=found.state.progress.step + 2)
+    if code.step is not None:
+        return FitConfig(max_steps=1, progress=False)
+    raise ConfigError(
+        "the bundle holds no configuration that could be read back, or is of a loop of your own: give --config, or a pipe beside the task"
+    )
+
+
+def _read(found: Bundle, code: Given, step: Any, config: FitConfig) -> Item:
+    """The batches of the step, read anew: where they stand in the data is known."""
+    if code.loaders is None or code.loaders.train is None:
+        raise ConfigError(f"the bundle holds no batch: {found.lacks}; give --loaders, from which it is read anew")
+    overfit = config.overfit_batches
+    items = batches(
+        code.loaders.train, found.state, step.group, limit=overfit or config.limit_train, shuffle=not overfit, device=found.state.device
+    )
+    return next(items)
+
+
+def _explain(found: Bundle, after: Any, metrics: Any) -> None:
+    """Which numbers were not finite before the step, and which are not afterwards."""
+    line(
+        "metrics: "
+        + ", ".join(f"{name} {value.compute() if callable(getattr(value, 'compute', None)) else value}" for name, value in metrics.items())
+    )
+    for when, state in (("before", found.state), ("after", after)):
+        bad = [name for name, value in state.params.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
+        line(f"parameters that are not finite {when} the step: {', '.join(bad) or 'none'}")
