@@ -23,11 +23,11 @@ from fnlight.fit import fit
 from fnlight.state import Task, TrainState
 
 _ROWS = 40
-_DECIDES = (
-    "accumulate", "microbatch", "precision", "clip_norm", "clip_value", "ema", "eval_every", "limit_train", "limit_eval",
-    "overfit_batches", "device", "deterministic", "compile", "parallel", "nonfinite",
+_ASIDE = (
+    "max_epochs", "max_steps", "max_time", "min_epochs", "min_steps", "stop", "sanity_batches", "dir", "save_every", "keep", "resume",
+    "log_every", "sinks", "progress", "fast_dev_run", "detect_anomaly", "donate", "signals", "signals_deadline", "debug_bundle",
 )  # fmt: skip
-"""Fields of a configuration that decide what a step does; the others are about files, ends and what is shown."""
+"""Fields of a configuration about files, ends and what is shown; the others decide what a step does."""
 
 
 def verify(
@@ -134,7 +134,7 @@ def decisive(config: FitConfig, max_steps: int) -> FitConfig:
         >>> chosen.max_steps, chosen.dir, chosen.clip_norm
         (10, None, 1.0)
     """
-    fields = {name: getattr(config, name) for name in _DECIDES if name in attrs.fields_dict(FitConfig)}
+    fields = {name: getattr(config, name) for name in attrs.fields_dict(FitConfig) if name not in _ASIDE}
     return FitConfig(**fields, max_steps=max_steps, progress=False, donate=True)
 
 
