@@ -136,10 +136,13 @@ def _taken(step: Any, state: TrainState, item: Item, finite: bool) -> tuple[Exce
         after, metrics = step(state, item)
     except Exception as error:  # noqa: BLE001  # whatever it is, it is what was looked for
         return error, None, {}
-    loss = metrics["loss"]
-    value = float(loss.total if isinstance(loss, Mean) else loss)
-    if finite and not math.isfinite(value):
-        return NonFiniteError(f"the loss of step {after.progress.step} is {value}"), after, metrics
+    losses = {
+        name: value for name, value in metrics.items() if name == "loss" or name.endswith("/loss")
+    }  # of several optimizers, NAME/loss
+    for name, loss in losses.items() if finite else ():
+        value = float(loss.total if isinstance(loss, Mean) else loss)
+        if not math.isfinite(value):
+            return NonFiniteError(f"the {name} of step {after.progress.step} is {value}"), after, metrics
     return None, after, metrics
 
 
