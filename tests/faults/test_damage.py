@@ -68,7 +68,7 @@ def damaged(data, start, stop, kind, place, bit):
 def test_damage_anywhere_is_found_and_the_previous_checkpoint_is_used(sound, name, region):
     """Sampled over places, bits and kinds of damage in each region: the file is named, nothing damaged is loaded, the one before it is."""
 
-    @settings(max_examples=12)
+    @settings(max_examples=settings.default.max_examples // 4)
     @given(st.sampled_from(["flipped", "cut off", "zeroed", "missing", "too many"]), st.floats(0, 1), st.integers(0, 7))
     def found(kind, place, bit):
         with tempfile.TemporaryDirectory() as folder:
