@@ -15,7 +15,7 @@ from fnlight.gradients import Part
 from fnlight.pipe import Combinator
 from fnlight.protocols import Gradients
 from fnlight.state import Store
-from fnlight.tree import leaves, map_tensors
+from fnlight.tree import leaves, map_nodes
 
 _SAYS_SO = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "RESOURCE_EXHAUSTED")
 
@@ -93,24 +93,21 @@ def _parts(batches: Sequence[Any], size: Any) -> tuple[Any, ...]:
 
 def _cut(batch: Any, start: int, stop: int, count: int) -> Any:
     """The samples from `start` to `stop` of a batch."""
-    if isinstance(batch, list) and len(batch) == count and not any(isinstance(leaf, Tensor) for _, leaf in leaves(batch)):
-        return batch[start:stop]  # texts and other things, one a sample
-    if isinstance(batch, dict):
-        return type(batch)(zip(batch, (_cut(v, start, stop, count) for v in batch.values()), strict=True))
-    if isinstance(batch, list | tuple) and getattr(batch, "_fields", None) is None:
-        return type(batch)(_cut(v, start, stop, count) for v in batch)
 
-    def cut(tensor: Tensor) -> Tensor:
-        if not tensor.dim():
-            return tensor
-        if len(tensor) != count:
+    def cut(node: Any) -> Any:
+        shape = getattr(node, "shape", None)  # tensors, and arrays of NumPy
+        if shape is not None and len(shape) and shape[0] != count:
             raise StepError(
-                f"a batch of {count} samples cannot be parted: it holds a tensor of shape {list(tensor.shape)}, whose first dimension is not the samples; "
+                f"a batch of {count} samples cannot be parted: it holds a tensor of shape {list(shape)}, whose first dimension is not the samples; "
                 "leave microbatch out, or bring every tensor of the batch to shape [samples, ...] or [] in collate_fn"
             )
-        return tensor[start:stop]
+        if shape is not None:
+            return node[start:stop] if len(shape) else node
+        if isinstance(node, list) and len(node) == count and not any(isinstance(leaf, Tensor) for _, leaf in leaves(node)):
+            return node[start:stop]  # texts and other things, one a sample
+        return NotImplemented
 
-    return map_tensors(cut, batch)
+    return map_nodes(cut, batch)
 
 
 def _smaller(parts: Sequence[Any], error: Exception) -> int:

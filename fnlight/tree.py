@@ -73,6 +73,27 @@ def map_tensors(fn: Callable[[Tensor], Any], tree: Any) -> Any:
     return _rebuild(tree, values)
 
 
+def map_nodes(fn: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply a function to the nodes of a tree that it knows, containers before what they hold; the tree keeps its types.
+
+    Args:
+        fn: Maps a node to what takes its place, or gives ``NotImplemented`` for one that it does not know: its children are asked then.
+        tree: Any nesting of containers.
+
+    Returns:
+        A new tree of the same types.
+
+    Example:
+        >>> map_nodes(lambda node: node[:1] if isinstance(node, list) else NotImplemented, {"x": ([1, 2], 3)})
+        {'x': ([1], 3)}
+    """
+    found = fn(tree)
+    if found is not NotImplemented:
+        return found
+    children = _children(tree)
+    return tree if children is None else _rebuild(tree, [map_nodes(fn, child) for _, child in children])
+
+
 def _rebuild(node: Any, values: list[Any]) -> Any:
     kind: Any = type(node)
     if isinstance(node, Mapping):

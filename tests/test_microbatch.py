@@ -1,8 +1,11 @@
 """A batch in parts is the batch: the same gradient, and after running out of memory the same bits as with that size from the start."""
 
+from collections import defaultdict
 from itertools import islice
+from typing import Any, NamedTuple
 
 import attrs
+import numpy as np
 import pytest
 import torch
 
@@ -204,6 +207,20 @@ def test_batches_are_parted_whatever_they_are_made_of():
     assert torch.equal(torch.cat([p.batch["x"] for p in parts]), batch["x"])
     assert torch.equal(torch.cat([p.batch["pair"][0] for p in parts]), batch["pair"][0])
     assert {(p.batch["pair"][1].item(), p.batch["task"]) for p in parts} == {(0.5, "digits")}
+
+
+class Named(NamedTuple):
+    x: Any
+    texts: list[str]
+
+
+def test_containers_of_every_kind_are_parted_with_their_texts_and_arrays():
+    """Named tuples, attrs objects, mappings with defaults and NumPy arrays keep their types, and nothing in them stays whole by mistake."""
+    batch = defaultdict(list, named=Named(torch.arange(4), list("abcd")), array=np.arange(8).reshape(4, 2), pair=("v1", 3))
+    first, second = (p.batch for p in seen(batch, 2))
+    assert (type(first), type(first["named"])) == (defaultdict, Named)
+    assert (first["named"].texts, second["named"].texts) == (["a", "b"], ["c", "d"])
+    assert (second["named"].x.tolist(), second["array"].tolist(), second["pair"]) == ([2, 3], [[4, 5], [6, 7]], ("v1", 3))
 
 
 def test_a_batch_that_cannot_be_parted_is_an_error():
