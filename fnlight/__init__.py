@@ -24,7 +24,7 @@ from typing import Any as _Any
 from fnlight.averages import ema
 from fnlight.bundle import debug_bundle, load_bundle
 from fnlight.checkpoint import LoadReport, Retention, best, checkpoints, every, last, load, load_weights, newest, restore, save, verify
-from fnlight.clip import clip_norm, clip_value
+from fnlight.clip import clip_adaptive, clip_each, clip_norm, clip_quantile, clip_value
 from fnlight.config import FitConfig
 from fnlight.data import Item, Loaders, Source, TensorLoader, batches, concat, zip_longest, zip_shortest
 from fnlight.errors import (
@@ -57,9 +57,10 @@ from fnlight.main import main
 from fnlight.manual import manual
 from fnlight.metrics import Cat, Figure, Histogram, Image, Last, Max, Mean, Min, Sum, Tally, Text
 from fnlight.microbatch import microbatch
+from fnlight.noise import grad_noise
 from fnlight.optim import GroupRule, Optim, frozen, layer_decay, no_decay, param_groups
 from fnlight.pipe import Combinator, Phase, Pipe, pipe
-from fnlight.precision import autocast
+from fnlight.precision import autocast, cast, to_dtype
 from fnlight.protocols import EvalFn, GradFn, Gradients, LossFn, PredictFn, Rule, Schedule, Sink, Step, When
 from fnlight.replay import from_torch, plateau
 from fnlight.rng import fold_in, isolated, seed_generators
@@ -82,6 +83,7 @@ from fnlight.schedules import (
 )
 from fnlight.signals import Signals
 from fnlight.sinks import CSV, JSONL, Console, TensorBoard, fan_out
+from fnlight.skip import skip_nonfinite, skip_spikes
 from fnlight.state import Progress, Store, Task, TrainState
 from fnlight.update import accumulate, apply, grad, pure, update
 from fnlight.watch import check_finite, epoch_means
@@ -159,10 +161,14 @@ __all__ = [
     "autocast",
     "batches",
     "best",
+    "cast",
     "check_finite",
     "checkpoint_every",
     "checkpoints",
+    "clip_adaptive",
+    "clip_each",
     "clip_norm",
+    "clip_quantile",
     "clip_value",
     "collect",
     "compose",
@@ -186,6 +192,7 @@ __all__ = [
     "from_torch",
     "frozen",
     "grad",
+    "grad_noise",
     "isolated",
     "join",
     "last",
@@ -222,9 +229,12 @@ __all__ = [
     "save",
     "seconds",
     "seed_generators",
+    "skip_nonfinite",
+    "skip_spikes",
     "step_decay",
     "steps",
     "stop_when",
+    "to_dtype",
     "total_steps",
     "update",
     "verify",

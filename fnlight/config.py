@@ -128,7 +128,10 @@ class FitConfig:
         stop: A stop rule.
         accumulate: Batches a step, or a mapping from the epoch at which it starts to batches.
         microbatch: Samples that are computed at a time at most, or ``"auto"``: whole batches until one does not fit into memory.
-        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (autocast; fp16 with a loss scale).
+        precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` (autocast; fp16 with a loss scale); ``"bf16-true"``, ``"fp16-true"`` or ``"fp64"``
+            (weights and batches are cast).
+        matmul_precision: ``"highest"``, ``"high"`` or ``"medium"``: what fp32 matrix products may be computed in while the run lasts; None
+            leaves torch's setting as it is.
         clip_norm: The largest 2-norm of the gradients.
         clip_value: The largest absolute value of a gradient's entry.
         ema: Decay of averaged weights; evaluations of the run then use them.
@@ -154,7 +157,7 @@ class FitConfig:
         signals: True ends the run after the step that is under way when SIGTERM, SIGUSR1 or Ctrl-C comes; see `fnlight.signals`.
         signals_deadline: Seconds after a signal at which the process is ended, whatever it does; None waits as long as it takes.
         debug_bundle: True writes what is needed to repeat a failed step to ``DIR/bundles``; see `fnlight.bundle` for what it costs.
-        nonfinite: ``"raise"`` when a loss was NaN or infinite, or ``"ignore"``.
+        nonfinite: ``"raise"`` when a loss was NaN or infinite, ``"skip"`` steps whose loss or gradients were (up to ten in a row), or ``"ignore"``.
 
     Raises:
         ConfigError: If a field cannot mean anything, or two contradict each other.
@@ -173,7 +176,8 @@ class FitConfig:
     stop: Callable[[Any], str | None] | None = attrs.field(default=None, validator=_callable)
     accumulate: int | Mapping[int, int] = attrs.field(default=1, validator=_accumulate)
     microbatch: int | str | None = attrs.field(default=None, validator=_part)
-    precision: str = attrs.field(default="fp32", validator=_one_of("fp32", "bf16", "fp16"))
+    precision: str = attrs.field(default="fp32", validator=_one_of("fp32", "bf16", "fp16", "bf16-true", "fp16-true", "fp64"))
+    matmul_precision: str | None = attrs.field(default=None, validator=_one_of(None, "highest", "high", "medium"))
     clip_norm: float | None = attrs.field(default=None, validator=_above_zero)
     clip_value: float | None = attrs.field(default=None, validator=_above_zero)
     ema: float | None = attrs.field(default=None, validator=_decay)
@@ -199,7 +203,7 @@ class FitConfig:
     signals: bool = attrs.field(default=False, validator=_one_of(True, False))
     signals_deadline: float | None = attrs.field(default=None, validator=_above_zero)
     debug_bundle: bool = attrs.field(default=False, validator=_one_of(True, False))
-    nonfinite: str = attrs.field(default="raise", validator=_not_yet("raise", "ignore"))
+    nonfinite: str = attrs.field(default="raise", validator=_one_of("raise", "skip", "ignore"))
 
     def __attrs_post_init__(self) -> None:
         if all(getattr(self, name) is None or getattr(self, name) is False for name in _BOUNDS):

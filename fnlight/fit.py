@@ -21,16 +21,18 @@ from fnlight.loop import checkpoint_every, evaluate_every, log_to, run, stop_whe
 from fnlight.microbatch import microbatch
 from fnlight.optim import Optim, ends, monitored
 from fnlight.pipe import Combinator, Pipe, pipe
-from fnlight.precision import autocast
+from fnlight.precision import autocast, cast
 from fnlight.scale import loss_scale
 from fnlight.signals import Signals
 from fnlight.sinks import Console
+from fnlight.skip import skip_nonfinite
 from fnlight.state import Task, TrainState
 from fnlight.update import accumulate, apply, grad
 from fnlight.watch import check_finite, epoch_means
 from fnlight.when import epochs, seconds, steps
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_TRUE = {"bf16-true": torch.bfloat16, "fp16-true": torch.float16, "fp64": torch.float64}
 _ALL_BUT_NOTHING = 1e-3  # a factor of the learning rate below which nobody means to train on
 _EVERY_TICK = seconds(0.1)  # how often the console is given numbers; it draws when it likes
 
@@ -94,11 +96,12 @@ def compose(task: Task, config: FitConfig, loaders: Any = None, signals: Signals
     """
     given = _loaders(loaders) if loaders is not None else Loaders()
     parts: list[Combinator | None] = [
-        autocast(_AUTOCAST[config.precision]) if config.precision in _AUTOCAST else None,
+        _precision(config),
         grad(),
         accumulate(config.accumulate) if config.accumulate != 1 else None,
         microbatch(config.microbatch) if config.microbatch is not None else None,
         loss_scale() if config.precision == "fp16" else None,
+        skip_nonfinite() if config.nonfinite == "skip" and config.precision != "fp16" else None,
         clip_value(config.clip_value) if config.clip_value else None,
         clip_norm(config.clip_norm) if config.clip_norm else None,
         apply(),
@@ -132,15 +135,24 @@ def _evaluation(task: Task, config: FitConfig, loaders: Loaders, signals: Signal
         if config.eval_every not in (None, epochs(1)):
             raise ConfigError(f"FitConfig(eval_every={config.eval_every!r}) needs data to evaluate on; give fl.Loaders(train=..., val=...)")
         return None
-    eval_step = autocast(_AUTOCAST[config.precision])(task.eval_step) if config.precision in _AUTOCAST and task.eval_step else None
     return evaluate_every(
         loaders.val,
         config.eval_every,
-        eval_step=eval_step,
+        eval_step=_eval_step(task, config),
         weights="ema" if config.ema is not None else None,
         limit=config.limit_eval,
         signals=signals,
     )
+
+
+def _precision(config: FitConfig) -> Combinator | None:
+    wanted = _AUTOCAST.get(config.precision)
+    return autocast(wanted) if wanted else cast(_TRUE[config.precision]) if config.precision in _TRUE else None
+
+
+def _eval_step(task: Task, config: FitConfig) -> Callable[[Any, Any], Any] | None:
+    precision = _precision(config)
+    return None if precision is None or task.eval_step is None else precision(task.eval_step)
 
 
 def _never(_: Any) -> bool:
@@ -271,7 +283,7 @@ def settings(config: FitConfig) -> Iterator[None]:
     """Torch's modes as a configuration asks for them, put back afterwards.
 
     Args:
-        config: Its ``deterministic`` and ``detect_anomaly``.
+        config: Its ``deterministic``, ``detect_anomaly`` and ``matmul_precision``.
 
     Example:
         >>> with settings(FitConfig(max_steps=1, detect_anomaly=True)):
@@ -287,12 +299,16 @@ def settings(config: FitConfig) -> Iterator[None]:
             torch.use_deterministic_algorithms(True)
         if config.detect_anomaly:
             stack.enter_context(torch.autograd.set_detect_anomaly(True))
+        if config.matmul_precision is not None:
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision(config.matmul_precision)
         yield
 
 
 def _preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pipe, signals: Signals | None) -> None:
     """What can be known to be wrong before the first step."""
     _check_alone(config)
+    _check_precision(state, config, step)
     for name, optim in state.store.optims.items():
         if (
             getattr(state.task.train_step[name] if name in step.phases else None, "every", None) is None
@@ -318,12 +334,21 @@ def _preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pip
     if evaluates and (config.sanity_batches or unseen):
         batches = config.sanity_batches or 1
         try:
-            found = evaluate(state, loaders.val, limit=batches, signals=signals)
+            found = evaluate(state, loaders.val, eval_step=_eval_step(state.task, config), limit=batches, signals=signals)
         except Interrupted:
             return  # the run ends before its first step
         trial = attrs.evolve(state, history=type(state.history)()).recorded({f"val/{k}": v for k, v in found.items()})
         for name in unseen:
             monitored(trial.history, name)
+
+
+def _check_precision(state: TrainState, config: FitConfig, step: Pipe) -> None:
+    if config.precision in _TRUE:
+        step.adopt(state)  # which casts the state, for the evaluation before the first step
+    elif "cast" in state.store.memory:
+        dtype = state.store.memory["cast"]["dtype"]
+        wrong = f"the state was trained with weights in {dtype}, but FitConfig(precision={config.precision!r}) computes otherwise"
+        raise ConfigError(f"{wrong}; give the precision that it had, or convert it with fl.to_dtype(state, torch.float32)")
 
 
 def _check_alone(config: FitConfig) -> None:

@@ -1,5 +1,6 @@
 """Updates that are left out: an optimizer that steps only where the device says so, and metrics of a step that do not count."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -7,8 +8,12 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from fnlight.metrics import Mean
+from fnlight.metrics import Max, Mean, Min, Sum
 from fnlight.optim import take_step
+
+_NEUTRAL: Mapping[type, Mapping[str, float]] = {
+    Mean: {"total": 0.0, "weight": 0.0}, Sum: {"value": 0.0}, Max: {"value": -math.inf}, Min: {"value": math.inf},
+}  # fmt: skip
 
 
 def step_where(optimizer: Any, finite: Tensor | bool) -> None:
@@ -132,3 +137,34 @@ def _empty(value: Any) -> Any:
         return Mean.empty()
     make = getattr(type(value), "empty", None)
     return value if make is None else make()  # a picture or a text is no number that could be counted
+
+
+def counted_where(metrics: Mapping[str, Any], finite: Tensor) -> dict[str, Any]:
+    """The metrics of a step, which count only where `finite` is True; decided on the device.
+
+    Args:
+        metrics: Names to values.
+        finite: A bool tensor, shape [].
+
+    Returns:
+        The same names; scalars as a `Mean` whose weight is 1 or 0.
+
+    Example:
+        >>> float(counted_where({"loss": torch.tensor(2.0)}, torch.tensor(True))["loss"])
+        2.0
+    """
+    return {name: _where(value, finite) for name, value in metrics.items()}
+
+
+def _where(value: Any, finite: Tensor) -> Any:
+    if isinstance(value, Tensor | int | float):
+        value = Mean(value)
+    fields = _NEUTRAL.get(type(value))
+    if fields is None:
+        return value
+    return type(value)(*(_tensor_where(finite, getattr(value, name), neutral) for name, neutral in fields.items()))
+
+
+def _tensor_where(finite: Tensor, value: Any, neutral: float) -> Tensor:
+    kept = value if isinstance(value, Tensor) else torch.tensor(float(value))
+    return torch.where(finite.to(kept.device), kept, neutral)

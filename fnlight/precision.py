@@ -3,11 +3,16 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from fnlight.dtype import DTYPES, convert
 from fnlight.errors import ConfigError
 from fnlight.pipe import Combinator
+from fnlight.state import Store, TrainState
+from fnlight.tree import map_tensors
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_TRUE = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def autocast(dtype: torch.dtype = torch.bfloat16) -> Combinator:
@@ -51,3 +56,77 @@ def _scaled(combinators: tuple[Combinator, ...]) -> str | None:
         "autocast(fp16) trains only with a loss scale, for gradients below 6e-8 vanish in fp16; put loss_scale() behind grad() "
         "(and behind accumulate), or use autocast(torch.bfloat16)"
     )
+
+
+def cast(dtype: torch.dtype) -> Combinator:
+    """Train in one precision throughout: weights, buffers, optimizer memory and the floating-point tensors of a batch.
+
+    The weights of the state are cast when it first meets this combinator, and stay so when it is saved and loaded. Nothing is scaled, so
+    fp16 loses small gradients. An `EvalFn` is wrapped as well: ``cast(torch.bfloat16)(eval_step)``.
+
+    Args:
+        dtype: ``torch.bfloat16``, ``torch.float16``, ``torch.float64`` or ``torch.float32``.
+
+    Returns:
+        A combinator from `LossFn` to `LossFn`.
+
+    Raises:
+        ConfigError: If the dtype is another one.
+        SeamError: By `pipe`, if there is an `autocast` as well.
+
+    Example:
+        >>> print(cast(torch.bfloat16))
+        cast(bf16)
+    """
+    if dtype not in _TRUE:
+        raise ConfigError(f"cast takes {', '.join(map(str, _TRUE))}, but got {dtype}")
+
+    def to(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    def wrap(loss_fn: Any) -> Any:
+        def casting(model: Any, batch: Any) -> Any:
+            return loss_fn(model, map_tensors(to, batch))
+
+        return casting
+
+    def init(store: Store) -> dict[str, Any]:
+        convert(store.module, [optim.optimizer for optim in store.optims.values()], dtype)
+        return {"dtype": _TRUE[dtype]}
+
+    def start(state: TrainState) -> TrainState:
+        if state.store.memory["cast"]["dtype"] != _TRUE[dtype]:
+            convert(state.store.module, [optim.optimizer for optim in state.store.optims.values()], dtype)
+            state.store.memory["cast"] = {"dtype": _TRUE[dtype]}
+        return state
+
+    return Combinator("cast", wrap, "loss", "loss", args=_TRUE[dtype], init=init, start=start, fits=_alone)
+
+
+def _alone(combinators: tuple[Combinator, ...]) -> str | None:
+    both = next((c for c in combinators if c.name == "autocast"), None)
+    if both is None:
+        return None
+    return f"{both} keeps weights in fp32 and cast converts them: they contradict each other; leave one of them out"
+
+
+def to_dtype(state: TrainState, dtype: torch.dtype) -> TrainState:
+    """A copy of a state whose weights, buffers and optimizer memory are of another floating-point dtype.
+
+    Args:
+        state: It stays as it is.
+        dtype: Such as ``torch.float32``, to go on in fp32 from a run in bf16.
+
+    Returns:
+        The copy.
+
+    Example:
+        >>> from fnlight.state import Task
+        >>> state = TrainState.create(Task(torch.nn.Linear(2, 1), lambda model, batch: model(batch).sum()))
+        >>> to_dtype(state, torch.float64).params["bias"].dtype
+        torch.float64
+    """
+    twin = state.copy()
+    convert(twin.store.module, [optim.optimizer for optim in twin.store.optims.values()], dtype)
+    twin.store.memory.pop("cast", None)
+    return twin

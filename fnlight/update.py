@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import LBFGS
 
 from fnlight.data import Item, group_at
-from fnlight.errors import ConfigError, OptimizerError, StepError
+from fnlight.errors import ConfigError, NonFiniteError, OptimizerError, StepError
 from fnlight.gradients import Part, mean_of_group
 from fnlight.mask import step_where
 from fnlight.metrics import Mean
@@ -189,6 +189,9 @@ class Update:
         store.version += 2  # from here on the input is donated, whatever happens
         try:
             metrics = self.kernel(store, item.batches, key)
+        except NonFiniteError as error:
+            error.add_note(f"at step {progress.step + 1}, in epoch {item.epoch}, up to its batch {item.batch}")
+            raise
         finally:
             for p in store.params:
                 p.grad = None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fnlight.data import Item
 from fnlight.errors import NonFiniteError, StepError
 from fnlight.metrics import MEDIA, Mean, Tally
 from fnlight.pipe import Combinator
@@ -63,15 +64,11 @@ def check_finite(every: Callable[[Tick], bool] = steps(50)) -> Combinator:
     due = condition(every)
 
     def checked(state: TrainState, *_: Any) -> TrainState:
-        tree, at = state.store.memory["check_finite"], state.progress
+        tree = state.store.memory["check_finite"]
         fine = torch.isfinite(_stacked(tree)) if tree["losses"] or tree["chunks"] else torch.ones(0, dtype=torch.bool)
         if not bool(fine.all()):
-            step = at.step - len(fine) + 1 + int(fine.logical_not().nonzero()[0])
-            raise NonFiniteError(
-                f"the loss was NaN or infinite at step {step} (noticed at step {at.step}, epoch {at.epoch}, batch {at.batch}); "
-                'lower the learning rate, clip with clip_norm, look into that batch, or allow it with FitConfig(nonfinite="ignore")'
-            )
-        tree["losses"], tree["chunks"] = [], []
+            raise NonFiniteError(_says(state, tree["places"][int(fine.logical_not().nonzero()[0])]))
+        tree["losses"], tree["chunks"], tree["places"] = [], [], []
         return state
 
     def wrap(step: Any) -> Any:
@@ -80,6 +77,7 @@ def check_finite(every: Callable[[Tick], bool] = steps(50)) -> Combinator:
             state, metrics = step(state, batch)
             tree, loss = state.store.memory["check_finite"], metrics["loss"] if "loss" in metrics else _loss_of_phases(metrics)
             tree["losses"].append(loss.total if loss.__class__ is Mean else loss)
+            tree["places"].append((state.progress.step, before.epoch, batch.batch if batch.__class__ is Item else before.batch + 1))
             if len(tree["losses"]) >= _STACK:
                 tree["chunks"], tree["losses"] = [_stacked(tree)], []
             return (checked(state) if due(Tick(before, state.progress)) else state), metrics
@@ -88,7 +86,7 @@ def check_finite(every: Callable[[Tick], bool] = steps(50)) -> Combinator:
 
     return Combinator(
         "check_finite", wrap, "step", "step", args=f"every={every}",
-        init=lambda store: {"losses": [], "chunks": []}, phase="update",
+        init=lambda store: {"losses": [], "chunks": [], "places": []}, phase="update",
         finish=checked,
     )  # fmt: skip
 
@@ -102,6 +100,17 @@ def _loss_of_phases(metrics: Metrics) -> Any:
             'check_finite out (FitConfig(nonfinite="ignore"))'
         )
     return sum(losses, 0.0)
+
+
+def _says(state: TrainState, place: tuple[int, int, int]) -> str:
+    at, (step, epoch, batch) = state.progress, place
+    bad = [name for name, p in state.store.named.items() if not bool(torch.isfinite(p).all())]
+    found = f"{', '.join(bad[:8])}{f' and {len(bad) - 8} more' if len(bad) > 8 else ''}" if bad else "none of the parameters"
+    return (
+        f"the loss was NaN or infinite at step {step}, in epoch {epoch}, up to its batch {batch} (noticed at step {at.step}); "
+        f"by now NaN or infinite: {found}. Lower the learning rate, clip with clip_norm, look into that batch, leave such steps out with "
+        'FitConfig(nonfinite="skip"), or allow them with "ignore"'
+    )
 
 
 def _stacked(tree: dict[str, list[Any]]) -> Tensor:

@@ -54,7 +54,9 @@ def test_a_loss_that_is_not_finite_names_its_step():
         return train_step(model, batch) * (float("nan") if batch.sum() == 0 else 1.0)
 
     data = [torch.ones(2, 3), torch.ones(2, 3), torch.zeros(2, 3), torch.ones(2, 3)]
-    with pytest.raises(NonFiniteError, match=r"the loss was NaN or infinite at step 3 \(noticed at step 4, epoch 1, batch 0\)"):
+    with pytest.raises(
+        NonFiniteError, match=r"at step 3, in epoch 0, up to its batch 3 \(noticed at step 4\); by now NaN or infinite: weight, bias"
+    ):
         ran(check_finite(epochs(1)), stop_when(max_epochs(2)), fn=failing, data=data)
 
 

@@ -13,6 +13,7 @@ from fnlight.checkpoint.groups import place_optimizers
 from fnlight.checkpoint.manifest import MEMORY, MODEL
 from fnlight.checkpoint.places import Opened, Path, open_checkpoint
 from fnlight.checkpoint.weights import extra_states, place_weights, put, split_buffers
+from fnlight.dtype import DTYPES, convert
 from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning, MismatchError
 from fnlight.history import History, Record
 from fnlight.state import Progress, Task, TrainState
@@ -97,6 +98,9 @@ def _warn(opened: Opened, notes: list[str]) -> None:
 def _fill(state: TrainState, opened: Opened, partial: bool) -> tuple[TrainState, list[str]]:
     """Fill a state that nobody else holds; also what a reader should be told."""
     store = state.store
+    cast = opened.body["memory"].get("cast")  # a run in another precision than the model was made in
+    if cast is not None:
+        convert(store.module, [optim.optimizer for optim in store.optims.values()], DTYPES[decode(cast, {}.__getitem__)["dtype"]])
     report = place_weights(store.module, opened.tensors(MODEL), opened.path)
     if not report.fits and not partial:
         raise MismatchError(

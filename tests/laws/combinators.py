@@ -15,9 +15,13 @@ from fnlight import (
     accumulate,
     apply,
     autocast,
+    cast,
     check_finite,
     checkpoint_every,
+    clip_adaptive,
+    clip_each,
     clip_norm,
+    clip_quantile,
     clip_value,
     debug_bundle,
     ema,
@@ -25,6 +29,7 @@ from fnlight import (
     epochs,
     evaluate_every,
     grad,
+    grad_noise,
     last,
     log_to,
     loss_scale,
@@ -32,6 +37,8 @@ from fnlight import (
     max_epochs,
     microbatch,
     pipe,
+    skip_nonfinite,
+    skip_spikes,
     steps,
     stop_when,
 )
@@ -57,12 +64,19 @@ class Entry:
 ENTRIES = {
     "autocast": Entry(autocast, lambda folder, val: autocast(torch.bfloat16)),
     "autocast fp16": Entry(autocast, lambda folder, val: autocast(torch.float16), needs=("loss_scale",)),
+    "cast": Entry(cast, lambda folder, val: cast(torch.float64)),
     "grad": Entry(grad, lambda folder, val: grad()),
     "accumulate": Entry(accumulate, lambda folder, val: accumulate(2)),
     "accumulate by epoch": Entry(accumulate, lambda folder, val: accumulate({0: 1, 1: 2})),
     "microbatch": Entry(microbatch, lambda folder, val: microbatch(4)),
     "microbatch auto": Entry(microbatch, lambda folder, val: microbatch("auto")),
     "loss_scale": Entry(loss_scale, lambda folder, val: loss_scale(init=64.0, interval=2), needs=("autocast fp16",)),
+    "skip_nonfinite": Entry(skip_nonfinite, lambda folder, val: skip_nonfinite(max_consecutive=2)),
+    "skip_spikes": Entry(skip_spikes, lambda folder, val: skip_spikes(sigma=0.5, window=2, max_consecutive=None)),
+    "clip_adaptive": Entry(clip_adaptive, lambda folder, val: clip_adaptive(0.1)),
+    "clip_each": Entry(clip_each, lambda folder, val: clip_each(0.1)),
+    "clip_quantile": Entry(clip_quantile, lambda folder, val: clip_quantile(0.3, window=3)),
+    "grad_noise": Entry(grad_noise, lambda folder, val: grad_noise(0.01)),
     "clip_value": Entry(clip_value, lambda folder, val: clip_value(0.01)),
     "clip_norm": Entry(clip_norm, lambda folder, val: clip_norm(0.1)),
     "apply": Entry(apply, lambda folder, val: apply()),
@@ -78,7 +92,7 @@ ENTRIES = {
 }
 EVERYTHING = "all of them"
 CHOICES = [*ENTRIES, EVERYTHING]
-OTHERS = ("autocast fp16", "loss_scale", "accumulate", "microbatch auto", "manual")
+OTHERS = ("cast", "autocast fp16", "loss_scale", "accumulate", "microbatch auto", "manual")
 """Not in the full pipe: other arguments of a combinator that it holds already, what contradicts one, and what makes a step in another way."""
 
 

@@ -138,7 +138,10 @@ def test_a_loss_that_is_no_number(value, tmp_path):
     config = FitConfig(max_epochs=9, dir=tmp_path / "run", save_every=steps(2), **QUIET)
     with (
         nothing_is_lost(state),
-        pytest.raises(NonFiniteError, match=r"the loss was NaN or infinite at step 9 \(noticed at step 9.*clip_norm"),
+        pytest.raises(
+            NonFiniteError,
+            match=r"the loss was NaN or infinite at step 9, in epoch 2, up to its batch 3 \(noticed at step 9\); by now.*clip_norm",
+        ),
     ):
         fit(state, tiny_batches(), config)
     resumed = load(tmp_path / "run", tiny_task())

@@ -8,11 +8,11 @@ from tests.repo.source import PACKAGE, called, functions, lacking, modules, noun
 FLOORS = {
     0: {"errors", "protocols"},
     1: {"rng", "signals", "tree"},
-    2: {"metrics", "schedules", "replay", "history"},
+    2: {"metrics", "schedules", "replay", "dtype", "history"},
     3: {"optim"},
     4: {"state", "gradients", "mask"},
     5: {"checkpoint", "data", "when", "rules", "sinks", "pipe"},
-    6: {"precision", "scale", "clip", "microbatch", "update", "manual", "evaluate", "watch"},
+    6: {"precision", "scale", "clip", "noise", "skip", "microbatch", "update", "manual", "evaluate", "watch"},
     7: {"averages", "bundle", "loop", "config"},
     8: {"fit", "main"},
     9: {"testing", "report", "__init__"},
