@@ -21,7 +21,7 @@ Read on in `fnlight.state`, `fnlight.update`, `fnlight.loop` and `fnlight.fit`.
 import importlib
 from typing import Any as _Any
 
-from fnlight.averages import ema
+from fnlight.averages import average_checkpoints, averaged, ema, ema_warmup, refresh_batch_norm, swa
 from fnlight.bundle import debug_bundle, load_bundle
 from fnlight.checkpoint import LoadReport, Retention, best, checkpoints, every, last, load, load_weights, newest, restore, save, verify
 from fnlight.clip import clip_adaptive, clip_each, clip_norm, clip_quantile, clip_value
@@ -51,8 +51,10 @@ from fnlight.errors import (
 )
 from fnlight.evaluate import collect, evaluate, predict
 from fnlight.fit import compose, fit, total_steps
+from fnlight.freezing import freeze, unfreeze_at
 from fnlight.history import History, Record
 from fnlight.loop import checkpoint_every, evaluate_every, log_to, run, stop_when
+from fnlight.losses import carry, grad_cache, weighted
 from fnlight.main import main
 from fnlight.manual import manual
 from fnlight.metrics import Cat, Figure, Histogram, Image, Last, Max, Mean, Min, Sum, Tally, Text
@@ -159,8 +161,11 @@ __all__ = [
     "apply",
     "at_end",
     "autocast",
+    "average_checkpoints",
+    "averaged",
     "batches",
     "best",
+    "carry",
     "cast",
     "check_finite",
     "checkpoint_every",
@@ -180,6 +185,7 @@ __all__ = [
     "debug_bundle",
     "diverged",
     "ema",
+    "ema_warmup",
     "epoch_means",
     "epochs",
     "evaluate",
@@ -189,9 +195,11 @@ __all__ = [
     "fan_out",
     "fit",
     "fold_in",
+    "freeze",
     "from_torch",
     "frozen",
     "grad",
+    "grad_cache",
     "grad_noise",
     "isolated",
     "join",
@@ -224,6 +232,7 @@ __all__ = [
     "predict",
     "pure",
     "reached",
+    "refresh_batch_norm",
     "restore",
     "run",
     "save",
@@ -234,12 +243,15 @@ __all__ = [
     "step_decay",
     "steps",
     "stop_when",
+    "swa",
     "to_dtype",
     "total_steps",
+    "unfreeze_at",
     "update",
     "verify",
     "warmup",
     "warmup_cosine",
+    "weighted",
     "wsd",
     "zip_longest",
     "zip_shortest",

@@ -173,31 +173,76 @@ def inference(store: Store, weights: str | None = None) -> Iterator[nn.Module]:
         True
     """
     module, modes = store.module, [(m, m.training) for m in store.module.modules()]
-    average = _averaged(store, weights)
-    raw = {name: store.named[name].data for name in average}
+    average = average_of(store, weights)
+    targets = named_tensors(module) if average else {}
+    raw = {name: targets[name].data for name in average}
     module.eval()
     try:
         with torch.no_grad():
             for name, value in average.items():
-                store.named[name].data = value
+                targets[name].data = value
             yield module
     finally:
         for name, value in raw.items():
-            store.named[name].data = value
+            targets[name].data = value
         for m, training in modes:
             m.training = training
 
 
-def _averaged(store: Store, weights: str | None) -> dict[str, Tensor]:
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a module by name, live.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        Names to tensors.
+
+    Example:
+        >>> list(named_tensors(nn.BatchNorm1d(1)))
+        ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
+    """
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def average_of(store: Store, weights: str | None) -> dict[str, Tensor]:
+    """The averaged weights of a name: a tree of tensors by parameter name, or one that holds such a tree as ``"weights"``.
+
+    Args:
+        store: Holds the memory.
+        weights: The name; None means the parameters themselves.
+
+    Returns:
+        Names to tensors, live; empty where the parameters are to be used.
+
+    Raises:
+        ConfigError: If there is no memory of that name.
+
+    Example:
+        >>> store = Store(nn.Linear(1, 1), type("No", (), {"optimizer": None})(), {"swa": {"count": 0, "weights": {}}})
+        >>> average_of(store, "swa"), average_of(store, None)
+        ({}, {})
+    """
     if weights is None:
         return {}
-    tree = store.memory.get(weights)
-    if not isinstance(tree, dict) or (store.named and not tree) or not tree.keys() <= store.named.keys():
-        kept = sorted(k for k, t in store.memory.items() if isinstance(t, dict) and t and t.keys() <= store.named.keys())
+    known = named_tensors(store.module).keys()
+    found = {
+        key: tree for key in store.memory if (tree := _tensors_of(store.memory[key], not store.named)) is not None and tree.keys() <= known
+    }
+    if weights not in found:
         raise ConfigError(
-            f"weights={weights!r} asks for averaged weights, but the state's memory holds {kept or 'none'}; train with fl.ema(decay)"
+            f"weights={weights!r} asks for averaged weights, but the state's memory holds {sorted(found) or 'none'}; train with fl.ema(decay)"
         )
-    return tree
+    return found[weights]
+
+
+def _tensors_of(tree: Any, bare: bool) -> dict[str, Tensor] | None:
+    if not isinstance(tree, dict):
+        return None
+    nested = tree.get("weights")
+    if isinstance(nested, dict):
+        return nested
+    return tree if (tree or bare) and all(isinstance(value, Tensor) for value in tree.values()) else None
 
 
 def predict(
@@ -240,7 +285,7 @@ def predict(
     store = state.live
     if not donate:
         store = Store(state.module(), type(store.optim)(None), {weights: store.memory[weights]} if weights in store.memory else {})
-    _averaged(store, weights)
+    average_of(store, weights)
     return _predictions(store, fold_in(state.seed, PREDICT), Source(loader, limit=limit, device=state.device), fn, weights, signals)
 
 

@@ -1,6 +1,6 @@
 """Gradients of a group of batches: sums that are added, then divided by their summed weight; and parts of a batch that is too large."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,27 @@ def mean_of_group(grad_fn: Any) -> Any:
         return found if found.weight.__class__ is float and found.weight == 1.0 else _divide(found)
 
     return grouped
+
+
+class Around(NamedTuple):
+    """A batch with what is put around the loss function for it, which a `GradFn` may be given in the place of a batch.
+
+    Args:
+        batch: The batch, or another `Around`.
+        wrap: Maps the loss function to another one.
+
+    Example:
+        >>> loss_fn, batch = Around(3, lambda fn: lambda model, batch: 2 * fn(model, batch)).taken(lambda model, batch: batch)
+        >>> loss_fn(None, batch)
+        6
+    """
+
+    batch: Any
+    wrap: Callable[[Any], Any]
+
+    def taken(self, loss_fn: Any) -> tuple[Any, Any]:
+        """The loss function, and the batch to call it with."""
+        return self.wrap(loss_fn), self.batch
 
 
 class Part(NamedTuple):

@@ -131,7 +131,7 @@ class Store:
     """
 
     __slots__ = (
-        "device", "media", "memory", "module", "named", "optim", "owner", "params", "phases", "position", "scale", "seed", "skipped", "version",
+        "device", "media", "memory", "module", "named", "optim", "owner", "params", "phases", "position", "progress", "scale", "seed", "skipped", "version",
     )  # fmt: skip
 
     def __init__(self, module: nn.Module, optim: Optim | Mapping[str, Optim], memory: dict[str, Any]) -> None:
@@ -141,6 +141,7 @@ class Store:
         self.owner: Any = None  # the pipe whose combinators have their memory here
         self.position: Callable[[], Any] | None = None  # where a loader that keeps its own position stands
         self.skipped = False  # whether the last step left out its update, and the host knows
+        self.progress = Progress()  # what was completed before the step that is under way
         self.scale: Tensor | None = None  # what a loss is multiplied by before it goes backward
         self.media: dict[str, Any] | None = None  # pictures and texts of an evaluation, for the sinks of the same tick
         self.named = dict(module.named_parameters())

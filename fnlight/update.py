@@ -15,7 +15,7 @@ from torch.optim import LBFGS
 
 from fnlight.data import Item, group_at
 from fnlight.errors import ConfigError, NonFiniteError, OptimizerError, StepError
-from fnlight.gradients import Part, mean_of_group
+from fnlight.gradients import Around, Part, mean_of_group
 from fnlight.mask import step_where
 from fnlight.metrics import Mean
 from fnlight.optim import set_lr, take_step
@@ -40,7 +40,9 @@ def grad() -> Combinator:
     def wrap(loss_fn: Any) -> Any:
         def grad_fn(store: Store, batch: Any, key: int) -> Gradients:
             store.seed(key)
-            fn, batch = batch.taken(loss_fn) if batch.__class__ is Part else (loss_fn, batch)
+            fn = loss_fn
+            while batch.__class__ is Part or batch.__class__ is Around:
+                fn, batch = batch.taken(fn)
             total, weight, metrics = fn(store.module, batch), 1.0, {}
             if total.__class__ is not Tensor or total.dim() or not total.requires_grad:
                 total, weight, metrics = _read(total, store)
@@ -185,7 +187,7 @@ class Update:
         key = fold_in(streams.get(state.seed) or streams.setdefault(state.seed, fold_in(state.seed, TRAIN)), progress.step)
         if progress.skipped:
             key = fold_in(key, SKIPPED + progress.skipped)
-        store.skipped = False
+        store.skipped, store.progress = False, progress
         store.version += 2  # from here on the input is donated, whatever happens
         try:
             metrics = self.kernel(store, item.batches, key)
@@ -244,7 +246,7 @@ def _in_turns(turns: Mapping[str, Turn]) -> Any:
 
 def _turn(store: Store, name: str, grad_fn: Any, batches: Any, key: int, at: Progress, history: Any) -> Mapping[str, Any]:
     with store.training(name) as phase:
-        phase.skipped = False
+        phase.skipped, phase.progress = False, at
         if phase.optim.scheduled:
             set_lr(phase.optim, at, history)
         try:

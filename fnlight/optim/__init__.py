@@ -4,7 +4,7 @@ An optimizer keeps memory in ``state`` and, some of them, in ``param_groups``; b
 beside it (`Optim.configured`), so that a value that was changed in the code wins over the one in a checkpoint.
 """
 
-from fnlight.optim.groups import GroupRule, frozen, layer_decay, no_decay, param_groups
+from fnlight.optim.groups import GroupRule, frozen, layer_decay, matches, meant, no_decay, param_groups
 from fnlight.optim.kernels import take_step
 from fnlight.optim.memory import OTHER, named_groups, named_state, place_slot, to_device
 from fnlight.optim.prepare import prepare, prepare_each
@@ -19,6 +19,8 @@ __all__ = [
     "ends",
     "frozen",
     "layer_decay",
+    "matches",
+    "meant",
     "monitored",
     "named_groups",
     "named_state",

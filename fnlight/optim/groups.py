@@ -124,15 +124,43 @@ class _Scaled:
     factor: float
 
 
-def _matches(name: str, pattern: str) -> bool:
-    """Say whether a pattern means a qualified name: it is the name's beginning, in whole parts, and may hold ``*``."""
+def matches(name: str, pattern: str) -> bool:
+    """Say whether a pattern means a qualified name: it is the name's beginning, in whole parts, and may hold ``*``.
+
+    Args:
+        name: A qualified name.
+        pattern: Such as ``"backbone"`` or ``"layers.*.norm"``.
+
+    Returns:
+        Whether it does.
+
+    Example:
+        >>> matches("backbone.0.weight", "backbone"), matches("backbone2.weight", "backbone")
+        (True, False)
+    """
     bare = pattern.removesuffix(".")
     return fnmatchcase(name, bare) or fnmatchcase(name, f"{bare}.*")
 
 
-def _meant(pattern: str, model: nn.Module, where: str) -> list[str]:
-    """The parameters that a pattern means, at least one."""
-    found = [name for name, _ in model.named_parameters() if _matches(name, pattern)]
+def meant(pattern: str, model: nn.Module, where: str) -> list[str]:
+    """The parameters that a pattern means, at least one.
+
+    Args:
+        pattern: As for `matches`.
+        model: Whose parameters.
+        where: What the error calls the place of the pattern.
+
+    Returns:
+        Their names.
+
+    Raises:
+        OptimizerError: If it means none.
+
+    Example:
+        >>> meant("0", nn.Sequential(nn.Linear(1, 1), nn.ReLU()), "freeze")
+        ['0.weight', '0.bias']
+    """
+    found = [name for name, _ in model.named_parameters() if matches(name, pattern)]
     if not found:
         raise _means_nothing(pattern, model, where)
     return found
@@ -152,7 +180,7 @@ def _by_pattern(given: Mapping[str, Options]) -> GroupRule:
         for pattern, options in given.items():
             if not isinstance(options, Mapping):
                 raise OptimizerError(f"{pattern!r} must map to options, as in {{'lr': 1e-4}}, but maps to {options!r:.60}")
-            members = [name for name in _meant(pattern, model, "param_groups") if name in names]
+            members = [name for name in meant(pattern, model, "param_groups") if name in names]
             if not members:
                 raise OptimizerError(
                     f"{pattern!r} of param_groups means frozen parameters only, for which no option can hold; leave it out"
@@ -201,7 +229,7 @@ def no_decay(*also: str | type[nn.Module]) -> GroupRule:
             f"{at}.{own}".lstrip(".") for at, m in model.named_modules() if _is_norm(m) or isinstance(m, kinds) for own in m._parameters
         }
         for pattern in patterns:
-            inside |= set(_meant(pattern, model, "no_decay"))
+            inside |= set(meant(pattern, model, "no_decay"))
         return {name: ("no_decay", {"weight_decay": 0.0}) for name in names if name in inside or _is_bias(name)}
 
     shown = ", ".join(one.__name__ if isinstance(one, type) else repr(one) for one in also)
@@ -272,7 +300,7 @@ def _layers(layer: str | tuple[str, ...], model: nn.Module, where: str) -> dict[
     """By name, the layer that a pattern means it to be in, counted from 0; frozen layers count as well."""
     if isinstance(layer, tuple) or "*" not in layer:
         patterns = layer if isinstance(layer, tuple) else (layer,)
-        return dict.fromkeys((name for pattern in patterns for name in _meant(pattern, model, where)), 0)
+        return dict.fromkeys((name for pattern in patterns for name in meant(pattern, model, where)), 0)
     shape = re.compile(re.escape(layer.removesuffix(".")).replace(r"\*", r"(\d+)", 1) + r"(\.|$)")
     found = {name: int(hit[1]) for name, _ in model.named_parameters() if (hit := shape.match(name))}
     if not found:
@@ -306,7 +334,7 @@ def frozen(*patterns: str) -> GroupRule:
     text = f"frozen({', '.join(map(repr, patterns))})"
 
     def find(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, Options]]:
-        meant = {name for pattern in patterns for name in _meant(pattern, model, text)}
-        return {name: ("", {}) for name in names if name in meant}
+        chosen = {name for pattern in patterns for name in meant(pattern, model, text)}
+        return {name: ("", {}) for name in names if name in chosen}
 
     return GroupRule(text, find, freezes=True)

@@ -1,6 +1,6 @@
 """Every combinator, in the order of a full pipe; one more entry in `ENTRIES` joins all laws, and a test sees that none is missing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,14 @@ import torch
 
 from fnlight import (
     Combinator,
+    Mean,
     Pipe,
     Store,
     Task,
     accumulate,
     apply,
     autocast,
+    carry,
     cast,
     check_finite,
     checkpoint_every,
@@ -25,10 +27,13 @@ from fnlight import (
     clip_value,
     debug_bundle,
     ema,
+    ema_warmup,
     epoch_means,
     epochs,
     evaluate_every,
+    freeze,
     grad,
+    grad_cache,
     grad_noise,
     last,
     log_to,
@@ -41,6 +46,9 @@ from fnlight import (
     skip_spikes,
     steps,
     stop_when,
+    swa,
+    unfreeze_at,
+    weighted,
 )
 from fnlight.testing import RecordingSink
 from tests.laws.tasks import TASKS, Case
@@ -54,11 +62,52 @@ class Entry:
         fn: The function that gives it.
         build: Maps a directory and batches to evaluate on to the combinator.
         needs: Other entries that it cannot do without.
+        instead: Entries whose place it takes.
+        base: Maps the `train_step` of a task to what it takes in its place.
     """
 
     fn: Callable[..., Combinator]
     build: Callable[[Path, Any], Combinator]
     needs: tuple[str, ...] = ()
+    instead: tuple[str, ...] = ()
+    base: Callable[[Any], Any] = lambda train_step: train_step
+
+
+def parted(out: Any) -> Any:
+    """Loss and metrics."""
+    return out if isinstance(out, tuple) and not isinstance(out, Mean) else (out, {})
+
+
+def named(train_step: Any) -> Any:
+    """The same loss under a name."""
+
+    def step(model: Any, batch: Any) -> Any:
+        loss, metrics = parted(train_step(model, batch))
+        return {"main": loss}, metrics
+
+    return step
+
+
+def embedded(train_step: Any) -> Any:
+    """The loss as the embedding of a single sample."""
+
+    def embed(model: Any, batch: Any) -> Any:
+        loss = parted(train_step(model, batch))[0]
+        return (loss.total if isinstance(loss, Mean) else loss)[None]
+
+    return embed
+
+
+def decaying(train_step: Any) -> Any:
+    """The same loss, more or less of it, as a carried number says."""
+
+    def step(model: Any, batch: Any) -> Any:
+        batch, seen = batch
+        loss, metrics = parted(train_step(model, batch))
+        total = loss.total if isinstance(loss, Mean) else loss
+        return total * (1 + seen.sigmoid()), {**metrics, "seen": seen.clone()}, 0.5 * seen + total
+
+    return step
 
 
 ENTRIES = {
@@ -66,6 +115,11 @@ ENTRIES = {
     "autocast fp16": Entry(autocast, lambda folder, val: autocast(torch.float16), needs=("loss_scale",)),
     "cast": Entry(cast, lambda folder, val: cast(torch.float64)),
     "grad": Entry(grad, lambda folder, val: grad()),
+    "weighted": Entry(weighted, lambda folder, val: weighted({"main": lambda step: 1 / (1 + step)}), base=named),
+    "carry": Entry(carry, lambda folder, val: carry(lambda model, batch: torch.zeros(())), base=decaying),
+    "grad_cache": Entry(
+        grad_cache, lambda folder, val: grad_cache(lambda found: found.square().mean(), 2), instead=("grad",), base=embedded
+    ),
     "accumulate": Entry(accumulate, lambda folder, val: accumulate(2)),
     "accumulate by epoch": Entry(accumulate, lambda folder, val: accumulate({0: 1, 1: 2})),
     "microbatch": Entry(microbatch, lambda folder, val: microbatch(4)),
@@ -80,8 +134,12 @@ ENTRIES = {
     "clip_value": Entry(clip_value, lambda folder, val: clip_value(0.01)),
     "clip_norm": Entry(clip_norm, lambda folder, val: clip_norm(0.1)),
     "apply": Entry(apply, lambda folder, val: apply()),
+    "freeze": Entry(freeze, lambda folder, val: freeze("*a*", eval_mode=True)),
+    "unfreeze_at": Entry(unfreeze_at, lambda folder, val: unfreeze_at({"*t": 1}, eval_mode=True)),
     "manual": Entry(manual, lambda folder, val: manual(lambda store: {"factor": torch.ones(())})),
     "ema": Entry(ema, lambda folder, val: ema(0.9)),
+    "ema with warm-up, now and then": Entry(ema, lambda folder, val: ema(ema_warmup(0.9), "slow", every=steps(2))),
+    "swa": Entry(swa, lambda folder, val: swa(start=1, every=steps(1))),
     "check_finite": Entry(check_finite, lambda folder, val: check_finite(every=steps(2))),
     "debug_bundle": Entry(debug_bundle, lambda folder, val: debug_bundle(folder / "run", every=2)),
     "evaluate_every": Entry(evaluate_every, lambda folder, val: evaluate_every(val, every=steps(2) | epochs(1))),
@@ -92,7 +150,7 @@ ENTRIES = {
 }
 EVERYTHING = "all of them"
 CHOICES = [*ENTRIES, EVERYTHING]
-OTHERS = ("cast", "autocast fp16", "loss_scale", "accumulate", "microbatch auto", "manual")
+OTHERS = ("carry", "grad_cache", "cast", "autocast fp16", "loss_scale", "accumulate", "microbatch auto", "manual")
 """Not in the full pipe: other arguments of a combinator that it holds already, what contradicts one, and what makes a step in another way."""
 
 
@@ -117,7 +175,7 @@ def shrink(store: Store, batches: Any, key: int) -> dict[str, torch.Tensor]:
 
 def num_steps(choice: str, case: Case) -> int:
     """Steps that two epochs of three batches have."""
-    return 6 if case.kind == "whole" else {"accumulate": 4, "accumulate by epoch": 5, EVERYTHING: 5}.get(choice, 6)
+    return 6 if case.kind == "whole" else {"accumulate": 4, "grad_cache": 4, "accumulate by epoch": 5, EVERYTHING: 5}.get(choice, 6)
 
 
 def pipe_with(choice: str, task: Task, folder: Path, val: Any) -> Pipe:
@@ -125,5 +183,9 @@ def pipe_with(choice: str, task: Task, folder: Path, val: Any) -> Pipe:
     if choice == "manual":
         return pipe(shrink, ENTRIES["manual"].build(folder, val))
     chosen = [name for name in ENTRIES if name not in OTHERS] if choice == EVERYTHING else ["grad", "apply", choice, *ENTRIES[choice].needs]
+    chosen = [name for name in chosen if not any(name in ENTRIES[other].instead for other in chosen)]
+    train_step: Any = task.train_step
+    for base in (ENTRIES[name].base for name in chosen if not isinstance(task.train_step, Pipe)):
+        train_step = {name: base(fn) for name, fn in train_step.items()} if isinstance(train_step, Mapping) else base(train_step)
     parts = [entry.build(folder, val) for name, entry in ENTRIES.items() if name in chosen]
-    return pipe(task.train_step, *(part for part in parts if part.takes == "step" or not isinstance(task.train_step, Pipe)))
+    return pipe(train_step, *(part for part in parts if part.takes == "step" or not isinstance(task.train_step, Pipe)))
