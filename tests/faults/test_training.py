@@ -101,13 +101,30 @@ def test_a_loss_that_becomes_nan_ends_the_run_before_it_is_saved(tmp_path, k):
         loss, metrics = task.train_step(model, batch)
         return (loss * float("nan") if len(calls) == k else loss), metrics
 
-    with pytest.raises(NonFiniteError, match=rf"NaN or infinite at step {k} "):
+    with pytest.raises(NonFiniteError, match=rf"NaN or infinite at step {k},"):
         train(tmp_path / "run", task=attrs.evolve(task, train_step=train_step))
     for _, path in checkpoints(tmp_path / "run"):
         state = load(path, task)
         assert state.progress.step < k
         assert all(torch.isfinite(p).all() for p in state.params.values())
     assert_goes_on(tmp_path / "run")
+
+
+@pytest.mark.parametrize("k", [1, 4, 9])
+def test_a_loss_that_becomes_nan_is_left_out_and_the_run_resumes_bitwise(tmp_path, k):
+    """With `nonfinite="skip"` the steps whose samples give NaN change nothing, and going on from before, at and behind one is going on."""
+    plain = make_task()
+
+    def train_step(model, batch):
+        loss, metrics = plain.train_step(model, batch)
+        return loss * torch.where(batch[0].sum() > 1.5, float("nan"), 1.0), metrics
+
+    task = attrs.evolve(plain, train_step=train_step)
+    whole = train(tmp_path / "whole", task=task, nonfinite="skip")
+    assert 0 < int(whole.memory["skip_nonfinite"]["skipped"]) < 10
+    assert all(torch.isfinite(p).all() for p in whole.params.values())
+    train(tmp_path / "run", task=task, nonfinite="skip", max_epochs=None, max_steps=k)
+    assert_trees_equal(train(tmp_path / "run", task=task, nonfinite="skip"), whole)
 
 
 class Clock:
