@@ -25,12 +25,14 @@ from fnlight.averages import average_checkpoints, averaged, ema, ema_warmup, ref
 from fnlight.bundle import debug_bundle, load_bundle
 from fnlight.checkpoint import LoadReport, Retention, best, checkpoints, every, last, load, load_weights, newest, restore, save, verify
 from fnlight.clip import clip_adaptive, clip_each, clip_norm, clip_quantile, clip_value
+from fnlight.compile import compile  # noqa: A004  # what everybody in this field calls it
 from fnlight.config import FitConfig
 from fnlight.data import Item, Loaders, Source, TensorLoader, batches, concat, zip_longest, zip_shortest
 from fnlight.errors import (
     BrokenCheckpointError,
     CheckpointError,
     CheckpointWarning,
+    CompileWarning,
     ConfigError,
     DonatedStateError,
     FaultWarning,
@@ -98,6 +100,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointWarning",
     "Combinator",
+    "CompileWarning",
     "ConfigError",
     "Console",
     "DonatedStateError",
@@ -176,6 +179,7 @@ __all__ = [
     "clip_quantile",
     "clip_value",
     "collect",
+    "compile",
     "compose",
     "concat",
     "constant",

@@ -152,7 +152,8 @@ class FitConfig:
         deterministic: True lets torch use deterministic algorithms only.
         detect_anomaly: True lets autograd name the operation that made a NaN, slowly.
         donate: True trains on the very tensors of the state that is passed in.
-        compile: None; other values are refused by this version.
+        compile: ``"trace"``, ``"step"`` or ``"model"``: how much of a step becomes one graph, see `fnlight.compile`; None: nothing.
+        unroll: Updates in one call of a compiled step.
         parallel: ``"auto"`` or None: one process; others are refused by this version.
         signals: True ends the run after the step that is under way when SIGTERM, SIGUSR1 or Ctrl-C comes; see `fnlight.signals`.
         signals_deadline: Seconds after a signal at which the process is ended, whatever it does; None waits as long as it takes.
@@ -198,7 +199,8 @@ class FitConfig:
     deterministic: bool = attrs.field(default=False, validator=_one_of(True, False))
     detect_anomaly: bool = attrs.field(default=False, validator=_one_of(True, False))
     donate: bool = attrs.field(default=False, validator=_one_of(True, False))
-    compile: str | None = attrs.field(default=None, validator=_not_yet(None))
+    compile: str | None = attrs.field(default=None, validator=_one_of(None, "trace", "step", "model"))
+    unroll: int = attrs.field(default=1, validator=_count(1, optional=False))
     parallel: str | None = attrs.field(default="auto", validator=_not_yet("auto", None))
     signals: bool = attrs.field(default=False, validator=_one_of(True, False))
     signals_deadline: float | None = attrs.field(default=None, validator=_above_zero)
@@ -221,6 +223,11 @@ class FitConfig:
             raise ConfigError("FitConfig(overfit_batches=..., limit_train=...) both say how many batches there are; give one of them")
         if not isinstance(self.keep, Retention):
             raise ConfigError(f"FitConfig(keep=...) must be a retention such as last(1) or best('val/loss', 3), but got {self.keep!r}")
+
+        if self.unroll > 1 and self.compile not in ("trace", "step"):
+            raise ConfigError(
+                f"FitConfig(unroll={self.unroll}) puts several updates into one graph; give compile='step' or 'trace' as well"
+            )
 
     def _check_files(self) -> None:
         if self.resume and (self.dir is None or self.fast_dev_run):

@@ -103,3 +103,7 @@ class TaskWarning(UserWarning):
 
 class FaultWarning(UserWarning):
     """A fault that a run survives: a sink that fails, or a batch that did not fit into memory."""
+
+
+class CompileWarning(UserWarning):
+    """A step that cannot be compiled as far as was asked; the message says which part and why."""

@@ -13,6 +13,7 @@ from fnlight.averages import ema
 from fnlight.bundle import EVERY, debug_bundle
 from fnlight.checkpoint import checkpoints, newest, restore, writable
 from fnlight.clip import clip_norm, clip_value
+from fnlight.compile import compile  # noqa: A004  # what everybody in this field calls it
 from fnlight.config import FitConfig
 from fnlight.data import Loaders, Source, group_at
 from fnlight.errors import BrokenCheckpointError, ConfigError, Interrupted, LoaderError, OptimizerWarning, TaskWarning
@@ -95,7 +96,9 @@ def compose(task: Task, config: FitConfig, loaders: Any = None, signals: Signals
         <lambda> > grad > clip_norm(1.0) > apply > check_finite(every=epochs(1)) > epoch_means > stop_when(max_steps(10))
     """
     given = _loaders(loaders) if loaders is not None else Loaders()
+    whole = compile(config.compile, unroll=config.unroll) if config.compile is not None else None  # pyright: ignore[reportArgumentType]  # a validated text
     parts: list[Combinator | None] = [
+        whole if config.compile == "model" else None,
         _precision(config),
         grad(),
         accumulate(config.accumulate) if config.accumulate != 1 else None,
@@ -106,6 +109,7 @@ def compose(task: Task, config: FitConfig, loaders: Any = None, signals: Signals
         clip_norm(config.clip_norm) if config.clip_norm else None,
         apply(),
         ema(config.ema) if config.ema is not None else None,
+        whole if config.compile != "model" else None,
         check_finite(every=_looked_at(config)) if config.nonfinite == "raise" else None,
         debug_bundle(config.dir, config=_text(config)) if config.debug_bundle and config.dir else None,
         _evaluation(task, config, given, signals),
@@ -135,14 +139,8 @@ def _evaluation(task: Task, config: FitConfig, loaders: Loaders, signals: Signal
         if config.eval_every not in (None, epochs(1)):
             raise ConfigError(f"FitConfig(eval_every={config.eval_every!r}) needs data to evaluate on; give fl.Loaders(train=..., val=...)")
         return None
-    return evaluate_every(
-        loaders.val,
-        config.eval_every,
-        eval_step=_eval_step(task, config),
-        weights="ema" if config.ema is not None else None,
-        limit=config.limit_eval,
-        signals=signals,
-    )
+    weights, eval_step = "ema" if config.ema is not None else None, _eval_step(task, config)
+    return evaluate_every(loaders.val, config.eval_every, eval_step=eval_step, weights=weights, limit=config.limit_eval, signals=signals)
 
 
 def _precision(config: FitConfig) -> Combinator | None:

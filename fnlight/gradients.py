@@ -101,9 +101,26 @@ def _add(a: Gradients, b: Gradients) -> Gradients:
             right.append(y)
     if left:
         torch._foreach_add_(left, right)
-    metrics = {name: _join(value, b.metrics[name]) for name, value in a.metrics.items() if name in b.metrics}
+    metrics = join_metrics(a.metrics, b.metrics)
     finite = a.finite if b.finite is None else b.finite if a.finite is None else a.finite & b.finite
     return Gradients(values, a.loss + b.loss, a.weight + b.weight, metrics, finite)
+
+
+def join_metrics(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of two batches, or of two steps, as those of both: a plain number counts once.
+
+    Args:
+        a: Names to values.
+        b: The same names to values.
+
+    Returns:
+        Names to merged values.
+
+    Example:
+        >>> join_metrics({"loss": 1.0}, {"loss": 3.0})["loss"].compute()
+        2.0
+    """
+    return {name: _join(value, b[name]) for name, value in a.items() if name in b}
 
 
 def _join(a: Any, b: Any) -> Any:

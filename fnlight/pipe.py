@@ -47,6 +47,7 @@ class Combinator:
         init: Maps a `Store` to the tree that this combinator owns there as ``store.memory[key]``; None if it remembers nothing.
         phase: The phase of `TICK` it acts in; None if it may stand anywhere.
         group: Batches that one step consumes: a number, or a mapping of epochs to numbers; None leaves it to others.
+        repeats: How many times as many one call takes.
         start: Maps the state before the first step of a run to a state.
         finish: Maps the state after the last step of a run, and the state as its neighbours have finished it, to a state.
         close: Called when a run ends, however it ends.
@@ -69,6 +70,7 @@ class Combinator:
     init: Callable[[Store], Any] | None = attrs.field(default=None, kw_only=True)
     phase: str | None = attrs.field(default=None, kw_only=True)
     group: int | Mapping[int, int] | None = attrs.field(default=None, kw_only=True)
+    repeats: int = attrs.field(default=1, kw_only=True)
     start: Callable[[TrainState], TrainState] | None = attrs.field(default=None, kw_only=True)
     finish: Callable[[TrainState, TrainState], TrainState] | None = attrs.field(default=None, kw_only=True)
     close: Callable[[], None] | None = attrs.field(default=None, kw_only=True)
@@ -294,12 +296,13 @@ def pipe(fn: Any, *combinators: Combinator) -> Pipe:
             raise SeamError(_seam(c, kind, combinators[i - 1] if i else None, fn))
         wrapped, kind = c.wrap(wrapped), c.gives
     groups = [c.group for c in every if c.group is not None] or [inner.group if inner else 1]
-    base = inner.base if inner else getattr(fn, "__name__", type(fn).__name__)
-    phases = inner.phases if inner else {}
+    base, phases = (inner.base, inner.phases) if inner else (getattr(fn, "__name__", type(fn).__name__), {})
     if kind == "step":
         for company in [(*phase.combinators, *every) for phase in phases.values()] or [every]:
             _check_company(company)
-    return Pipe(wrapped, base, every, kind, groups[-1], phases)
+    group, times = groups[-1], max([1, *(c.repeats for c in combinators)])
+    whole = {epoch: n * times for epoch, n in group.items()} if isinstance(group, Mapping) else group * times
+    return Pipe(wrapped, base, every, kind, whole, phases)
 
 
 def _joined(given: Mapping[str, Any], combinators: tuple[Combinator, ...]) -> Pipe:
@@ -391,8 +394,7 @@ def _seam(c: Combinator, kind: Kind, before: Combinator | None, fn: Any) -> str:
         }[c.takes]
         what = f"move {c} {where}"
     else:
-        need = {"kernel": "", "loss": "", "sum": "grad()", "grad": "grad()", "step": "apply()" if kind != "loss" else "grad() and apply()"}[
-            c.takes
-        ]
+        last = "apply()" if kind != "loss" else "grad() and apply()"
+        need = {"kernel": "", "loss": "", "sum": "grad()", "grad": "grad()", "step": last}[c.takes]
         what = f"put {need} in front of {c}"
     return f"{c} takes {_SAYS[c.takes]}, but {whom} it is given {_SAYS[kind]}; {what}"

@@ -148,7 +148,9 @@ class Store:
         self.params = [p for p in self.named.values() if p.requires_grad]
         first = next((t for t in (*module.parameters(), *module.buffers())), None)
         self.device = torch.device("cpu") if first is None else first.device
-        self.seed = partial(seed_generators, device=self.device)  # what a kernel seeds the generators with; a trace puts its own here
+        self.seed: Callable[[int], None] = partial(
+            seed_generators, device=self.device
+        )  # what a kernel seeds the generators with; a trace puts its own here
         self.phases = {name: self._phase(each) for name, each in optim.items()} if isinstance(optim, Mapping) else {}
 
     def _phase(self, optim: Optim) -> "Store":

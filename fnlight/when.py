@@ -107,7 +107,7 @@ def condition(when: Callable[[Tick], bool]) -> Callable[[Tick], bool]:
 
 
 def steps(n: int) -> Trigger:
-    """Fire every n completed steps.
+    """Fire every n completed steps; where a tick counts several, at the first one that has come so far.
 
     Args:
         n: At least 1.
@@ -123,7 +123,7 @@ def steps(n: int) -> Trigger:
         [3, 6]
     """
     _whole("steps", n)
-    return Trigger(f"steps({n})", lambda tick: tick.after.step % n == 0 and tick.after.step != tick.before.step, (n, 0))
+    return Trigger(f"steps({n})", lambda tick: tick.after.step // n != tick.before.step // n, (n, 0))
 
 
 def epochs(n: int) -> Trigger:

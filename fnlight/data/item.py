@@ -25,6 +25,7 @@ class Item:
         samples: Samples in all of its batches.
         seconds: Time since the item before was handed out, in seconds.
         position: None, or a function that gives the place of a loader that keeps its own.
+        group: The batches that a full item has; 0 where nobody says.
 
     Example:
         >>> Item(([1, 2],), epoch=0, batch=1, last=False, samples=2).last
@@ -38,6 +39,7 @@ class Item:
     samples: int
     seconds: float = 0.0
     position: Callable[[], Any] | None = None
+    group: int = 0
 
     @classmethod
     def of(cls, *batches: Any, state: Any) -> "Item":
@@ -209,7 +211,7 @@ def _items(source: Source, state: Any, group: int | Mapping[int, int], clock: Ca
                 found, taken = tuple(taken), []
             now, batch = clock(), None  # nothing is kept of what is handed out
             passed = max(0.0, now - then)  # a clock that is set back takes no time back
-            yield Item(found, epoch, done, last, samples, passed, _at(source, epoch, done, last) if keeps else None)
+            yield Item(found, epoch, done, last, samples, passed, _at(source, epoch, done, last) if keeps else None, size)
             found, samples, then = None, 0, now
         epoch, start, position = epoch + 1, 0, None
 

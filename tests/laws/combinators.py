@@ -25,6 +25,7 @@ from fnlight import (
     clip_norm,
     clip_quantile,
     clip_value,
+    compile,  # noqa: A004  # what everybody in this field calls it
     debug_bundle,
     ema,
     ema_warmup,
@@ -140,6 +141,7 @@ ENTRIES = {
     "ema": Entry(ema, lambda folder, val: ema(0.9)),
     "ema with warm-up, now and then": Entry(ema, lambda folder, val: ema(ema_warmup(0.9), "slow", every=steps(2))),
     "swa": Entry(swa, lambda folder, val: swa(start=1, every=steps(1))),
+    "compile": Entry(compile, lambda folder, val: compile("trace")),
     "check_finite": Entry(check_finite, lambda folder, val: check_finite(every=steps(2))),
     "debug_bundle": Entry(debug_bundle, lambda folder, val: debug_bundle(folder / "run", every=2)),
     "evaluate_every": Entry(evaluate_every, lambda folder, val: evaluate_every(val, every=steps(2) | epochs(1))),
@@ -150,8 +152,9 @@ ENTRIES = {
 }
 EVERYTHING = "all of them"
 CHOICES = [*ENTRIES, EVERYTHING]
-OTHERS = ("carry", "grad_cache", "cast", "autocast fp16", "loss_scale", "accumulate", "microbatch auto", "manual")
-"""Not in the full pipe: other arguments of a combinator that it holds already, what contradicts one, and what makes a step in another way."""
+OTHERS = ("carry", "grad_cache", "cast", "autocast fp16", "loss_scale", "accumulate", "microbatch auto", "manual", "compile")
+"""Not in the full pipe: other arguments of a combinator that it holds already, what contradicts one, what makes a step in
+another way, and what takes long."""
 
 
 def _fits(choice: str, case: Case) -> bool:

@@ -1,0 +1,85 @@
+"""From a graph of a whole update to machine code, by torch's own compiler."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+
+def lower(graph: fx.GraphModule, example: Sequence[Tensor], cache_dir: str | None = None) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+    """Compile a graph that changes its inputs in place.
+
+    In-place operations become values that are written back at the end, random numbers stay those of the eager kernels, and on the CPU
+    the calling code is machine code too.
+
+    Args:
+        graph: What `trace` gave for a compiler.
+        example: Tensors such as those it will be called with; they are not changed.
+        cache_dir: Where compiled code is kept for other processes; None leaves it where torch has it.
+
+    Returns:
+        A function of a list of tensors; it empties the list.
+
+    Example:
+        >>> from torch.fx.experimental.proxy_tensor import make_fx
+        >>> graph = make_fx(lambda x: [x.add_(1) * 2])(torch.zeros(2))
+        >>> x = torch.zeros(2)
+        >>> lower(graph, [x])([x])[0].tolist(), x.tolist()
+        ([2.0, 2.0], [1.0, 1.0])
+    """
+    import torch._inductor.config as inductor
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    fake = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
+    inputs = [fake.from_tensor(tensor.detach()) for tensor in example]
+    on_cpu = all(tensor.device.type == "cpu" for tensor in example)
+    settings = {"fallback_random": True, "cpp_wrapper": on_cpu, "layout_optimization": not on_cpu}
+    with torch.no_grad(), inductor.patch(settings), _cached(cache_dir):
+        with fake:
+            values = make_fx(
+                torch.func.functionalize(graph, remove="mutations_and_views"),
+                decomposition_table=select_decomp_table(),
+                _allow_non_fake_inputs=True,
+            )(*inputs)
+        _without_copies(values)
+        with tracing(TracingContext(fake)):
+            made: Any = compile_fx_inner(values, inputs, cpp_wrapper=on_cpu)
+    return made
+
+
+_COPIES = {torch.ops.aten.detach_copy.default, torch.ops.aten.alias_copy.default, torch.ops.aten.detach.default}
+
+
+def _without_copies(graph: fx.GraphModule) -> None:
+    for node in list(graph.graph.nodes):
+        if node.op == "call_function" and node.target in _COPIES:
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+@contextmanager
+def _cached(cache_dir: str | None) -> Iterator[None]:
+    import os
+
+    if cache_dir is None:
+        yield
+        return
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
+    os.environ[name] = cache_dir
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

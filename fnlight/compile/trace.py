@@ -1,0 +1,297 @@
+"""One graph of everything that a kernel does to tensors: forward, backward, stages on gradients, optimizer, averages.
+
+The kernel runs once on tensors without content, and every operation is written down. What Python decides meanwhile is frozen, so a
+kernel is traced twice, and one that does not give the same graph again is refused.
+"""
+
+import os
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, fx
+from torch.fx.node import has_side_effect
+
+from fnlight.compile.shadow import UnsettledError, UntraceableError, changes, shadow, swapped
+from fnlight.gradients import join_metrics
+from fnlight.metrics import Mean
+from fnlight.rng import fold_in, seed_generators
+from fnlight.state import Store
+from fnlight.tree import leaves, map_tensors
+
+Kernel = Callable[[Store, Any, int], Mapping[str, Any]]
+"""``(store, batches, key) -> metrics``"""
+
+_TORCH = os.path.dirname(torch.__file__)
+_ALIASES = {
+    torch.ops.aten.detach.default,
+    torch.ops.aten.alias.default,
+    torch.ops.aten.detach_copy.default,
+    torch.ops.aten.alias_copy.default,
+}
+
+
+def reseed(keys: Sequence[int], update: int, number: int, device: torch.device) -> None:
+    """Seed the generators within a graph, as the kernel does before a micro-batch.
+
+    Args:
+        keys: One an update of the call.
+        update: Which update of the call it is.
+        number: Which micro-batch of the update it is.
+        device: The device of the store.
+
+    Example:
+        >>> from fnlight.rng import isolated
+        >>> with isolated():
+        ...     reseed([1], 0, 0, torch.device("cpu"))
+    """
+    seed_generators(fold_in(keys[update], number), device)
+
+
+@attrs.frozen(eq=False)
+class Traced:
+    """A graph with what is needed to call it.
+
+    Args:
+        graph: Takes the tensors of the store, the learning rates, the tensors of the batches and, last, the keys; gives tensors.
+        metrics: Names to values, with the places of the graph's results in the place of tensors.
+
+    Example:
+        >>> Traced(fx.symbolic_trace(lambda x: [x]), {"n": 3}).results([])
+        {'n': 3}
+    """
+
+    graph: fx.GraphModule
+    metrics: dict[str, Any]
+
+    def results(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
+        """The metrics of all updates of the call, merged, from what the graph gave."""
+        return {name: _filled(value, tensors) for name, value in self.metrics.items()}
+
+
+@attrs.frozen(eq=False)
+class _Place:
+    """Where a result of the graph goes."""
+
+    number: int
+
+
+def _filled(value: Any, tensors: Sequence[Tensor]) -> Any:
+    if value.__class__ is _Place:
+        return tensors[value.number]
+    if value.__class__ is Mean:
+        return Mean(_filled(value.total, tensors), _filled(value.weight, tensors))
+    return value
+
+
+@attrs.frozen(eq=False)
+class Call:
+    """What is traced.
+
+    Args:
+        kernel: The kernel.
+        store: The live store; it is not changed.
+        reads: Names of the trees in the memory that the kernel uses.
+        held: Its tensors, as `shadow.held` gives them.
+        rates: By update, one a group: whether the learning rate is an input of the graph.
+        updates: By update, the batches of a group.
+        options: What is set in the optimizer's groups.
+
+    Example:
+        >>> from fnlight.optim import Optim
+        >>> Call(lambda store, batches, key: {}, Store(torch.nn.Linear(1, 1), Optim(None), {}), (), [], [[]], [()], {}).updates
+        [()]
+    """
+
+    kernel: Kernel
+    store: Store
+    reads: Sequence[str]
+    held: Sequence[Tensor]
+    rates: Sequence[Sequence[bool]]
+    updates: Sequence[Any]
+    options: Mapping[str, Any]
+
+
+def trace(call: Call, lowers: bool) -> Traced:
+    """Trace the updates of one call into one graph.
+
+    Args:
+        call: What is traced.
+        lowers: Whether the graph is for a compiler: then optimizers take the forms that compilers understand, and nothing is reseeded within it.
+
+    Returns:
+        The graph, and how its results become metrics.
+
+    Raises:
+        UntraceableError: If it is not the same graph each time, or changes what a graph would not change again.
+
+    Example:
+        >>> from fnlight.compile.shadow import held
+        >>> from fnlight.optim import Optim
+        >>> store = Store(torch.nn.Linear(2, 1, bias=False), Optim(None), {})
+        >>> kernel = lambda store, batches, key: {"sum": store.module(batches[0]).sum()}
+        >>> traced = trace(Call(kernel, store, (), held(store, ()), [[]], [(torch.ones(3, 2),)], {}), lowers=False)
+        >>> [node.name for node in traced.graph.graph.nodes if node.op == "call_function"]
+        ['t', 'mm', 'sum_1']
+    """
+    one, two = _trace(call, lowers), _trace(call, lowers)
+    for a, b in zip(_lines(one.graph), _lines(two.graph), strict=False):
+        if a != b:
+            raise UntraceableError(
+                f"it does something else each time: once {a!r:.150}, then {b!r:.150}; a number of Python, NumPy or a clock is in it"
+            )
+    for (name, a), (_, b) in zip(_constants(one.graph), _constants(two.graph), strict=True):
+        if not torch.equal(a, b):
+            raise UntraceableError(f"it makes the tensor {name} of shape {list(a.shape)} from other numbers each time")
+    return one
+
+
+def _lines(graph: fx.GraphModule) -> list[str]:
+    return graph.code.splitlines()
+
+
+def _constants(graph: fx.GraphModule) -> list[tuple[str, Tensor]]:
+    return [(node.target, getattr(graph, node.target)) for node in graph.graph.nodes if node.op == "get_attr"]
+
+
+def _trace(call: Call, lowers: bool) -> Traced:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    metrics: dict[str, Any] = {}
+    flat = [leaf for batches in call.updates for _, leaf in leaves(batches) if isinstance(leaf, Tensor)]
+    given = [*call.held, *(torch.zeros((), dtype=torch.float64) for rates in call.rates for takes in rates if takes), *flat]
+    twins = [t.detach().requires_grad_(t.requires_grad) for t in given]
+    has_side_effect(reseed)
+
+    def fn(*tensors: Tensor) -> list[Tensor]:
+        out: list[Tensor] = []
+        for name, value in reduce(join_metrics, _run(call, list(tensors))).items():
+            metrics[name] = _placed(value, out)
+        return out
+
+    with _compiling(lowers), _explained():
+        graph = make_fx(fn, tracing_mode="fake", _allow_non_fake_inputs=True)(*twins)
+    return Traced(_finished(graph, lowers), metrics)
+
+
+def _run(call: Call, tensors: list[Tensor]) -> list[Mapping[str, Any]]:
+    """What the traced function does: every update of the call, on stand-ins."""
+    num = len(call.held)
+    new = {id(old): tensor for old, tensor in zip(call.held, tensors, strict=False)}
+    rest = iter(tensors[num:])
+    rates = [[next(rest) if takes else None for takes in each] for each in call.rates]
+    updates = [map_tensors(lambda _: next(rest), batches) for batches in call.updates]
+    found: list[Mapping[str, Any]] = []
+    with swapped(call.store.module, new):
+        for number, (batches, lrs) in enumerate(zip(updates, rates, strict=True)):
+            found.append(_update(call, new, _given(call, lrs), batches, number))
+    return found
+
+
+def _given(call: Call, rates: Sequence[Any]) -> list[Any]:
+    """Learning rates as the optimizer takes them: as tensors where its kernel does, else as the number in them, which stays an input."""
+    optimizer = call.store.optim.optimizer
+    takes = [bool(call.options) or group.get("fused") for group in optimizer.param_groups] if optimizer is not None else []
+    return [rate if rate is None or tensor else rate.item() for rate, tensor in zip(rates, takes, strict=True)]
+
+
+def _update(call: Call, new: Mapping[int, Tensor], lrs: Sequence[Any], batches: Any, number: int) -> Mapping[str, Any]:
+    before, after = (shadow(call.store, call.reads, new, lrs, call.options) for _ in range(2))
+    after.seed = _seeding(number, call.store.device)
+    tables = [m._buffers for m in call.store.module.modules()]
+    were = [dict(table) for table in tables]
+    try:
+        metrics = call.kernel(after, batches, 0)
+        moved = changes(before, after, list(zip(were, tables, strict=True)))
+    finally:
+        for p in after.params:
+            p.grad = None
+    with torch.no_grad():
+        for old, now in moved:
+            old.copy_(now)
+    for table, were_ in zip(tables, were, strict=True):
+        table.update(were_)
+    return metrics
+
+
+def _seeding(update: int, device: torch.device) -> Callable[[int], None]:
+    """What a kernel calls to seed: it writes down that the graph shall do so, once a micro-batch."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    done = [0]
+
+    def seed(key: int) -> None:
+        mode = get_proxy_mode()
+        if mode is not None:
+            mode.tracer.create_proxy("call_function", reseed, (0, update, done[0], device), {})
+        done[0] += 1
+
+    return seed
+
+
+def _placed(value: Any, out: list[Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        out.append(value.detach())
+        return _Place(len(out) - 1)
+    if value.__class__ is Mean:
+        return Mean(_placed(value.total, out), _placed(value.weight, out))
+    if isinstance(value, int | float):
+        return value
+    raise UntraceableError(f"it returns a metric of type {type(value).__name__}; scalars and Mean are what a graph can give")
+
+
+@contextmanager
+def _compiling(lowers: bool) -> Iterator[None]:
+    """Let torch's optimizers know that they are traced for a compiler, so that their capturable form runs on every device."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = lowers
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say of what broke the graph where it stands and why."""
+    try:
+        yield
+    except UntraceableError:
+        raise
+    except Exception as error:
+        ours = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_TORCH, "<"))]
+        where = f"{ours[-1].filename}:{ours[-1].lineno} ({ours[-1].line})" if ours else "the model"
+        text = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        if type(error).__name__ == "GuardOnDataDependentSymNode" or "get value out of a tracing tensor" in text:
+            text = "Python decides by the value of a tensor"
+        raise UntraceableError(f"{where}: {text}") from error
+
+
+def _finished(graph: fx.GraphModule, lowers: bool) -> fx.GraphModule:
+    """Without what does nothing, and with the keys as the last input."""
+    nodes = graph.graph
+    last = [node for node in nodes.nodes if node.op == "placeholder"][-1]
+    with nodes.inserting_after(last):
+        keys = nodes.placeholder("keys")
+    for node in list(nodes.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _ALIASES:
+            node.replace_all_uses_with(node.args[0])
+            nodes.erase_node(node)
+        elif node.target is reseed:
+            if lowers:
+                nodes.erase_node(node)
+            else:
+                node.args = (keys, *node.args[1:])
+    if lowers:
+        nodes.erase_node(keys)
+    graph.recompile()
+    return graph
+
+
+__all__ = ["Call", "Kernel", "Traced", "UnsettledError", "UntraceableError", "reseed", "trace"]
