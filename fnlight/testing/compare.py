@@ -82,11 +82,12 @@ def plain(tree: Any) -> Any:
 
 def _parts(state: TrainState) -> dict[str, Any]:
     at = state.progress
+    groups = {name: named_groups(optim, state.live.module) for name, optim in state.live.optims.items()}
     return {
         "params": state.params,
         "buffers": state.buffers,
         "opt_state": state.opt_state,
-        "groups": {name: named_groups(optim, state.live.module) for name, optim in state.live.optims.items()},
+        "groups": groups if state.live.phases else groups[""],
         "memory": state.memory,
         "progress": {
             "step": at.step,
