@@ -36,7 +36,7 @@ def skip_nonfinite(max_consecutive: int | None = 10) -> Combinator:
     _check_most("skip_nonfinite", max_consecutive)
 
     def init(store: Store) -> dict[str, Any]:
-        return {**_counts(store), "bad": torch.zeros(len(store.params), dtype=torch.bool, device=store.device)}
+        return {**_counts(store), "bad": torch.zeros(len(store.named), dtype=torch.bool, device=store.device)}
 
     def wrap(grad_fn: Any) -> Any:
         def guarded(store: Store, batches: Any, key: int) -> Gradients:
@@ -156,8 +156,7 @@ def _look(tree: dict[str, Any], most: int | None, says: Any) -> None:
 
 
 def _blame(store: Store, tree: dict[str, Any]) -> str:
-    names = [name for name, p in store.named.items() if p.requires_grad]
-    bad = [name for name, wrong in zip(names, tree["bad"].tolist(), strict=True) if wrong]
+    bad = [name for name, wrong in zip(store.named, tree["bad"].tolist(), strict=True) if wrong]
     listed = ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
     return (
         f"{int(tree['worst'])} steps in a row were left out, for their loss or gradients were NaN or infinite; the last time those of: "
@@ -166,16 +165,17 @@ def _blame(store: Store, tree: dict[str, Any]) -> str:
 
 
 def _finite_each(store: Store, found: Gradients) -> Tensor:
-    """Whether the 2-norm of each gradient is finite, shape [params]; one that is missing is."""
-    held = [v._values() if v.is_sparse else v for v in found.values if v is not None]
-    if not held:
-        return torch.ones(len(found.values), dtype=torch.bool, device=store.device)
-    fine = torch.isfinite(torch.stack([n.to(store.device, torch.float32) for n in torch._foreach_norm(held)]))
-    if len(held) == len(found.values):
+    """Whether the 2-norm of each parameter's gradient is finite, shape [params], in the order of the model; one that is missing is."""
+    places = [i for i, p in enumerate(store.named.values()) if p.requires_grad]
+    given = [(i, v._values() if v.is_sparse else v) for i, v in zip(places, found.values, strict=True) if v is not None]
+    every = torch.ones(len(store.named), dtype=torch.bool, device=store.device)
+    if not given:
+        return every
+    fine = torch.isfinite(torch.stack([n.to(store.device, torch.float32) for n in torch._foreach_norm([v for _, v in given])]))
+    if len(given) == len(every):
         return fine
-    all_of_them = torch.ones(len(found.values), dtype=torch.bool, device=store.device)
-    all_of_them[[i for i, v in enumerate(found.values) if v is not None]] = fine
-    return all_of_them
+    every[[i for i, _ in given]] = fine
+    return every
 
 
 def _first(combinators: tuple[Combinator, ...]) -> str | None:
