@@ -221,7 +221,12 @@ class Pipe:
         self._check_monitors(state)
         self.adopt(state)
         state.store.media = None  # what an earlier run showed
-        for combinator in (*(c for phase in self.phases.values() for c in phase.combinators), *self.combinators):
+        for name, phase in self.phases.items():
+            phase._begin(_within(state, name))
+        return self._begin(state)
+
+    def _begin(self, state: TrainState) -> TrainState:
+        for combinator in self.combinators:
             if combinator.start is not None:
                 state = combinator.start(state)
         return state
@@ -229,6 +234,8 @@ class Pipe:
     def finish(self, state: TrainState) -> TrainState:
         """End a run: what each combinator does after the last step, in reading order."""
         before = state
+        for name, phase in self.phases.items():
+            phase.finish(_within(state, name))
         for combinator in self.combinators:
             if combinator.finish is not None:
                 state = combinator.finish(before, state)
@@ -250,6 +257,12 @@ class Pipe:
         for combinator in (*(c for phase in self.phases.values() for c in phase.combinators), *self.combinators):
             if combinator.close is not None:
                 combinator.close()
+
+
+def _within(state: TrainState, name: str) -> TrainState:
+    """The state as the combinators of a phase see it: its store is that of the phase."""
+    store = state.store.phases[name]
+    return attrs.evolve(state, store=store, version=store.version)
 
 
 def _notable(tree: Any) -> bool:
@@ -335,7 +348,7 @@ def _check_phase(name: str, phase: Pipe, joint: Combinator) -> None:
         given = _SAYS[phase.kind if phase.combinators else "loss"]
         raise SeamError(f"{joint} takes {_SAYS['grad']}, but the phase {name!r} gives {given}; put grad() in front of {joint}")
     for c in phase.combinators:
-        if c.finish is not None or c.monitors or c.yields:
+        if c.monitors or c.yields:
             raise SeamError(f"{c} acts on the whole state, so it cannot stand within the phase {name!r}; put it behind {joint}")
 
 

@@ -69,7 +69,7 @@ def compile(level: Level = "step", *, unroll: int = 1, cache_dir: str | None = N
         if not isinstance(step, Update):
             raise SeamError(
                 f"compile({label}) makes one graph of an update, so it must stand directly behind apply() and ema(), "
-                "but something else stands between; move it forward"
+                "but something else stands between, which it should be moved in front of, or the step has several optimizers"
             )
         return Compiled(step, level, unroll, cache_dir)
 

@@ -158,7 +158,9 @@ another way, and what takes long."""
 
 
 def _fits(choice: str, case: Case) -> bool:
-    """A whole step takes what stands behind a step only."""
+    """A whole step takes what stands behind a step only; several optimizers are not one graph, and their task draws noise in fp32."""
+    if case.kind == "phases" and choice in ("cast", "compile"):
+        return False
     return case.kind != "whole" or choice in (EVERYTHING, "manual") or ENTRIES[choice].build(Path(), None).takes == "step"
 
 

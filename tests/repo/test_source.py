@@ -9,7 +9,9 @@ from tests.repo.source import PACKAGE, ROOT, Function, called, functions, lackin
 
 MODULE_LINES, FUNCTION_LINES = 400, 40
 
-LONGER_MODULES: dict[str, str] = {}
+LONGER_MODULES: dict[str, str] = {
+    "pipe.py": "a pipe may start from phases, which are pipes: neither can be read without the other",
+}
 """Modules past the limit, each with the reason."""
 
 LONGER_FUNCTIONS = {
