@@ -53,7 +53,7 @@ from fnlight.evaluate import collect, evaluate, predict
 from fnlight.fit import compose, fit, total_steps
 from fnlight.freezing import freeze, unfreeze_at
 from fnlight.history import History, Record
-from fnlight.loop import checkpoint_every, evaluate_every, log_to, run, stop_when
+from fnlight.loop import evaluate_every, log_to, run, stop_when
 from fnlight.losses import carry, grad_cache, weighted
 from fnlight.main import main
 from fnlight.manual import manual
