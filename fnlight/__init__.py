@@ -23,7 +23,21 @@ from typing import Any as _Any
 
 from fnlight.averages import average_checkpoints, averaged, ema, ema_warmup, refresh_batch_norm, swa
 from fnlight.bundle import debug_bundle, load_bundle
-from fnlight.checkpoint import LoadReport, Retention, best, checkpoints, every, last, load, load_weights, newest, restore, save, verify
+from fnlight.checkpoint import (
+    LoadReport,
+    Retention,
+    best,
+    best_checkpoint,
+    checkpoints,
+    every,
+    last,
+    load,
+    load_weights,
+    newest,
+    restore,
+    save,
+    verify,
+)
 from fnlight.clip import clip_adaptive, clip_each, clip_norm, clip_quantile, clip_value
 from fnlight.config import FitConfig
 from fnlight.data import Item, Loaders, Source, TensorLoader, batches, concat, zip_longest, zip_shortest
@@ -38,6 +52,7 @@ from fnlight.errors import (
     Interrupted,
     LoaderError,
     LoaderWarning,
+    LockedError,
     MemoryWarning,
     MismatchError,
     MonitorError,
@@ -67,6 +82,7 @@ from fnlight.protocols import EvalFn, GradFn, Gradients, LossFn, PredictFn, Rule
 from fnlight.replay import from_torch, plateau
 from fnlight.rng import fold_in, isolated, seed_generators
 from fnlight.rules import diverged, max_epochs, max_steps, max_time, min_epochs, min_steps, nonfinite, patience, reached
+from fnlight.saving import checkpoint_every
 from fnlight.scale import loss_scale
 from fnlight.schedules import (
     constant,
@@ -89,7 +105,7 @@ from fnlight.skip import skip_nonfinite, skip_spikes
 from fnlight.state import Progress, Store, Task, TrainState
 from fnlight.update import accumulate, apply, grad, pure, update
 from fnlight.watch import check_finite, epoch_means
-from fnlight.when import Tick, at_end, epochs, minutes, seconds, steps
+from fnlight.when import Tick, at_end, continuous, epochs, minutes, seconds, steps
 
 __all__ = [
     "BrokenCheckpointError",
@@ -120,6 +136,7 @@ __all__ = [
     "LoaderError",
     "LoaderWarning",
     "Loaders",
+    "LockedError",
     "LossFn",
     "Max",
     "Mean",
@@ -165,6 +182,7 @@ __all__ = [
     "averaged",
     "batches",
     "best",
+    "best_checkpoint",
     "carry",
     "cast",
     "check_finite",
@@ -179,6 +197,7 @@ __all__ = [
     "compose",
     "concat",
     "constant",
+    "continuous",
     "cosine",
     "cosine_restarts",
     "cyclic",

@@ -61,7 +61,7 @@ class Lock:
         finally:
             os.close(file)
 
-    def close(self, error: BaseException | None) -> None:
+    def close(self, _: BaseException | None) -> None:
         """Release it at the end of a run."""
         self.release()
 
