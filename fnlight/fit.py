@@ -115,7 +115,9 @@ def compose(task: Task, config: FitConfig, loaders: Any = None, signals: Signals
         epoch_means(),
         log_to(*config.sinks, every=config.log_every) if config.sinks else None,
         log_to(Console(total_steps=_total_steps(given, config)), every=_EVERY_TICK, name="progress") if config.progress else None,
-        _checkpoints(config),
+        checkpoint_every(config.dir, config.save_every, config.keep, permanent=config.permanent, background=config.save_in_background)
+        if config.dir
+        else None,
         stop_when(config.bounds),
     ]
     return pipe(task.train_step, *_fitting(task, [part for part in parts if part is not None]))
@@ -158,25 +160,12 @@ def _eval_step(task: Task, config: FitConfig) -> Callable[[Any, Any], Any] | Non
     return None if precision is None or task.eval_step is None else precision(task.eval_step)
 
 
-def _checkpoints(config: FitConfig) -> Combinator | None:
-    if config.dir is None:
-        return None
-    return checkpoint_every(
-        config.dir, config.save_every or _never, config.keep, permanent=config.permanent, background=config.save_in_background
-    )
-
-
-def _never(_: Any) -> bool:
-    return False
-
-
 def _looked_at(config: FitConfig) -> Callable[[Any], bool]:
     """Where a loss must be known to be finite: wherever something is kept or shown that would hide that it is not."""
     whole: Any = epochs(1)
     if config.debug_bundle:
         whole = whole | steps(EVERY)
-    saves = (config.save_every, config.permanent) if config.dir else ()
-    others = (config.eval_every, *saves, config.log_every if config.sinks else None)
+    others = (config.eval_every, *((config.save_every, config.permanent) if config.dir else ()), config.log_every if config.sinks else None)
     for when in others:
         if when is not None and when != epochs(1):
             whole = whole | when

@@ -8,6 +8,7 @@ After the last step of a run the same order is gone through once more with a tic
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import attrs
@@ -22,7 +23,7 @@ from fnlight.rng import isolated
 from fnlight.rules import StopRule
 from fnlight.signals import Signals
 from fnlight.sinks.deliver import deliver, let_go
-from fnlight.state import TrainState
+from fnlight.state import Store, TrainState
 from fnlight.when import Tick, condition, epochs, steps
 
 Metrics = Mapping[str, Any]
@@ -113,7 +114,18 @@ def _run(
         error = failure
         raise
     finally:
-        step.close(store, error)
+        try:
+            step.close()
+        finally:
+            _release(store, error)
+
+
+def _release(store: Store, error: BaseException | None) -> None:
+    """Close what a run holds open, the last first, whatever the others raise."""
+    held, store.resources = store.resources, {}
+    with ExitStack() as stack:
+        for resource in held.values():
+            stack.callback(resource.close, error)
 
 
 def _noticed(state: TrainState, signals: Signals) -> TrainState:

@@ -7,7 +7,6 @@ The kinds of function, from the user's to the loop's: ``loss`` (`LossFn`), ``sum
 
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -50,8 +49,7 @@ class Combinator:
         group: Batches that one step consumes: a number, or a mapping of epochs to numbers; None leaves it to others.
         start: Maps the state before the first step of a run to a state.
         finish: Maps the state after the last step of a run, and the state as its neighbours have finished it, to a state.
-        close: Called when a run ends, however it ends. What belongs to one run alone is put into ``store.resources`` by `start`, under
-            the combinator's key, and has a method ``close(error)``, which is then called with what ended the run, or None.
+        close: Called when a run ends, however it ends. What is one run's alone is put into ``store.resources`` by `start`.
         monitors: Names in the history that it needs.
         yields: Prefixes of the names that it adds to the history.
         fits: Maps all combinators of a finished step to what is wrong with its company, or None.
@@ -245,17 +243,11 @@ class Pipe:
                     f"{[prefix + '...' for prefix in yields] or 'no evaluations at all'}: add evaluate_every(loader) for 'val/...', epoch_means() for 'train/...'"
                 )
 
-    def close(self, store: Store, error: BaseException | None = None) -> None:
-        """Release what combinators and the run hold open, all of it, however the run ended: with an error, or with none."""
-        held = [resource.close for resource in store.resources.values()]
-        store.resources = {}
-        every = (*(c for phase in self.phases.values() for c in phase.combinators), *self.combinators)
-        with ExitStack() as stack:
-            for close in held:  # what was opened last is closed first
-                stack.callback(close, error)
-            for combinator in reversed(every):
-                if combinator.close is not None:
-                    stack.callback(combinator.close)
+    def close(self) -> None:
+        """Release what combinators hold open, however the run ended."""
+        for combinator in (*(c for phase in self.phases.values() for c in phase.combinators), *self.combinators):
+            if combinator.close is not None:
+                combinator.close()
 
 
 def _notable(tree: Any) -> bool:

@@ -26,7 +26,7 @@ from fnlight.when import Tick, condition, epochs
 
 def checkpoint_every(
     dir: str | os.PathLike[str],
-    every: Callable[[Tick], bool] = epochs(1),
+    every: Callable[[Tick], bool] | None = epochs(1),
     keep: Retention = last(1),
     *,
     permanent: Callable[[Tick], bool] | None = None,
@@ -40,7 +40,7 @@ def checkpoint_every(
 
     Args:
         dir: The run's directory; checkpoints go to ``DIR/checkpoints/step-00000500``.
-        every: When one is due.
+        every: When one is due; None saves the last state of a run only.
         keep: Which of this run's checkpoints stay: `last`, `best`, `every`, joined with ``|``; the newest always does.
         permanent: When one is due that is never deleted; `keep` is about the others. None makes no such one.
         background: True writes while training goes on, for the price of one copy of the state in host memory.
@@ -60,7 +60,7 @@ def checkpoint_every(
     """
     path = os.fspath(dir)
     _check(keep)
-    due, lasting = condition(every), condition(permanent or _never)
+    due, lasting = condition(every or _never), condition(permanent or _never)
 
     def wrap(step: Any) -> Any:
         def checkpointed(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
