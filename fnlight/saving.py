@@ -15,7 +15,7 @@ from fnlight.checkpoint import Retention, amend, last, step_path, writable
 from fnlight.checkpoint.background import Background
 from fnlight.checkpoint.lock import hold, name_of
 from fnlight.checkpoint.places import at
-from fnlight.checkpoint.retention import delete, is_there, staying
+from fnlight.checkpoint.retention import delete, is_there, staying, sweep
 from fnlight.checkpoint.staging import Buffers
 from fnlight.checkpoint.write import describe_state, write
 from fnlight.errors import CheckpointError, CheckpointWarning, ConfigError
@@ -146,6 +146,7 @@ class Saver:
 
     def tidy(self, state: TrainState) -> None:
         """Before a run: delete what the one before did not come to, and forget what has been deleted by others."""
+        sweep(self.dir)
         tree = state.store.memory[self.key]
         stay = staying(tree["saved"], self.keep, state.history)
         self._delete([step for step in tree["saved"] if step not in stay])

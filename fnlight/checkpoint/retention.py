@@ -1,15 +1,22 @@
 """Which checkpoints stay: pure functions of steps and history, joined with ``|``, and the deletion of the others."""
 
 import math
+import os
+import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import attrs
 
 from fnlight.checkpoint.folder import Folder, hidden_siblings
+from fnlight.checkpoint.manifest import STATE
 from fnlight.checkpoint.places import Path, at, step_path
 from fnlight.errors import CheckpointWarning, ConfigError
+
+_HIDDEN = re.compile(r"\.(step-[0-9]{8,})\.(tmp|old|gone)-[0-9a-f]+")
 
 
 @attrs.frozen(repr=False)
@@ -155,6 +162,30 @@ def prune(dir: Path, steps: Sequence[int], keep: Retention, history: Iterable[An
     for problem in left.values():
         warnings.warn(problem, CheckpointWarning, stacklevel=2)
     return [step for step in there if step in stay or step in left]
+
+
+def sweep(dir: Path) -> None:
+    """Delete what killed saves and deletions have left in a run's directory; only for whoever holds its lock.
+
+    What may be the only copy of a checkpoint that was being replaced stays.
+
+    Args:
+        dir: The run's directory, or a URL, where nothing is done.
+
+    Example:
+        >>> sweep("no/such/run")
+    """
+    folder = at(dir).child("checkpoints")
+    names = folder.names() if isinstance(folder, Folder) else []
+    for name in names:
+        hidden, inside = _HIDDEN.fullmatch(name), folder.child(name)
+        if hidden is None:
+            torn = [inner for inner in inside.names() if inner.startswith(f".{STATE}.tmp-")] if name.startswith("step-") else []
+            for inner in torn:
+                with suppress(OSError):
+                    os.unlink(os.path.join(inside.path, inner))
+        elif hidden[2] == "gone" or hidden[1] in names or not hidden_siblings(Folder(folder.child(hidden[1]).path), "old"):
+            shutil.rmtree(inside.path, ignore_errors=True)
 
 
 def staying(steps: Sequence[int], keep: Retention, history: Iterable[Any]) -> set[int]:
