@@ -23,7 +23,21 @@ from typing import Any as _Any
 
 from fnlight.averages import average_checkpoints, averaged, ema, ema_warmup, refresh_batch_norm, swa
 from fnlight.bundle import debug_bundle, load_bundle
-from fnlight.checkpoint import LoadReport, Retention, best, checkpoints, every, last, load, load_weights, newest, restore, save, verify
+from fnlight.checkpoint import (
+    LoadReport,
+    Retention,
+    best,
+    best_checkpoint,
+    checkpoints,
+    every,
+    last,
+    load,
+    load_weights,
+    newest,
+    restore,
+    save,
+    verify,
+)
 from fnlight.clip import clip_adaptive, clip_each, clip_norm, clip_quantile, clip_value
 from fnlight.compile import compile  # noqa: A004  # what everybody in this field calls it
 from fnlight.config import FitConfig
@@ -40,6 +54,7 @@ from fnlight.errors import (
     Interrupted,
     LoaderError,
     LoaderWarning,
+    LockedError,
     MemoryWarning,
     MismatchError,
     MonitorError,
@@ -55,7 +70,7 @@ from fnlight.evaluate import collect, evaluate, predict
 from fnlight.fit import compose, fit, total_steps
 from fnlight.freezing import freeze, unfreeze_at
 from fnlight.history import History, Record
-from fnlight.loop import checkpoint_every, evaluate_every, log_to, run, stop_when
+from fnlight.loop import evaluate_every, log_to, run, stop_when
 from fnlight.losses import carry, grad_cache, weighted
 from fnlight.main import main
 from fnlight.manual import manual
@@ -69,6 +84,7 @@ from fnlight.protocols import EvalFn, GradFn, Gradients, LossFn, PredictFn, Rule
 from fnlight.replay import from_torch, plateau
 from fnlight.rng import fold_in, isolated, seed_generators
 from fnlight.rules import diverged, max_epochs, max_steps, max_time, min_epochs, min_steps, nonfinite, patience, reached
+from fnlight.saving import checkpoint_every
 from fnlight.scale import loss_scale
 from fnlight.schedules import (
     constant,
@@ -91,7 +107,7 @@ from fnlight.skip import skip_nonfinite, skip_spikes
 from fnlight.state import Progress, Store, Task, TrainState
 from fnlight.update import accumulate, apply, grad, pure, update
 from fnlight.watch import check_finite, epoch_means
-from fnlight.when import Tick, at_end, epochs, minutes, seconds, steps
+from fnlight.when import Tick, at_end, continuous, epochs, minutes, seconds, steps
 
 __all__ = [
     "BrokenCheckpointError",
@@ -123,6 +139,7 @@ __all__ = [
     "LoaderError",
     "LoaderWarning",
     "Loaders",
+    "LockedError",
     "LossFn",
     "Max",
     "Mean",
@@ -168,6 +185,7 @@ __all__ = [
     "averaged",
     "batches",
     "best",
+    "best_checkpoint",
     "carry",
     "cast",
     "check_finite",
@@ -183,6 +201,7 @@ __all__ = [
     "compose",
     "concat",
     "constant",
+    "continuous",
     "cosine",
     "cosine_restarts",
     "cyclic",

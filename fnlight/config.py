@@ -20,13 +20,13 @@ from fnlight.rules import StopRule
 from fnlight.when import epochs, steps
 
 _NAMES: Mapping[str, Any] = {
-    **{n: getattr(when, n) for n in ("steps", "epochs", "minutes", "seconds", "at_end")},
+    **{n: getattr(when, n) for n in ("steps", "epochs", "minutes", "seconds", "at_end", "continuous")},
     **{n: getattr(rules, n) for n in ("patience", "reached", "diverged", "nonfinite")},
     **{n: getattr(rules, n) for n in ("max_steps", "max_epochs", "max_time", "min_steps", "min_epochs")},
     **{n: getattr(checkpoint, n) for n in ("last", "best", "every")},
     **{n: getattr(sinks, n) for n in ("JSONL", "CSV", "TensorBoard", "Console")},
 }
-_TEXTS = ("stop", "eval_every", "save_every", "keep", "log_every")
+_TEXTS = ("stop", "eval_every", "save_every", "keep", "permanent", "log_every")
 _BOUNDS = ("max_epochs", "max_steps", "max_time", "stop", "fast_dev_run")
 
 
@@ -140,6 +140,8 @@ class FitConfig:
         dir: Where checkpoints and ``config.json`` go; None writes nothing.
         save_every: When a checkpoint is saved; the last state of a run always is.
         keep: Which checkpoints stay.
+        permanent: When a checkpoint is saved that always stays; `keep` is about the others.
+        save_in_background: True trains on while a checkpoint is written, for the price of one copy of the state in host memory.
         resume: True goes on from the newest sound checkpoint of `dir`, or starts afresh if there is none.
         log_every: When training metrics go to the sinks.
         sinks: Where records go.
@@ -187,6 +189,8 @@ class FitConfig:
     dir: str | None = attrs.field(default=None, converter=_path)
     save_every: Callable[[Any], bool] | None = attrs.field(default=epochs(1), validator=_callable)
     keep: Retention = attrs.field(default=last(1), validator=_callable)
+    permanent: Callable[[Any], bool] | None = attrs.field(default=None, validator=_callable)
+    save_in_background: bool = attrs.field(default=True, validator=_one_of(True, False))
     resume: bool = attrs.field(default=False, validator=_one_of(True, False))
     log_every: Callable[[Any], bool] = attrs.field(default=steps(50), validator=_callable)
     sinks: tuple[Any, ...] = attrs.field(default=(), converter=_sinks, eq=repr)
@@ -234,7 +238,11 @@ class FitConfig:
             why = "fast_dev_run writes and reads no files" if self.fast_dev_run else "there is no dir"
             raise ConfigError(f"FitConfig(resume=True) goes on from a checkpoint, but {why}; leave one of them out")
         if self.dir is None:
-            asked = [n for n, default in (("save_every", epochs(1)), ("keep", last(1))) if getattr(self, n) != default]
+            asked = [
+                n
+                for n, default in (("save_every", epochs(1)), ("keep", last(1)), ("permanent", None), ("save_in_background", True))
+                if getattr(self, n) != default
+            ]
             if asked:
                 raise ConfigError(
                     f"FitConfig({asked[0]}={getattr(self, asked[0])!r}) is about checkpoints, but there is no dir to write them to; give dir"

@@ -15,6 +15,7 @@
     ├── TaskCheckError(AssertionError)      a task that breaks one of the laws that `check_task` checks
     └── CheckpointError(ValueError)         files that cannot be written or read
         ├── BrokenCheckpointError           ... torn, altered or incomplete files
+        ├── LockedError                     ... a run's directory that another run uses
         └── MismatchError                   ... files of another task: names and shapes are listed
 
 Every message says what was expected, what was found, where, and what to do next.
@@ -75,6 +76,10 @@ class CheckpointError(FnlightError, ValueError):
 
 class BrokenCheckpointError(CheckpointError):
     """Files that are torn, altered or incomplete."""
+
+
+class LockedError(CheckpointError):
+    """A run's directory is in use by another run; the message names its process."""
 
 
 class MismatchError(CheckpointError):

@@ -12,17 +12,19 @@ import torch
 from fnlight.averages import ema
 from fnlight.bundle import EVERY, debug_bundle
 from fnlight.checkpoint import checkpoints, newest, restore, writable
+from fnlight.checkpoint.lock import held
 from fnlight.clip import clip_norm, clip_value
 from fnlight.compile import compile  # noqa: A004  # what everybody in this field calls it
 from fnlight.config import FitConfig
 from fnlight.data import Loaders, Source, group_at
 from fnlight.errors import BrokenCheckpointError, ConfigError, Interrupted, LoaderError, OptimizerWarning, TaskWarning
 from fnlight.evaluate import evaluate
-from fnlight.loop import checkpoint_every, evaluate_every, log_to, run, stop_when
+from fnlight.loop import evaluate_every, log_to, run, stop_when
 from fnlight.microbatch import microbatch
 from fnlight.optim import Optim, ends, monitored
 from fnlight.pipe import Combinator, Pipe, pipe
 from fnlight.precision import autocast, cast
+from fnlight.saving import checkpoint_every
 from fnlight.scale import loss_scale
 from fnlight.signals import Signals
 from fnlight.sinks import Console
@@ -65,13 +67,14 @@ def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
     """
     given = _loaders(loaders)
     config = _dev_run(state, config) if config.fast_dev_run else config
-    with Signals(deadline=config.signals_deadline) if config.signals else nullcontext() as signals:
+    train = _train_source(given, config)
+    with Signals(deadline=config.signals_deadline) if config.signals else nullcontext() as signals, held(config.dir) as locks:
         state = _placed(_resumed(state, config), config)
-        train = _train_source(given, config)
         with settings(config):
             step = compose(state.task, config, given, signals)
             _preflight(state, given, config, step, signals)
             _write_config(config)
+            state.store.resources.update(locks)
             return _drain(run(step, state, train, donate=True, signals=signals))
 
 
@@ -116,7 +119,9 @@ def compose(task: Task, config: FitConfig, loaders: Any = None, signals: Signals
         epoch_means(),
         log_to(*config.sinks, every=config.log_every) if config.sinks else None,
         log_to(Console(total_steps=_total_steps(given, config)), every=_EVERY_TICK, name="progress") if config.progress else None,
-        checkpoint_every(config.dir, every=config.save_every or _never, keep=config.keep) if config.dir else None,
+        checkpoint_every(config.dir, config.save_every, config.keep, permanent=config.permanent, background=config.save_in_background)
+        if config.dir
+        else None,
         stop_when(config.bounds),
     ]
     return pipe(task.train_step, *_fitting(task, [part for part in parts if part is not None]))
@@ -153,16 +158,12 @@ def _eval_step(task: Task, config: FitConfig) -> Callable[[Any, Any], Any] | Non
     return None if precision is None or task.eval_step is None else precision(task.eval_step)
 
 
-def _never(_: Any) -> bool:
-    return False
-
-
 def _looked_at(config: FitConfig) -> Callable[[Any], bool]:
     """Where a loss must be known to be finite: wherever something is kept or shown that would hide that it is not."""
     whole: Any = epochs(1)
     if config.debug_bundle:
         whole = whole | steps(EVERY)
-    others = (config.eval_every, config.save_every if config.dir else None, config.log_every if config.sinks else None)
+    others = (config.eval_every, *((config.save_every, config.permanent) if config.dir else ()), config.log_every if config.sinks else None)
     for when in others:
         if when is not None and when != epochs(1):
             whole = whole | when
@@ -242,7 +243,7 @@ def _dev_run(state: TrainState, config: FitConfig) -> FitConfig:
     return attrs.evolve(
         config, max_epochs=state.progress.epoch + 1, max_steps=None, max_time=None, stop=None, min_epochs=0, min_steps=0,
         limit_train=n, overfit_batches=0, limit_eval=n, eval_every=epochs(1), sanity_batches=0,
-        dir=None, debug_bundle=False, save_every=epochs(1), keep=attrs.fields(FitConfig).keep.default, sinks=(), log_every=attrs.fields(FitConfig).log_every.default,
+        dir=None, debug_bundle=False, save_every=epochs(1), permanent=None, save_in_background=True, keep=attrs.fields(FitConfig).keep.default, sinks=(), log_every=attrs.fields(FitConfig).log_every.default,
     )  # fmt: skip
 
 

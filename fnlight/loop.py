@@ -6,14 +6,13 @@ from completed work and history), **evaluate** (`evaluate_every`), **history** (
 After the last step of a run the same order is gone through once more with a tick whose ``end`` is True.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import attrs
 
-from fnlight.checkpoint import Retention, amend, last, prune, save, step_path, writable
 from fnlight.data import Item, Source, batches
 from fnlight.errors import ConfigError, Interrupted
 from fnlight.evaluate import evaluate_sources, sources_of, step_of
@@ -24,7 +23,7 @@ from fnlight.rng import isolated
 from fnlight.rules import StopRule
 from fnlight.signals import Signals
 from fnlight.sinks.deliver import deliver, let_go
-from fnlight.state import TrainState
+from fnlight.state import Store, TrainState
 from fnlight.when import Tick, condition, epochs, steps
 
 Metrics = Mapping[str, Any]
@@ -92,6 +91,7 @@ def run(
 def _run(
     step: Pipe, state: TrainState, items: Callable[[TrainState], Iterator[Item]], signals: Signals | None
 ) -> Iterator[tuple[TrainState, Metrics]]:
+    store, error = state.store, None
     try:
         with isolated(state.device):
             known = state.history
@@ -110,8 +110,22 @@ def _run(
             if metrics is not None:
                 yield state, metrics
             return state
+    except BaseException as failure:
+        error = failure
+        raise
     finally:
-        step.close()
+        try:
+            step.close()
+        finally:
+            _release(store, error)
+
+
+def _release(store: Store, error: BaseException | None) -> None:
+    """Close what a run holds open, the last first, whatever the others raise."""
+    held, store.resources = store.resources, {}
+    with ExitStack() as stack:
+        for resource in held.values():
+            stack.callback(resource.close, error)
 
 
 def _noticed(state: TrainState, signals: Signals) -> TrainState:
@@ -201,65 +215,6 @@ def evaluate_every(
     return Combinator(
         "evaluate_every", wrap, "step", "step", args=label, key=key, init=lambda store: {"owed": False}, phase="evaluate",
         start=start, finish=finish, yields=(f"{name}/",),
-    )  # fmt: skip
-
-
-def checkpoint_every(dir: str | os.PathLike[str], every: Callable[[Tick], bool] = epochs(1), keep: Retention = last(1)) -> Combinator:
-    """Save a checkpoint when it is due, and the last state of a run always; then remove what need not be kept.
-
-    Args:
-        dir: The run's directory; checkpoints go to ``DIR/checkpoints/step-00000500``.
-        every: When it is due.
-        keep: Which of this run's checkpoints stay: `last`, `best`, `every`, joined with ``|``; the newest always does.
-
-    Returns:
-        A combinator from `Step` to `Step`.
-
-    Raises:
-        ConfigError: If `keep` is no retention.
-
-    Example:
-        >>> print(checkpoint_every("runs/a", every=steps(500)))
-        checkpoint_every('runs/a', every=steps(500), keep=last(1))
-    """
-    path = os.fspath(dir)
-    if not isinstance(keep, Retention):
-        raise ConfigError(f"keep must be a retention such as last(3) or best('val/loss', 3), but got {keep!r}")
-
-    due = condition(every)
-
-    def saved(state: TrainState) -> TrainState:
-        tree = state.store.memory["checkpoint_every"]
-        step = state.progress.step
-        tree["saved"], tree["skipped"] = [*(s for s in tree["saved"] if s < step), step], state.progress.skipped
-        save(state, step_path(path, step))
-        tree["saved"] = prune(path, tree["saved"], keep, state.history)
-        return state
-
-    def wrap(step: Any) -> Any:
-        def checkpointed(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-            before = state.progress
-            state, metrics = step(state, batch)
-            return (saved(state) if due(Tick(before, state.progress)) else state), metrics
-
-        return checkpointed
-
-    def start(state: TrainState) -> TrainState:
-        writable(path)
-        tree = state.store.memory["checkpoint_every"]
-        tree["saved"] = prune(path, tree["saved"], keep, state.history)  # what a run that was killed did not come to
-        return state
-
-    def finish(before: TrainState, state: TrainState) -> TrainState:
-        tree, at = state.store.memory["checkpoint_every"], state.progress
-        if tree["saved"][-1:] == [at.step] and tree.get("skipped", 0) == at.skipped:
-            amend(state, step_path(path, at.step))
-            return state
-        return saved(state)
-
-    return Combinator(
-        "checkpoint_every", wrap, "step", "step", args=f"{path!r}, every={every}, keep={keep}", init=lambda store: {"saved": [], "skipped": 0},
-        phase="save", start=start, finish=finish, monitors=keep.monitors,
     )  # fmt: skip
 
 

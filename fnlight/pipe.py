@@ -50,7 +50,7 @@ class Combinator:
         repeats: How many times as many one call takes.
         start: Maps the state before the first step of a run to a state.
         finish: Maps the state after the last step of a run, and the state as its neighbours have finished it, to a state.
-        close: Called when a run ends, however it ends.
+        close: Called when a run ends, however it ends. What is one run's alone is put into ``store.resources`` by `start`.
         monitors: Names in the history that it needs.
         yields: Prefixes of the names that it adds to the history.
         fits: Maps all combinators of a finished step to what is wrong with its company, or None.

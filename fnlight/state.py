@@ -131,7 +131,8 @@ class Store:
     """
 
     __slots__ = (
-        "device", "media", "memory", "module", "named", "optim", "owner", "params", "phases", "position", "progress", "scale", "seed", "skipped", "version",
+        "device", "media", "memory", "module", "named", "optim", "owner", "params", "phases", "position", "progress",
+        "resources", "scale", "seed", "skipped", "version",
     )  # fmt: skip
 
     def __init__(self, module: nn.Module, optim: Optim | Mapping[str, Optim], memory: dict[str, Any]) -> None:
@@ -143,6 +144,7 @@ class Store:
         self.skipped = False  # whether the last step left out its update, and the host knows
         self.progress = Progress()  # what was completed before the step that is under way
         self.scale: Tensor | None = None  # what a loss is multiplied by before it goes backward
+        self.resources: dict[str, Any] = {}  # what a run holds open, by name; each has a close(error), and none is copied or saved
         self.media: dict[str, Any] | None = None  # pictures and texts of an evaluation, for the sinks of the same tick
         self.named = dict(module.named_parameters())
         self.params = [p for p in self.named.values() if p.requires_grad]
@@ -324,13 +326,13 @@ class TrainState:
         """This very state, its tensors moved in place; it donates its input."""
         store = self.live
         store.settle()
-        version = store.version + 2  # as a step does
+        version, resources = store.version + 2, store.resources  # as a step does
         store.module.to(device)
         for optim in store.optims.values():
             to_device(optim.optimizer)
         store.memory = {key: tree if key == "loader" else _moved(tree, torch.device(device)) for key, tree in store.memory.items()}
         store.__init__(store.module, store.optims if store.phases else store.optim, store.memory)
-        store.version = version
+        store.version, store.resources = version, resources
         return attrs.evolve(self, version=version)
 
     def donated(self) -> Store:

@@ -1,6 +1,8 @@
 """When something is due: triggers such as ``steps(50) | at_end``, pure functions of the progress before and after a tick.
 
-A trigger remembers nothing, so a resumed run fires exactly where the uninterrupted one does.
+A trigger remembers nothing, so a resumed run fires exactly where the uninterrupted one does. Those that count time read
+``progress.seconds``, which comes from the clock that `run` was given: no trigger looks at a clock of its own, so where several
+processes train together, whoever owns the progress decides for all of them. `continuous` alone depends on the disk.
 """
 
 from collections.abc import Callable
@@ -19,6 +21,7 @@ class Tick(NamedTuple):
         before: The progress before the step.
         after: The progress after it.
         end: True once, after the last step of a run.
+        idle: False while a save is under way in the background; only `checkpoint_every` knows.
 
     Example:
         >>> Tick(Progress(step=1), Progress(step=2)).after.step
@@ -28,6 +31,7 @@ class Tick(NamedTuple):
     before: Progress
     after: Progress
     end: bool = False
+    idle: bool = True
 
 
 @attrs.frozen(repr=False)
@@ -194,6 +198,9 @@ def _whole(name: str, n: Any) -> None:
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise ConfigError(f"{name}(...) must be a whole number of at least 1, but got {n!r}; to switch it off, leave it out")
 
+
+continuous = Trigger("continuous", lambda tick: tick.idle)
+"""Fire as soon as the save before has ended. *When* that is depends on the disk; *what* is saved is exact as ever."""
 
 at_end = Trigger("at_end", lambda tick: tick.end)
 """Fire once, after the last step of a run."""

@@ -11,10 +11,11 @@ from torch.utils.data import DataLoader
 from fnlight.averages import ema
 from fnlight.checkpoint import checkpoints, last, load
 from fnlight.errors import ConfigError
-from fnlight.loop import checkpoint_every, evaluate_every, log_to, run, stop_when
+from fnlight.loop import evaluate_every, log_to, run, stop_when
 from fnlight.metrics import Mean, Text
 from fnlight.pipe import pipe
 from fnlight.rules import max_epochs, max_steps
+from fnlight.saving import checkpoint_every
 from fnlight.state import Task, TrainState
 from fnlight.update import accumulate, apply, grad
 from fnlight.watch import epoch_means
@@ -189,7 +190,7 @@ def test_a_run_first_removes_what_a_killed_one_did_not_come_to(tmp_path):
     resumed = run(pipe(train_step, grad(), apply(), checkpoint_every(tmp_path, steps(2)), stop_when(max_steps(6))), state, loader())
     with pytest.raises(StopIteration) as end:
         next(resumed)
-    assert end.value.value.memory["checkpoint_every"]["saved"] == [6]
+    assert end.value.value.progress.step == 6
     assert [step for step, _ in checkpoints(tmp_path)] == [6]
 
 

@@ -11,7 +11,7 @@
 No pickle is read or written, and no name in a file is ever imported.
 """
 
-from fnlight.checkpoint.places import checkpoints, newest, step_path, verify, writable
+from fnlight.checkpoint.places import best_checkpoint, checkpoints, newest, step_path, verify, writable
 from fnlight.checkpoint.read import load, restore
 from fnlight.checkpoint.retention import Retention, best, every, last, prune
 from fnlight.checkpoint.weights import LoadReport, load_weights
@@ -22,6 +22,7 @@ __all__ = [
     "Retention",
     "amend",
     "best",
+    "best_checkpoint",
     "checkpoints",
     "every",
     "last",

@@ -1,5 +1,6 @@
 """Where checkpoints lie: ``DIR/checkpoints/step-00000500``; which of them are sound, and which is the newest."""
 
+import math
 import os
 import re
 import warnings
@@ -11,10 +12,11 @@ import attrs
 from torch import Tensor
 
 from fnlight.checkpoint.bucket import Bucket
+from fnlight.checkpoint.encode import decode
 from fnlight.checkpoint.folder import Folder, cannot_write, hidden_siblings, make
 from fnlight.checkpoint.manifest import FILES, MODEL, STATE, parse
 from fnlight.checkpoint.tensors import as_listed
-from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning
+from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning, ConfigError
 
 _STEP = re.compile(r"step-([0-9]{8,})")
 _ASIDE = re.compile(r"\.(step-[0-9]{8,})\.old-[0-9a-f]+")
@@ -94,6 +96,35 @@ def newest(dir: Path) -> str | None:
     """
     found = next(_sound(dir), None)
     return found and found.path
+
+
+def best_checkpoint(dir: Path, monitor: str, mode: str = "min") -> str | None:
+    """The sound checkpoint of a run with the best value of a metric at its step; NaN is worst, and of equals the earlier is better.
+
+    Args:
+        dir: The run's directory, or its ``checkpoints`` directory, or a URL.
+        monitor: A name in the history, such as ``"val/loss"``.
+        mode: ``"min"`` if less is better, ``"max"`` if more is.
+
+    Returns:
+        Its path; None if no checkpoint has such a value. Each broken one that is passed over is named in a `CheckpointWarning`.
+
+    Raises:
+        ConfigError: If the mode is neither.
+
+    Example:
+        >>> best_checkpoint("no/such/run", "val/loss")
+    """
+    if mode not in ("min", "max"):
+        raise ConfigError(f"best_checkpoint(..., mode=) must be 'min' or 'max', but got {mode!r}")
+    found: list[tuple[bool, float, int, str]] = []
+    for opened in _sound(dir):
+        step = opened.body["progress"]["step"]
+        for _, _, metrics in (record for record in opened.body["history"] if record[0] == step):
+            value = float(decode(metrics, {}.__getitem__).get(monitor, math.nan)) * (1 if mode == "min" else -1)
+            if monitor in metrics:
+                found.append((math.isnan(value), 0.0 if math.isnan(value) else value, step, opened.path))
+    return min(found)[3] if found else None
 
 
 def _sound(dir: Path) -> "Iterator[Opened]":

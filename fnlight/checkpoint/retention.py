@@ -1,15 +1,22 @@
 """Which checkpoints stay: pure functions of steps and history, joined with ``|``, and the deletion of the others."""
 
 import math
+import os
+import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import attrs
 
 from fnlight.checkpoint.folder import Folder, hidden_siblings
+from fnlight.checkpoint.manifest import STATE
 from fnlight.checkpoint.places import Path, at, step_path
 from fnlight.errors import CheckpointWarning, ConfigError
+
+_HIDDEN = re.compile(r"\.(step-[0-9]{8,})\.(tmp|old|gone)-[0-9a-f]+")
 
 
 @attrs.frozen(repr=False)
@@ -149,25 +156,93 @@ def prune(dir: Path, steps: Sequence[int], keep: Retention, history: Iterable[An
         >>> prune("no/such/run", [10, 20], last(1), ())
         []
     """
-    there = [step for step in sorted(set(steps)) if _present(step_path(dir, step))]
-    stay = keep(there, history) | set(there[-1:])
-    return [step for step in there if step in stay or not _delete(step_path(dir, step))]
+    there = [step for step in sorted(set(steps)) if is_there(dir, step)]
+    stay = staying(there, keep, history)
+    left = delete(dir, [step for step in there if step not in stay])
+    for problem in left.values():
+        warnings.warn(problem, CheckpointWarning, stacklevel=2)
+    return [step for step in there if step in stay or step in left]
 
 
-def _present(path: str) -> bool:
-    folder = at(path)
+def sweep(dir: Path) -> None:
+    """Delete what killed saves and deletions have left in a run's directory; only for whoever holds its lock.
+
+    What may be the only copy of a checkpoint that was being replaced stays.
+
+    Args:
+        dir: The run's directory, or a URL, where nothing is done.
+
+    Example:
+        >>> sweep("no/such/run")
+    """
+    folder = at(dir).child("checkpoints")
+    names = folder.names() if isinstance(folder, Folder) else []
+    for name in names:
+        hidden, inside = _HIDDEN.fullmatch(name), folder.child(name)
+        if hidden is None:
+            torn = [inner for inner in inside.names() if inner.startswith(f".{STATE}.tmp-")] if name.startswith("step-") else []
+            for inner in torn:
+                with suppress(OSError):
+                    os.unlink(os.path.join(inside.path, inner))
+        elif hidden[2] == "gone" or hidden[1] in names or not hidden_siblings(Folder(folder.child(hidden[1]).path), "old"):
+            shutil.rmtree(inside.path, ignore_errors=True)
+
+
+def staying(steps: Sequence[int], keep: Retention, history: Iterable[Any]) -> set[int]:
+    """Which of a run's checkpoints stay: what is to be kept, and the newest.
+
+    Args:
+        steps: The steps of the checkpoints.
+        keep: Which of them stay.
+        history: The records so far.
+
+    Returns:
+        Those that stay.
+
+    Example:
+        >>> sorted(staying([10, 20, 30], every(20), ()))
+        [20, 30]
+    """
+    return keep(steps, history) | set(sorted(steps)[-1:])
+
+
+def is_there(dir: Path, step: int) -> bool:
+    """Say whether there is anything of the checkpoint of a step.
+
+    Args:
+        dir: The run's directory, or a URL.
+        step: The step.
+
+    Returns:
+        True also for what an interrupted save or deletion has left.
+
+    Example:
+        >>> is_there("no/such/run", 10)
+        False
+    """
+    folder = at(step_path(dir, step))
     return folder.exists() or (isinstance(folder, Folder) and bool(hidden_siblings(folder)))
 
 
-def _delete(path: str) -> bool:
-    folder = at(path)
-    try:
-        folder.remove()
-    except Exception as error:  # noqa: BLE001  # remote stores have errors of their own; a file too many is no reason to end a run
-        warnings.warn(
-            f"cannot delete checkpoint {path}: {error}; delete it by hand, or it is tried again at the next save",
-            CheckpointWarning,
-            stacklevel=4,
-        )
-        return False
-    return True
+def delete(dir: Path, steps: Iterable[int]) -> dict[int, str]:
+    """Delete checkpoints of a run.
+
+    Args:
+        dir: The run's directory, or a URL.
+        steps: Whose checkpoints.
+
+    Returns:
+        Those that could not be deleted, and why.
+
+    Example:
+        >>> delete("no/such/run", [10])
+        {}
+    """
+    left: dict[int, str] = {}
+    for step in steps:
+        path = step_path(dir, step)
+        try:
+            at(path).remove()
+        except Exception as error:  # noqa: BLE001  # remote stores have errors of their own; a file too many is no reason to end a run
+            left[step] = f"cannot delete checkpoint {path}: {error}; delete it by hand, or it is tried again at the next save"
+    return left

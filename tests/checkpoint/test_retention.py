@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fnlight.checkpoint import Retention, best, checkpoints, every, folder, last, prune, save, step_path
+from fnlight.checkpoint.retention import sweep
 from fnlight.errors import CheckpointWarning, ConfigError
 from fnlight.history import Record
 from tests.checkpoint.tasks import trained
@@ -164,3 +165,20 @@ def test_a_deletion_that_fails_is_a_warning_and_is_tried_again(tmp_path: Path, c
     assert [step for step, _ in checkpoints(run)] == [2, 3], "it is out of sight at once"
     assert prune(run, [1, 3], last(1), ()) == [3]
     assert sorted(os.listdir(run / "checkpoints")) == ["step-00000002", "step-00000003"]
+
+
+def test_what_killed_saves_have_left_is_swept_but_never_an_only_copy(tmp_path: Path) -> None:
+    """Hidden folders go, whatever step they are of; those of a checkpoint that was being replaced and is not back in its place stay."""
+    for step in (5, 6):
+        save(trained(), step_path(tmp_path, step))
+    inside = tmp_path / "checkpoints"
+    (inside / "step-00000005" / ".state.json.tmp-0a").write_text("half")
+    for name in (".step-00000007.tmp-0a", ".step-00000004.gone-0b", ".step-00000006.tmp-0c", ".step-00000006.old-0d", ".lock"):
+        (inside / name).mkdir()
+    for name in (".step-00000008.old-0e", ".step-00000008.tmp-0f"):
+        (inside / name).mkdir()
+    sweep(tmp_path)
+    kept = [".lock", ".step-00000008.old-0e", ".step-00000008.tmp-0f", "step-00000005", "step-00000006"]
+    assert sorted(p.name for p in inside.iterdir()) == kept
+    assert [p.name for p in inside.rglob(".state.json*")] == []
+    assert [step for step, _ in checkpoints(tmp_path)] == [5, 6, 8]

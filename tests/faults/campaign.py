@@ -47,7 +47,7 @@ def killed(folder, at, instant, durable):
 
 def leftovers(folder):
     """Hidden files and folders, which a killed save may leave until the next one, and nobody after that."""
-    return [p.relative_to(folder) for p in folder.rglob("*") if p.name.startswith(".") and not p.name.startswith(".state.json")]
+    return [p.relative_to(folder) for p in folder.rglob("*") if p.name.startswith(".")]
 
 
 def went_on(folder, whole, durable, reference, workers=0, vanished=False):

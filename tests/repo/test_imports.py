@@ -13,7 +13,7 @@ FLOORS = {
     4: {"state", "gradients", "mask"},
     5: {"checkpoint", "data", "when", "rules", "sinks", "pipe"},
     6: {"precision", "scale", "clip", "noise", "skip", "microbatch", "update", "manual", "evaluate", "watch"},
-    7: {"averages", "freezing", "losses", "bundle", "compile", "loop", "config"},
+    7: {"averages", "freezing", "losses", "bundle", "compile", "saving", "loop", "config"},
     8: {"fit", "main"},
     9: {"testing", "report", "__init__"},
     10: {"cli"},
