@@ -27,6 +27,7 @@ _NAMES: Mapping[str, Any] = {
     **{n: getattr(sinks, n) for n in ("JSONL", "CSV", "TensorBoard", "Console")},
 }
 _TEXTS = ("stop", "eval_every", "save_every", "keep", "log_every")
+_DIFFERENCES = checkpoint.ALLOWED | {"batch_size"}
 _BOUNDS = ("max_epochs", "max_steps", "max_time", "stop", "fast_dev_run")
 
 
@@ -111,6 +112,15 @@ def _sinks(value: Any) -> tuple[Any, ...]:
     return (value,) if callable(value) else tuple(value)
 
 
+def _names(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _renames(_: Any, field: Any, value: Any) -> None:
+    if value is not None and not (isinstance(value, Mapping) and all(isinstance(v, str) for pair in value.items() for v in pair)):
+        raise ConfigError(f"FitConfig(rename=...) must map names in the checkpoint to names in the model, but got {value!r}")
+
+
 def _path(value: Any) -> Any:
     return None if value is None else os.fspath(value)
 
@@ -141,6 +151,9 @@ class FitConfig:
         save_every: When a checkpoint is saved; the last state of a run always is.
         keep: Which checkpoints stay.
         resume: True goes on from the newest sound checkpoint of `dir`, or starts afresh if there is none.
+        allow: Differences between the checkpoint and the code that a resumed run goes along with, with a warning: ``"model"``, ``"dtype"``
+            and ``"optimizer"``, see `restore`; ``"batch_size"`` goes back to where a batch of the new size ends.
+        rename: Names of parameters, or of modules with all below them, in the checkpoint to those in the model.
         log_every: When training metrics go to the sinks.
         sinks: Where records go.
         progress: A progress bar on a terminal, else a line every few seconds.
@@ -187,6 +200,8 @@ class FitConfig:
     save_every: Callable[[Any], bool] | None = attrs.field(default=epochs(1), validator=_callable)
     keep: Retention = attrs.field(default=last(1), validator=_callable)
     resume: bool = attrs.field(default=False, validator=_one_of(True, False))
+    allow: tuple[str, ...] = attrs.field(default=(), converter=_names)
+    rename: Mapping[str, str] | None = attrs.field(default=None, validator=_renames)
     log_every: Callable[[Any], bool] = attrs.field(default=steps(50), validator=_callable)
     sinks: tuple[Any, ...] = attrs.field(default=(), converter=_sinks, eq=repr)
     progress: bool = attrs.field(default=True, validator=_one_of(True, False))
@@ -226,6 +241,11 @@ class FitConfig:
         if self.resume and (self.dir is None or self.fast_dev_run):
             why = "fast_dev_run writes and reads no files" if self.fast_dev_run else "there is no dir"
             raise ConfigError(f"FitConfig(resume=True) goes on from a checkpoint, but {why}; leave one of them out")
+        asked = [f"{name}={getattr(self, name)!r}" for name in ("allow", "rename") if getattr(self, name)]
+        if asked and not self.resume:
+            raise ConfigError(f"FitConfig({asked[0]}) is about going on from a checkpoint, but resume is False; set it, or leave it out")
+        if not set(self.allow) <= _DIFFERENCES:
+            raise ConfigError(f"FitConfig(allow=...) knows {sorted(_DIFFERENCES)}, but got {sorted(set(self.allow) - _DIFFERENCES)}")
         if self.dir is None:
             asked = [n for n, default in (("save_every", epochs(1)), ("keep", last(1))) if getattr(self, n) != default]
             if asked:
