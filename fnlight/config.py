@@ -27,6 +27,7 @@ _NAMES: Mapping[str, Any] = {
     **{n: getattr(sinks, n) for n in ("JSONL", "CSV", "TensorBoard", "Console")},
 }
 _TEXTS = ("stop", "eval_every", "save_every", "keep", "permanent", "log_every")
+_DIFFERENCES = checkpoint.ALLOWED | {"batch_size"}
 _BOUNDS = ("max_epochs", "max_steps", "max_time", "stop", "fast_dev_run")
 
 
@@ -111,6 +112,15 @@ def _sinks(value: Any) -> tuple[Any, ...]:
     return (value,) if callable(value) else tuple(value)
 
 
+def _names(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _renames(_: Any, field: Any, value: Any) -> None:
+    if value is not None and not (isinstance(value, Mapping) and all(isinstance(v, str) for pair in value.items() for v in pair)):
+        raise ConfigError(f"FitConfig(rename=...) must map names in the checkpoint to names in the model, but got {value!r}")
+
+
 def _path(value: Any) -> Any:
     return None if value is None else os.fspath(value)
 
@@ -143,6 +153,9 @@ class FitConfig:
         permanent: When a checkpoint is saved that always stays; `keep` is about the others.
         save_in_background: True trains on while a checkpoint is written, for the price of one copy of the state in host memory.
         resume: True goes on from the newest sound checkpoint of `dir`, or starts afresh if there is none.
+        allow: Differences between the checkpoint and the code that a resumed run goes along with, with a warning: ``"model"``, ``"dtype"``
+            and ``"optimizer"``, see `restore`; ``"batch_size"`` goes back to where a batch of the new size ends.
+        rename: Names of parameters, or of modules with all below them, in the checkpoint to those in the model.
         log_every: When training metrics go to the sinks.
         sinks: Where records go.
         progress: A progress bar on a terminal, else a line every few seconds.
@@ -192,6 +205,8 @@ class FitConfig:
     permanent: Callable[[Any], bool] | None = attrs.field(default=None, validator=_callable)
     save_in_background: bool = attrs.field(default=True, validator=_one_of(True, False))
     resume: bool = attrs.field(default=False, validator=_one_of(True, False))
+    allow: tuple[str, ...] = attrs.field(default=(), converter=_names)
+    rename: Mapping[str, str] | None = attrs.field(default=None, validator=_renames)
     log_every: Callable[[Any], bool] = attrs.field(default=steps(50), validator=_callable)
     sinks: tuple[Any, ...] = attrs.field(default=(), converter=_sinks, eq=repr)
     progress: bool = attrs.field(default=True, validator=_one_of(True, False))
@@ -237,6 +252,11 @@ class FitConfig:
         if self.resume and (self.dir is None or self.fast_dev_run):
             why = "fast_dev_run writes and reads no files" if self.fast_dev_run else "there is no dir"
             raise ConfigError(f"FitConfig(resume=True) goes on from a checkpoint, but {why}; leave one of them out")
+        asked = [f"{name}={getattr(self, name)!r}" for name in ("allow", "rename") if getattr(self, name)]
+        if asked and not self.resume:
+            raise ConfigError(f"FitConfig({asked[0]}) is about going on from a checkpoint, but resume is False; set it, or leave it out")
+        if not set(self.allow) <= _DIFFERENCES:
+            raise ConfigError(f"FitConfig(allow=...) knows {sorted(_DIFFERENCES)}, but got {sorted(set(self.allow) - _DIFFERENCES)}")
         if self.dir is None:
             asked = [
                 n

@@ -16,8 +16,8 @@ from fnlight.checkpoint.lock import held
 from fnlight.clip import clip_norm, clip_value
 from fnlight.compile import compile  # noqa: A004  # what everybody in this field calls it
 from fnlight.config import FitConfig
-from fnlight.data import Loaders, Source, group_at
-from fnlight.errors import BrokenCheckpointError, ConfigError, Interrupted, LoaderError, OptimizerWarning, TaskWarning
+from fnlight.data import Loaders, Source, group_at, placed
+from fnlight.errors import BrokenCheckpointError, CheckpointWarning, ConfigError, Interrupted, LoaderError, OptimizerWarning, TaskWarning
 from fnlight.evaluate import evaluate
 from fnlight.loop import evaluate_every, log_to, run, stop_when
 from fnlight.microbatch import microbatch
@@ -69,7 +69,7 @@ def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
     config = _dev_run(state, config) if config.fast_dev_run else config
     train = _train_source(given, config)
     with Signals(deadline=config.signals_deadline) if config.signals else nullcontext() as signals, held(config.dir) as locks:
-        state = _placed(_resumed(state, config), config)
+        state = _placed(_counted(_resumed(state, config), train, config), config)
         with settings(config):
             step = compose(state.task, config, given, signals)
             _preflight(state, given, config, step, signals)
@@ -255,7 +255,14 @@ def _resumed(state: TrainState, config: FitConfig) -> TrainState:
             f"{config.dir} holds a run already, up to {os.path.basename(found)}; go on from it with FitConfig(resume=True), or give another dir"
         )
     if found is not None:
-        return restore(found, state)
+        resumed = restore(found, state, allow=[each for each in config.allow if each != "batch_size"], rename=config.rename)
+        if resumed.seed != state.seed:
+            warnings.warn(
+                f"the run in {config.dir} has seed {resumed.seed}, which decides its data order, but the state has {state.seed}; {resumed.seed} is used",
+                CheckpointWarning,
+                stacklevel=3,
+            )
+        return resumed
     broken = checkpoints(config.dir) if config.dir is not None else []
     if broken:
         raise BrokenCheckpointError(
@@ -263,6 +270,20 @@ def _resumed(state: TrainState, config: FitConfig) -> TrainState:
             "overwrite them; look at fl.verify(path), restore them from a copy, or give another dir"
         )
     return state if config.donate else state.copy()
+
+
+def _counted(state: TrainState, train: Source, config: FitConfig) -> TrainState:
+    """The state, its place in the epoch counted in batches of today's size."""
+    before = state.progress
+    after = placed(train, before, earlier="batch_size" in config.allow)
+    if after.samples != before.samples:
+        warnings.warn(
+            f"the batches have another size than when the state was saved: the run goes back from sample {before.epoch_samples} of epoch "
+            f"{before.epoch} to {after.epoch_samples}, where one ends, and sees those between twice",
+            CheckpointWarning,
+            stacklevel=3,
+        )
+    return state if after is before else attrs.evolve(state, progress=after)
 
 
 def _placed(state: TrainState, config: FitConfig) -> TrainState:

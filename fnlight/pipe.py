@@ -207,6 +207,8 @@ class Pipe:
                 stacklevel=4,
             )
         for key, combinator in owners.items():
+            if key in store.memory and combinator.init is not None:
+                store.complete(key, combinator.init)
             if key in store.memory or combinator.init is None:
                 continue
             tree = combinator.init(store)

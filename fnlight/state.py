@@ -195,6 +195,12 @@ class Store:
         if self.position is not None:
             self.memory["loader"], self.position = copy.deepcopy(self.position()), None
 
+    def complete(self, key: str, init: Callable[["Store"], Any]) -> None:
+        """Let memory that is kept by parameters' names follow a model that has more of them than the one that was saved."""
+        tree = self.memory[key]
+        if isinstance(tree, dict) and tree and tree.keys() < self.named.keys():
+            self.memory[key] = {**init(self), **tree}
+
     def copy(self) -> "Store":
         """An independent store with the same values; the optimizer follows the copied parameters."""
         self.settle()

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fnlight.errors import StepError
+from fnlight.errors import MemoryWarning, StepError
 from fnlight.metrics import Cat, Figure, Histogram, Image, Last, Max, Mean, Min, Sum, Tally, Text
 
 NUMBERS = st.integers(-(2**20), 2**20).map(float)  # sums of these are exact, in whatever order they are taken
@@ -319,9 +319,13 @@ def test_a_copy_is_independent() -> None:
 
 
 def test_a_tally_from_a_file_goes_on() -> None:
-    """Totals that were saved go on exactly; pictures are not saved, and may come anew; other numbers may not."""
+    """Totals that were saved go on exactly; pictures are not saved, and may come anew; other numbers are said."""
     tally = Tally({"loss": ["Mean", 3.0, 2]}, None)
     tally.add(7, {"loss": 3.0, "picture": Image(torch.zeros(2, 2))})
     assert tally.read()["loss"] == 2.0
-    with pytest.raises(StepError, match=r"step 8: .*\['loss'\]; missing now: \[\], new: \['acc'\]"):
-        Tally({"loss": ["Mean", 3.0, 2]}, None).add(8, {"loss": 1.0, "acc": 1.0})
+    other = Tally({"loss": ["Mean", 3.0, 2], "old": ["Last", 1.0]}, None)
+    with pytest.warns(MemoryWarning, match=r"step 8: the metrics \['acc'\] are new since .*, \['old'\] are given no more"):
+        other.add(8, {"loss": 3.0, "acc": 1.0})
+    assert other.read() == {"loss": 2.0, "acc": 1.0}
+    with pytest.raises(StepError, match=r"step 9: .*missing now: \['acc'\]"):
+        other.add(9, {"loss": 3.0})

@@ -12,12 +12,13 @@ No pickle is read or written, and no name in a file is ever imported.
 """
 
 from fnlight.checkpoint.places import best_checkpoint, checkpoints, newest, step_path, verify, writable
-from fnlight.checkpoint.read import load, restore
+from fnlight.checkpoint.read import ALLOWED, load, restore
 from fnlight.checkpoint.retention import Retention, best, every, last, prune
 from fnlight.checkpoint.weights import LoadReport, load_weights
 from fnlight.checkpoint.write import amend, save
 
 __all__ = [
+    "ALLOWED",
     "LoadReport",
     "Retention",
     "amend",

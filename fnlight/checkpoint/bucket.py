@@ -1,17 +1,25 @@
 """A folder of a remote store, through fsspec: no renames there, so the manifest, written last, is the commit mark."""
 
+import errno
 import posixpath
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 from torch import Tensor
 
 from fnlight.checkpoint.digest import Digest
 from fnlight.checkpoint.folder import cannot_write
-from fnlight.checkpoint.manifest import FILES, STATE
+from fnlight.checkpoint.header import Place, read_header
+from fnlight.checkpoint.manifest import FILES, MAX_BYTES, STATE
+from fnlight.checkpoint.retry import retried
 from fnlight.errors import CheckpointError
+
+T = TypeVar("T")
+
+_PIECE = 1 << 26  # bytes that are asked for at once
 
 
 @attrs.frozen
@@ -20,6 +28,7 @@ class Bucket:
 
     Args:
         path: Its URL, such as ``s3://bucket/runs/a``.
+        sleep: Waits before an attempt is repeated.
 
     Example:
         >>> Bucket("memory://runs/a").name()
@@ -27,22 +36,28 @@ class Bucket:
     """
 
     path: str
+    sleep: Callable[[float], Any] = attrs.field(default=time.sleep, eq=False, repr=False)
 
     def _at(self, name: str = "") -> tuple[Any, str]:
         try:
             from fsspec.core import url_to_fs
+
+            store, root = url_to_fs(self.path)
         except ImportError as error:
-            raise CheckpointError(f"{self.path} needs fsspec: pip install fsspec (and s3fs, gcsfs, ... for the store)") from error
-        store, root = url_to_fs(self.path)
+            extra = "pip install 'fnlight[s3]'" if self.path.startswith(("s3://", "s3a://")) else "pip install the package that it names"
+            raise CheckpointError(f"{self.path} needs a package that is not installed: {error}; {extra}") from error
         return store, posixpath.join(root, name) if name else root
+
+    def _retried(self, fn: Callable[[], T]) -> T:
+        return retried(fn, self.sleep)
 
     def child(self, name: str) -> "Bucket":
         """A folder in this one."""
-        return Bucket(f"{self.path.rstrip('/')}/{name}")
+        return Bucket(f"{self.path.rstrip('/')}/{name}", self.sleep)
 
     def parent(self) -> "Bucket":
         """The folder that this one is in."""
-        return Bucket(self.path.rstrip("/").rpartition("/")[0])
+        return Bucket(self.path.rstrip("/").rpartition("/")[0], self.sleep)
 
     def name(self) -> str:
         """The last part of the URL."""
@@ -51,10 +66,12 @@ class Bucket:
     def names(self) -> list[str]:
         """What is in it, sorted; nothing if it does not exist."""
         store, root = self._at()
-        store.invalidate_cache(root)
-        if not store.isdir(root):
-            return []
-        return sorted(posixpath.basename(found.rstrip("/")) for found in store.ls(root, detail=False))
+
+        def listed() -> list[str]:
+            store.invalidate_cache(root)
+            return store.ls(root, detail=False) if store.isdir(root) else []
+
+        return sorted(posixpath.basename(found.rstrip("/")) for found in self._retried(listed))
 
     def exists(self) -> bool:
         """Say whether there is anything at the URL."""
@@ -63,35 +80,64 @@ class Bucket:
     def size(self, name: str) -> int | None:
         """The bytes of a file; None if there is none."""
         store, path = self._at(name)
-        return int(store.size(path)) if store.isfile(path) else None
 
-    def read(self, name: str) -> bytes:
-        """The content of a file."""
+        def measured() -> int | None:
+            store.invalidate_cache(posixpath.dirname(path))
+            return int(store.size(path)) if store.isfile(path) else None
+
+        return self._retried(measured)
+
+    def read(self, name: str, limit: int = MAX_BYTES) -> bytes:
+        """The content of a file, which is refused where it is larger."""
+        size = self.size(name)
+        if size is None or size > limit:
+            raise OSError(errno.EFBIG, "there is none" if size is None else f"{size} bytes, more than the {limit} that are read", name)
+        return self.part(name, 0, size)
+
+    def part(self, name: str, start: int, end: int) -> bytes:
+        """The bytes of a file from a start to an end, and no others."""
         store, path = self._at(name)
-        return store.cat_file(path)
+        return self._retried(lambda: store.cat_file(path, start=start, end=end)) if end > start else b""
+
+    def content(self, name: str, size: int) -> bytearray:
+        """All bytes of a file, a piece at a time."""
+        data = bytearray(size)
+        for start in range(0, size, _PIECE):
+            piece = self.part(name, start, min(size, start + _PIECE))
+            data[start : start + len(piece)] = piece
+        return data
 
     def digest(self, name: str, kind: str) -> str:
         """The digest of a file, of one of `KINDS`."""
         digest = Digest(kind)
-        digest.update(self.read(name))
+        digest.update(memoryview(self.content(name, self.size(name) or 0)))
         return str(digest)
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a safetensors file."""
-        from safetensors.torch import load
-
-        return load(self.read(name))
+    def tensors(self, name: str, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+        """The tensors of a safetensors file; those that are not wanted are not read, and come without values, on the meta device."""
+        size = self.size(name) or 0
+        places = read_header(lambda start, end: self.part(name, start, end), size)
+        found = {key: place.meta() for key, place in places.items()}
+        for keys in _neighbours({key: place for key, place in places.items() if wanted(key)}):
+            start = places[keys[0]].start
+            data = bytearray(self.part(name, start, places[keys[-1]].end))
+            found |= {key: places[key].tensor(data, start) for key in keys}
+        return found
 
     def write(self, name: str, chunks: Iterable[memoryview | bytes]) -> dict[str, Any]:
-        """Write a file; its size and digest are taken on the way."""
-        size, digest = 0, Digest()
+        """Write a file, from the start again where a connection was lost; its size and digest are taken on the way."""
         store, path = self._at(name)
-        with store.open(path, "wb") as file:
-            for chunk in chunks:
-                size += len(chunk)
-                digest.update(chunk)
-                file.write(chunk)
-        return {"size": size, "digest": str(digest)}
+
+        def written() -> dict[str, Any]:
+            size, digest = 0, Digest()
+            with store.open(path, "wb") as file:
+                for chunk in chunks:
+                    size += len(chunk)
+                    digest.update(chunk)
+                    file.write(chunk)
+            return {"size": size, "digest": str(digest)}
+
+        return self._retried(written)
 
     @contextmanager
     def replacing(self, overwrite: bool) -> Iterator["Bucket"]:
@@ -115,7 +161,7 @@ class Bucket:
         for name in (STATE, *FILES):
             if name in present:
                 store, path = self._at(name)
-                store.rm_file(path)
+                self._retried(lambda store=store, path=path: store.rm_file(path) if store.isfile(path) else None)
 
     def rewrite(self, name: str, data: bytes) -> None:
         """Replace the content of one file."""
@@ -130,3 +176,15 @@ class Bucket:
         store, root = self._at()
         if store.exists(root):
             store.rm(root, recursive=True)
+
+
+def _neighbours(places: Mapping[str, Place]) -> list[list[str]]:
+    """Names of tensors that lie side by side, in groups that are read at once."""
+    groups: list[list[str]] = []
+    for name in sorted(places, key=lambda name: places[name].start):
+        last = groups[-1] if groups else []
+        if last and places[last[-1]].end == places[name].start and places[name].end - places[last[0]].start <= _PIECE:
+            last.append(name)
+        else:
+            groups.append([name])
+    return groups

@@ -145,5 +145,8 @@ def _tally(totals: Any, bad: Any) -> Tally:
         if kind not in SCALARS or len(fields) != 1 + (kind == "Mean") or not all(isinstance(f, int | float | None) for f in fields):
             raise ValueError(f"the tally of {name!r} is none: {[kind, *fields]!r:.60}")
     if bad is not None:
-        bad = (int(bad[0]), str(bad[1]))
+        step, name = bad
+        if type(step) is not int or not isinstance(name, str):
+            raise ValueError(f"the step and the name of a tally are {bad!r:.60}")
+        bad = (step, name)
     return Tally(totals, bad)

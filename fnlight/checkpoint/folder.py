@@ -4,15 +4,17 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, BinaryIO
 
 import attrs
 from torch import Tensor
 
 from fnlight.checkpoint.digest import Digest, digest_of_file
-from fnlight.checkpoint.manifest import FILES, STATE
+from fnlight.checkpoint.header import read_header
+from fnlight.checkpoint.manifest import FILES, MAX_BYTES, STATE
 from fnlight.errors import CheckpointError
 
 _PIECE = 1 << 20  # bytes hashed and written at a time: they are still in the processor's cache when they are written
@@ -84,19 +86,31 @@ class Folder:
         path = os.path.join(self.path, name)
         return os.path.getsize(path) if os.path.isfile(path) else None
 
-    def read(self, name: str) -> bytes:
-        """The content of a file."""
-        with open(os.path.join(self.path, name), "rb") as file:
-            return file.read()
+    def read(self, name: str, limit: int = MAX_BYTES) -> bytes:
+        """The content of a regular file, which is refused where it is larger."""
+        with self._open(name) as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise OSError(errno.EFBIG, f"more than the {limit} bytes that are read", name)
+        return data
+
+    def _open(self, name: str) -> BinaryIO:
+        """A regular file, or what a link to one leads to; opening another kind, such as a pipe, would wait for a writer."""
+        path = os.path.join(self.path, name)
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(errno.EINVAL, "no regular file", path)
+        return open(path, "rb")  # the caller closes it
 
     def digest(self, name: str, kind: str) -> str:
         """The digest of a file, of one of `KINDS`."""
         return digest_of_file(os.path.join(self.path, name), kind)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a safetensors file; they are views of the mapped file, to be copied."""
+        """The tensors of a safetensors file, whose header is checked first; they are views of the mapped file, to be copied."""
         from safetensors.torch import load_file
 
+        with self._open(name) as file:
+            read_header(lambda start, end: (file.seek(start), file.read(end - start))[1], os.fstat(file.fileno()).st_size)
         return load_file(os.path.join(self.path, name))
 
     def write(self, name: str, chunks: Iterable[memoryview | bytes]) -> dict[str, Any]:

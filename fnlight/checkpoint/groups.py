@@ -1,7 +1,7 @@
 """An optimizer from a checkpoint: slots by parameter name, group values by whose parameters they are, and the code has the last word."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fnlight.checkpoint.encode import decode
 from fnlight.checkpoint.manifest import OPTIMIZER
 from fnlight.checkpoint.places import Opened
+from fnlight.errors import MismatchError
 from fnlight.optim import OTHER, Optim, named_groups, place_slot
 from fnlight.tree import equal, map_tensors
 
@@ -17,7 +18,9 @@ _ABSENT = object()
 _KERNELS = ("fused", "foreach")  # how it is computed: the business of this machine, never of a file
 
 
-def place_optimizers(optims: Mapping[str, Optim], module: nn.Module, opened: Opened, loaded: frozenset[str]) -> list[str]:
+def place_optimizers(
+    optims: Mapping[str, Optim], module: nn.Module, opened: Opened, loaded: frozenset[str], known: Mapping[str, torch.dtype], afresh: bool
+) -> list[str]:
     """Give each optimizer the memory and the group values of the one of its name in a checkpoint, in place.
 
     Args:
@@ -25,13 +28,18 @@ def place_optimizers(optims: Mapping[str, Optim], module: nn.Module, opened: Ope
         module: Their module.
         opened: The checkpoint.
         loaded: Names of the parameters whose values were taken.
+        known: Names of the parameters in the checkpoint to their dtypes there.
+        afresh: Whether an optimizer of another class may start afresh.
 
     Returns:
         What differs, one line each.
 
+    Raises:
+        MismatchError: Unless `afresh`, if both sides have an optimizer, of different classes.
+
     Example:
         >>> from fnlight.checkpoint.folder import Folder
-        >>> place_optimizers({"": Optim(None)}, nn.Linear(1, 1), Opened("a", Folder("a"), {"optimizer": None}), frozenset())
+        >>> place_optimizers({"": Optim(None)}, nn.Linear(1, 1), Opened("a", Folder("a"), {"optimizer": None}), frozenset(), {}, afresh=False)
         []
     """
     whole = opened.body["optimizer"]
@@ -45,7 +53,7 @@ def place_optimizers(optims: Mapping[str, Optim], module: nn.Module, opened: Ope
         if name not in saved:
             notes.append(f"there was no optimizer {name!r} then; its memory starts afresh")
             continue
-        found = _place_optimizer(optim, module, saved[name], opened, loaded)
+        found = _place_optimizer(optim, module, saved[name], opened, {each: known.get(each) for each in loaded}, afresh)
         notes += [f"{name}: {line}" for line in found] if name else found
     return notes
 
@@ -54,17 +62,29 @@ def _kinds(saved: Mapping[str, Any]) -> str:
     return ", ".join(name or ("none" if section is None else section["class"]) for name, section in saved.items())
 
 
-def _place_optimizer(optim: Optim, module: nn.Module, section: Any, opened: Opened, loaded: frozenset[str]) -> list[str]:
+def _place_optimizer(
+    optim: Optim, module: nn.Module, section: Any, opened: Opened, loaded: Mapping[str, torch.dtype | None], afresh: bool
+) -> list[str]:
     saved_class = "none" if section is None else section["class"]
     kind = type(optim.optimizer)
     own_class = "none" if optim.optimizer is None else f"{kind.__module__}.{kind.__qualname__}"
     if not _same_class(saved_class, own_class):
+        if section is not None and optim.optimizer is not None and not afresh:
+            raise MismatchError(_another(opened.path, saved_class, own_class))
         return [f"optimizer changed: {saved_class} in the checkpoint, {own_class} now; its memory starts afresh"]
     if section is None:
         return []
     tensors = opened.tensors(OPTIMIZER)
     _place_slots(optim, module, section, tensors, loaded)
     return _place_groups(optim, module, section["groups"], tensors) + _unheld(optim, module, section, loaded)
+
+
+def _another(path: str, saved: str, own: str) -> str:
+    return (
+        f"optimizer changed: checkpoint {path} was trained with {saved}, but the task now has {own}, to which that memory means nothing; make the "
+        'task with the optimizer that was saved, or start the new one afresh with allow=("optimizer",): an argument of '
+        "fl.restore(path, like=state, ...) and of fl.FitConfig(resume=True, ...)"
+    )
 
 
 def _same_class(a: str, b: str) -> bool:
@@ -78,7 +98,9 @@ def _held(optim: Optim) -> dict[int, Mapping[str, Any]]:
     return {id(p): group for group in optim.optimizer.param_groups for p in group["params"]}
 
 
-def _place_slots(optim: Optim, module: nn.Module, section: Any, tensors: dict[str, Tensor], loaded: frozenset[str]) -> None:
+def _place_slots(
+    optim: Optim, module: nn.Module, section: Any, tensors: dict[str, Tensor], loaded: Mapping[str, torch.dtype | None]
+) -> None:
     groups, state = _held(optim), optim.optimizer.state
     known = {name for group in section["groups"] for name in group["params"]}
     for name, p in module.named_parameters():
@@ -86,10 +108,16 @@ def _place_slots(optim: Optim, module: nn.Module, section: Any, tensors: dict[st
             continue  # it keeps what the optimizer gave it when it was made
         state.pop(p, None)
         if name in section["slots"]:
-            slots = decode(section["slots"][name], tensors.__getitem__)
-            state[p] = {slot: _like(slot, value, p, groups[id(p)]) for slot, value in slots.items()}
-    for key, value in decode(section["slots"].get(OTHER, {}), tensors.__getitem__).items():
+            slots = decode(section["slots"][name], tensors.pop)
+            state[p] = {slot: _like(slot, _of_dtype(value, loaded[name], p), p, groups[id(p)]) for slot, value in slots.items()}
+    for key, value in decode(section["slots"].get(OTHER, {}), tensors.pop).items():
         state[key] = map_tensors(torch.clone, value)
+
+
+def _of_dtype(value: Any, saved: torch.dtype | None, p: Tensor) -> Any:
+    """A slot that was of the dtype of its parameter still is."""
+    same = isinstance(value, Tensor) and value.shape == p.shape and value.dtype == saved
+    return value.to(p.dtype) if same else value
 
 
 def _like(slot: str, value: Any, p: Tensor, group: Mapping[str, Any]) -> Any:
@@ -113,12 +141,13 @@ def _kernel_may_read(slot: str, value: Tensor, p: Tensor) -> bool:
 
 def _place_groups(optim: Optim, module: nn.Module, saved: list[Any], tensors: dict[str, Tensor]) -> list[str]:
     owner = {name: i for i, group in enumerate(saved) for name in group["params"]}
+    parts = [tuple(decode(group[part], tensors.pop) for part in ("values", "configured")) for group in saved]
     notes: list[str] = []
     for group, names, configured in zip(optim.optimizer.param_groups, named_groups(optim, module), optim.configured, strict=True):
         sources = {owner[name] for name in names["params"] if name in owner}
         if len(sources) == 1:
             (source,) = sources
-            notes += _place_values(group, configured, saved[source], tensors)
+            notes += _place_values(group, configured, *parts[source])
         elif sources:
             notes.append(
                 f"a group of the optimizer joins parameters of {len(sources)} groups of the checkpoint; its values are those of the code"
@@ -126,8 +155,7 @@ def _place_groups(optim: Optim, module: nn.Module, saved: list[Any], tensors: di
     return list(dict.fromkeys(notes))
 
 
-def _place_values(group: dict[str, Any], configured: Mapping[str, Any], saved: Any, tensors: dict[str, Tensor]) -> list[str]:
-    values, before = (decode(saved[part], tensors.__getitem__) for part in ("values", "configured"))
+def _place_values(group: dict[str, Any], configured: Mapping[str, Any], values: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
     changed: dict[str, str] = {}
     for key in (key for key in values if key not in _KERNELS):
         now, then = configured.get(key, _ABSENT), before.get(key, _ABSENT)
@@ -158,7 +186,7 @@ def _say(value: Any) -> str:
     return "not set" if value is _ABSENT else f"{value!r:.60}"
 
 
-def _unheld(optim: Optim, module: nn.Module, section: Any, loaded: frozenset[str]) -> list[str]:
+def _unheld(optim: Optim, module: nn.Module, section: Any, loaded: Collection[str]) -> list[str]:
     """Parameters whose memory lies in the checkpoint, but which the optimizer of today does not hold."""
     held = {name for group in named_groups(optim, module) for name in group["params"]}
     left = [name for name in section["slots"] if name != OTHER and name in loaded and name not in held]

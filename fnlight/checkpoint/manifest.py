@@ -5,16 +5,24 @@ Its first line holds the format and the digest of all that follows; the whole is
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from fnlight.checkpoint.digest import KINDS
+from fnlight.checkpoint.header import no_constant, unique
 from fnlight.checkpoint.migrations import FORMAT, migrate
 from fnlight.errors import BrokenCheckpointError, CheckpointError
 
 STATE = "state.json"
 MODEL, OPTIMIZER, MEMORY = FILES = ("model.safetensors", "optimizer.safetensors", "memory.safetensors")
+
+MAX_BYTES = 1 << 27
+"""Bytes of a manifest that are read, and written."""
+
+MAX_VALUES = 1 << 22
+"""Values in a manifest, counted by the marks between them."""
 
 _FIRST = re.compile(rb'\{"format": ([0-9]{1,9}), "digest": "(sha256:[0-9a-f]{64})",\n')
 _DIGEST = re.compile("|".join(f"{kind}:[0-9a-f]{{{digits}}}" for kind, digits in KINDS.items()))
@@ -61,6 +69,12 @@ def render(body: Mapping[str, Any]) -> bytes:
             f"the state cannot be written as JSON: {error}; keep the memory of combinators flat and its numbers short"
         ) from error
     rest = (",\n".join(lines) + "\n}\n").encode("ascii")
+    if _many(rest):
+        sizes = {key: len(line) for key, line in zip(body, lines, strict=True)}
+        raise CheckpointError(
+            f"the manifest of {len(rest)} bytes is larger than fnlight reads, which is {MAX_BYTES} bytes or {MAX_VALUES} values; keep numbers "
+            f"in tensors, or a shorter history: the largest section is {max(sizes, key=lambda key: sizes[key])!r}"
+        )
     return f'{{"format": {FORMAT}, "digest": "{digest_of(rest)}",\n'.encode("ascii") + rest
 
 
@@ -79,8 +93,10 @@ def parse(data: bytes) -> Mapping[str, Any]:
     Example:
         >>> parse(b"{}")
         Traceback (most recent call last):
-        fnlight.errors.BrokenCheckpointError: state.json does not begin as one of fnlight's does: b'{}'
+        fnlight.errors.BrokenCheckpointError: state.json does not begin as one of fnlight's does
     """
+    if _many(data):
+        raise BrokenCheckpointError(f"state.json is larger than what fnlight writes: {len(data)} bytes, or too many values")
     found = _ANY_FORMAT.match(data)
     if found and int(found[1]) > FORMAT:
         writer = _WRITER.search(data)
@@ -90,27 +106,28 @@ def parse(data: bytes) -> Mapping[str, Any]:
         )
     first = _FIRST.match(data)
     if not first or not 1 <= int(first[1]) <= FORMAT:
-        raise BrokenCheckpointError(f"state.json does not begin as one of fnlight's does: {data[:60]!r}")
+        raise BrokenCheckpointError("state.json does not begin as one of fnlight's does")
     if digest_of(data[first.end() :]) != first[2].decode("ascii"):
         raise BrokenCheckpointError("state.json is cut short or altered: its digest differs from the one in its first line")
     try:
-        body = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
+        body = json.loads(data, object_pairs_hook=unique, parse_constant=no_constant, parse_float=_finite)
         body = migrate(body, int(first[1]))
         _check(body)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
         raise BrokenCheckpointError(f"state.json holds what fnlight does not write: {error!r:.200}") from error
     return body
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return found
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text:.40} is too large")
+    return value
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+def _many(data: bytes) -> bool:
+    """Say whether a manifest is too large, or of so many values that they would fill the memory."""
+    return len(data) > MAX_BYTES or data.count(b",") + data.count(b"[") + data.count(b"{") > MAX_VALUES
 
 
 def _check(body: Mapping[str, Any]) -> None:

@@ -12,9 +12,12 @@ import attrs
 from torch import Tensor
 
 from fnlight.checkpoint.bucket import Bucket
+from fnlight.checkpoint.digest import Digest
 from fnlight.checkpoint.encode import decode
 from fnlight.checkpoint.folder import Folder, cannot_write, hidden_siblings, make
+from fnlight.checkpoint.header import read_header
 from fnlight.checkpoint.manifest import FILES, MODEL, STATE, parse
+from fnlight.checkpoint.retry import WAITS
 from fnlight.checkpoint.tensors import as_listed
 from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning, ConfigError
 
@@ -127,10 +130,10 @@ def best_checkpoint(dir: Path, monitor: str, mode: str = "min") -> str | None:
     return min(found)[3] if found else None
 
 
-def _sound(dir: Path) -> "Iterator[Opened]":
+def _sound(dir: Path, files: tuple[str, ...] = FILES) -> "Iterator[Opened]":
     for _, path in reversed(checkpoints(dir)):
         try:
-            yield _open_one(path)
+            yield _open_one(path, files)
         except BrokenCheckpointError as error:
             warnings.warn(f"passed over a broken checkpoint: {error}", CheckpointWarning, stacklevel=4)
 
@@ -143,6 +146,7 @@ class Opened:
         path: Its path, for messages.
         folder: Where its files are.
         body: The sections of its manifest.
+        held: Files of a remote store that were read to check them, by name.
 
     Example:
         >>> Opened("a", Folder("a"), {"files": {}}).tensors("memory.safetensors")
@@ -152,22 +156,31 @@ class Opened:
     path: str
     folder: Folder | Bucket
     body: Mapping[str, Any]
+    held: Mapping[str, bytearray] = attrs.field(factory=dict)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of one of its files, mapped where possible; none if it was not written."""
         if name not in self.body["files"]:
             return {}
         try:
-            return as_listed(self.folder.tensors(name), self.body["files"][name]["tensors"])
+            return as_listed(self._found(name), self.body["files"][name]["tensors"])
         except Exception as error:  # the safetensors library raises its own class, and others on damage
             raise BrokenCheckpointError(f"checkpoint {self.path} is broken: {name} cannot be read: {error}") from error
 
+    def _found(self, name: str) -> dict[str, Tensor]:
+        data = self.held.get(name)
+        if data is None:
+            return self.folder.tensors(name)
+        places = read_header(lambda start, end: bytes(data[start:end]), len(data))
+        return {key: place.tensor(data, 0) for key, place in places.items()}
 
-def open_checkpoint(path: Path) -> Opened:
+
+def open_checkpoint(path: Path, files: tuple[str, ...] = FILES) -> Opened:
     """Find a checkpoint and check all of it.
 
     Args:
         path: A checkpoint, or a run's directory, of which the newest sound one is taken.
+        files: What will be read of one in a remote store; the others stay there.
 
     Returns:
         The checkpoint.
@@ -184,16 +197,16 @@ def open_checkpoint(path: Path) -> Opened:
     folder = at(path)
     present = folder.names()
     if STATE in present or any(name in present for name in FILES):
-        return _open_one(folder.path)
+        return _open_one(folder.path, files)
     listed = checkpoints(path)
     if listed:
-        for found in _sound(path):
+        for found in _sound(path, files):
             return found
         raise BrokenCheckpointError(
             f"none of the {len(listed)} checkpoints in {folder.path} is sound, see the warnings above; restore a backup or start afresh"
         )
     if hidden_of(folder):
-        return _open_one(folder.path)
+        return _open_one(folder.path, files)
     raise CheckpointError(
         f"no checkpoint at {folder.path}: {f'it holds {present[:5]}' if folder.exists() else 'there is no such directory'}"
     )
@@ -217,8 +230,10 @@ def hidden_of(folder: Folder | Bucket) -> list[Folder]:
     return [folder.parent().child(name) for kind in ("tmp", "old") for name in hidden_siblings(folder, kind)]
 
 
-def _open_one(path: str) -> Opened:
+def _open_one(path: str, files: tuple[str, ...]) -> Opened:
     folder = at(path)
+    if isinstance(folder, Bucket):
+        return _open_remote(folder, files)
     problems: list[str] = []
     for place in (*hidden_of(folder), folder):
         body, problems = examine(place)
@@ -229,6 +244,30 @@ def _open_one(path: str) -> Opened:
                 )
             return Opened(path, place, body)
     raise BrokenCheckpointError(f"checkpoint {path} is broken: {'; '.join(problems)}. Load its run's directory to use the newest sound one")
+
+
+def _open_remote(folder: Bucket, files: tuple[str, ...]) -> Opened:
+    """Read what is asked for, once, and check that very data; where a writer replaced it meanwhile, begin again."""
+    for wait in (*WAITS, None):
+        body, problems = examine(folder, digests=False)
+        held = (
+            {name: folder.content(name, body["files"][name]["size"]) for name in files if name in body["files"]}
+            if body and not problems
+            else {}
+        )
+        for name, data in held.items():
+            digest = Digest(body["files"][name]["digest"].partition(":")[0]) if body else Digest()
+            digest.update(memoryview(data))
+            if body and str(digest) != body["files"][name]["digest"]:
+                problems.append(f"{name} is altered: its digest differs from the one in state.json")
+        if body is not None and not problems:
+            return Opened(folder.path, folder, body, held)
+        if wait is None or body is None or examine(folder, digests=False)[0] == body:
+            raise BrokenCheckpointError(
+                f"checkpoint {folder.path} is broken: {'; '.join(problems)}. Load its run's directory to use the newest sound one"
+            )
+        folder.sleep(wait)
+    raise AssertionError("unreachable")
 
 
 def examine(folder: Folder | Bucket, digests: bool = True) -> tuple[Mapping[str, Any] | None, list[str]]:

@@ -1,7 +1,7 @@
 """Read a state: the newest sound checkpoint, matched by name against the task, copied into live tensors."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -12,13 +12,18 @@ from fnlight.checkpoint.encode import decode
 from fnlight.checkpoint.groups import place_optimizers
 from fnlight.checkpoint.manifest import MEMORY, MODEL
 from fnlight.checkpoint.places import Opened, Path, open_checkpoint
-from fnlight.checkpoint.weights import extra_states, place_weights, put, split_buffers
+from fnlight.checkpoint.rename import Rename, renamed, renamed_body
+from fnlight.checkpoint.weights import LoadReport, extra_states, place_weights, put, split_buffers
 from fnlight.dtype import DTYPES, convert
 from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning, MismatchError
 from fnlight.history import History, Record
-from fnlight.state import Progress, Task, TrainState
+from fnlight.state import Progress, Store, Task, TrainState
 
-_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError)
+ALLOWED = frozenset({"dtype", "model", "optimizer"})
+"""Differences between a checkpoint and a task that `restore` can be told to go along with."""
+
+_MOST = 1 << 62  # no run does more steps
+_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, ArithmeticError)
 
 
 def load(path: Path, task: Task, *, device: torch.device | str | None = None) -> TrainState:
@@ -47,12 +52,12 @@ def load(path: Path, task: Task, *, device: torch.device | str | None = None) ->
         7
     """
     opened = open_checkpoint(path)
-    state, notes = _fill(TrainState.create(task, device=device), opened, partial=False)
+    state, notes = _fill(TrainState.create(task, device=device), opened, frozenset(), None)
     _warn(opened, notes)
     return state
 
 
-def restore(path: Path, like: TrainState, *, partial: bool = False) -> TrainState:
+def restore(path: Path, like: TrainState, *, allow: Iterable[str] = (), rename: Rename = None) -> TrainState:
     """Read a state from a checkpoint into a copy of another state of the same task, on its device.
 
     What the code configures is never overwritten: a group value of the optimizer comes from the checkpoint only where the code
@@ -61,15 +66,19 @@ def restore(path: Path, like: TrainState, *, partial: bool = False) -> TrainStat
     Args:
         path: A checkpoint, or a run's directory, of which the newest sound one is taken; or a URL.
         like: A state of the task; it stays as it is.
-        partial: True takes the weights that fit, with their optimizer memory, and leaves the others as they are, with a warning.
+        allow: Differences that are no error, but a warning: ``"model"`` takes the weights that fit, with their optimizer memory, and
+            leaves the others as they are; ``"dtype"`` converts floating-point weights to the dtypes of `like`; ``"optimizer"`` lets an
+            optimizer of another class start afresh.
+        rename: Names in the checkpoint to names in the model: a mapping, whose keys name a parameter or a module with all below it, or a
+            function, whose None leaves one out. Optimizer memory, averages and all that is kept by these names follows.
 
     Returns:
         The state.
 
     Raises:
-        MismatchError: Unless `partial`, if the model has other names or shapes; all of them are listed.
+        MismatchError: Unless it is allowed, if the model has other names, shapes or dtypes, all of which are listed, or another optimizer.
         BrokenCheckpointError: If files are damaged.
-        CheckpointError: If there is no checkpoint.
+        CheckpointError: If there is no checkpoint, `allow` knows no such difference, or two names become one.
 
     Example:
         >>> import tempfile
@@ -83,8 +92,11 @@ def restore(path: Path, like: TrainState, *, partial: bool = False) -> TrainStat
         raise TypeError(
             f"restore(path, like=...) takes a TrainState, but got {type(like).__name__}; for a Task there is fl.load(path, task)"
         )
+    allowed = frozenset((allow,) if isinstance(allow, str) else allow)
+    if not allowed <= ALLOWED:
+        raise CheckpointError(f"allow= knows {sorted(ALLOWED)}, but got {sorted(allowed - ALLOWED)}")
     opened = open_checkpoint(path)
-    state, notes = _fill(like.copy(), opened, partial)
+    state, notes = _fill(like.copy(), opened, allowed, rename)
     _warn(opened, notes)
     return state
 
@@ -95,25 +107,26 @@ def _warn(opened: Opened, notes: list[str]) -> None:
         warnings.warn(f"checkpoint {opened.path} was loaded with differences:\n  {lines}", CheckpointWarning, stacklevel=3)
 
 
-def _fill(state: TrainState, opened: Opened, partial: bool) -> tuple[TrainState, list[str]]:
+def _fill(state: TrainState, opened: Opened, allowed: frozenset[str], rename: Rename) -> tuple[TrainState, list[str]]:
     """Fill a state that nobody else holds; also what a reader should be told."""
     store = state.store
-    cast = opened.body["memory"].get("cast")  # a run in another precision than the model was made in
-    if cast is not None:
-        convert(store.module, [optim.optimizer for optim in store.optims.values()], DTYPES[decode(cast, {}.__getitem__)["dtype"]])
-    report = place_weights(store.module, opened.tensors(MODEL), opened.path)
-    if not report.fits and not partial:
-        raise MismatchError(
-            f"the checkpoint is of another model. {report}\nMake the task with the model that was saved, or take what fits with "
-            "fl.restore(path, like=state, partial=True)"
-        )
+    listed = opened.body["files"][MODEL]["tensors"]
+    _recast(store, opened)
+    report = place_weights(store.module, renamed(opened.tensors(MODEL), rename), opened.path, "dtype" in allowed)
+    if not report.fits and "model" not in allowed:
+        raise MismatchError(_another(report))
     notes = [] if report.fits else [f"only what fits was taken. {report}"]
+    notes += [f"converted to the dtypes of the model. {report}"] if report.fits and report.converted else []
     try:
+        opened = attrs.evolve(opened, body=renamed_body(opened.body, listed.keys(), rename))
+        known = {name: getattr(torch, dtype) for name, (dtype, _) in renamed(listed, rename).items()}
         tensors = opened.tensors(MEMORY)
-        notes += _derived_buffers(store.module, decode(opened.body["buffers"], tensors.__getitem__))
-        notes += _extra(store.module, decode(opened.body["extra"], _copied(tensors, store.device)))
-        notes += place_optimizers(store.optims, store.module, opened, frozenset(report.loaded))
-        store.memory = _memory(opened.body["memory"], tensors, store.device)
+        notes += _derived_buffers(store.module, decode(opened.body["buffers"], tensors.pop))
+        notes += _extra(store.module, decode(opened.body["extra"], _moved(tensors, store.device)))
+        notes += place_optimizers(store.optims, store.module, opened, report.taken, known, "optimizer" in allowed)
+        memory = _memory(opened.body["memory"], tensors, store.device)
+        fitting = {key: _as_the_model(tree, known, report.left, store.named) for key, tree in memory.items()}
+        store.memory = {key: tree for key, tree in fitting.items() if not _emptied(tree, memory[key])}
         return _head(state, opened.body), notes
     except CheckpointError:
         raise
@@ -123,30 +136,88 @@ def _fill(state: TrainState, opened: Opened, partial: bool) -> tuple[TrainState,
         ) from error
 
 
+def _recast(store: Store, opened: Opened) -> None:
+    """Give the model the precision of a run in another one than the model was made in."""
+    try:
+        cast = opened.body["memory"].get("cast")
+        if cast is not None:
+            convert(store.module, [optim.optimizer for optim in store.optims.values()], DTYPES[decode(cast, {}.__getitem__)["dtype"]])
+    except _MALFORMED as error:
+        raise BrokenCheckpointError(
+            f"checkpoint {opened.path} is broken: state.json names a precision that there is not: {error!r:.80}"
+        ) from error
+
+
+def _another(report: LoadReport) -> str:
+    only_dtypes = not (report.missing or report.unexpected) and all(
+        a[a.index(" ") :] == b[b.index(" ") :] for a, b in report.mismatched.values()
+    )
+    ways = (
+        'convert the weights with allow=("dtype",)'
+        if only_dtypes
+        else 'take what fits with allow=("model",), map names that changed with rename={...}'
+    )
+    return (
+        f"the checkpoint is of another model. {report}\nMake the task with the model that was saved, or {ways}: arguments of "
+        "fl.restore(path, like=state, ...) and of fl.FitConfig(resume=True, ...)"
+    )
+
+
+def _as_the_model(tree: Any, known: Mapping[str, torch.dtype], left: frozenset[str], named: Mapping[str, Tensor]) -> Any:
+    """Memory that is kept by names of parameters, without those that were not taken, in the dtypes of those that were converted."""
+    if not isinstance(tree, dict):
+        return tree
+    if not tree or not all(name in known for name in tree):
+        return {key: _as_the_model(value, known, left, named) for key, value in tree.items()}
+    return {name: _converted(value, known[name], named.get(name)) for name, value in tree.items() if name not in left}
+
+
+def _emptied(tree: Any, before: Any) -> bool:
+    return isinstance(tree, dict) and not tree and bool(before)
+
+
+def _converted(value: Any, dtype: torch.dtype, like: Tensor | None) -> Any:
+    if not isinstance(value, Tensor) or like is None or value.dtype != dtype or value.shape != like.shape:
+        return value
+    return value.to(like.dtype)
+
+
 def _head(state: TrainState, body: Any) -> TrainState:
     progress, seed, stopped = Progress(**body["progress"]), body["seed"], body["stopped"]
-    counts = (progress.step, progress.epoch, progress.batch, progress.samples, progress.epoch_samples, progress.skipped, seed)
+    counts = (progress.step, progress.epoch, progress.batch, progress.samples, progress.epoch_samples, progress.skipped)
     if (
-        not all(type(n) is int and n >= 0 for n in counts)
+        not all(type(n) is int and 0 <= n < _MOST for n in counts)
+        or type(seed) is not int
+        or seed < 0
         or not isinstance(stopped, str | None)
-        or not isinstance(progress.seconds, int | float)
+        or type(progress.seconds) not in (int, float)
     ):
         raise ValueError(f"progress {progress}, seed {seed!r}, stopped {stopped!r}")
     if not all(type(n) is int and n >= 0 for n in progress.updates.values()):
         raise ValueError(f"updates {progress.updates!r:.80}")
     updates = {name: progress.updates.get(name, 0) for name in state.store.phases}
-    history = History(Record(step, epoch, decode(metrics, {}.__getitem__)) for step, epoch, metrics in body["history"])
+    history = History(_record(*entry) for entry in body["history"])
     return attrs.evolve(state, progress=attrs.evolve(progress, updates=updates), seed=seed, stopped=stopped, history=history)
 
 
-def _copied(tensors: dict[str, Tensor], device: torch.device) -> Callable[[str], Tensor]:
-    return lambda name: tensors[name].to(device, copy=True)
+def _record(step: Any, epoch: Any, metrics: Any) -> Record:
+    found = decode(metrics, {}.__getitem__)
+    if type(step) is not int or type(epoch) is not int or not isinstance(found, dict):
+        raise ValueError(f"a record of the history is {[step, epoch, metrics]!r:.80}")
+    if any(isinstance(value, dict | list | tuple) for value in found.values()):
+        raise ValueError(f"a record of the history holds more than numbers: {metrics!r:.80}")
+    return Record(step, epoch, found)
+
+
+def _moved(tensors: dict[str, Tensor], device: torch.device) -> Callable[[str], Tensor]:
+    """What gives each tensor once: a reference that comes again is none that fnlight wrote, and might stand there a million times."""
+    return lambda name: tensors.pop(name).to(device, copy=True)
 
 
 def _memory(section: Any, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
     """The trees of the combinators on the device of the state; the place of a loader is on the CPU."""
     cpu = torch.device("cpu")
-    return {key: decode(tree, _copied(tensors, cpu if key == "loader" else device)) for key, tree in section.items()}
+    return {key: decode(tree, _moved(tensors, cpu if key == "loader" else device)) for key, tree in section.items()}
 
 
 def _derived_buffers(module: nn.Module, found: dict[str, Tensor]) -> list[str]:

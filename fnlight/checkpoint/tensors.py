@@ -4,29 +4,13 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
+from fnlight.checkpoint.header import CODES, MAX_HEADER, MAX_TENSORS
 from fnlight.errors import CheckpointError
 
-_CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
 _AS_REAL = {torch.complex128: torch.float64, torch.complex32: torch.float16}  # no code of their own: a last dimension of 2
 
 
@@ -46,7 +30,26 @@ def describe(tensor: Tensor) -> list[Any]:
     return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
 
 
-def chunks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+@attrs.frozen
+class Chunks:
+    """The bytes of a safetensors file, which can be gone over again; made by `chunks`.
+
+    Args:
+        tensors: Names to tensors.
+
+    Example:
+        >>> found = Chunks({"x": torch.zeros(2)})
+        >>> sum(map(len, found)) == sum(map(len, found))
+        True
+    """
+
+    tensors: Mapping[str, Tensor]
+
+    def __iter__(self) -> Iterator[memoryview]:
+        return _chunks(self.tensors)
+
+
+def chunks(tensors: Mapping[str, Tensor]) -> Chunks:
     """The bytes of a safetensors file: its header, then one tensor at a time.
 
     Equal tensors give equal bytes. Large elements come first, so that all are aligned in a mapped file.
@@ -55,7 +58,7 @@ def chunks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
         tensors: Names to dense tensors of any shape, strides and device.
 
     Returns:
-        An iterator of views; each is valid until the next one is asked for.
+        An iterable of views; each is valid until the next one is asked for.
 
     Raises:
         CheckpointError: If a tensor has no bytes to write (sparse, meta), or a dtype or name that the format lacks.
@@ -64,6 +67,10 @@ def chunks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
         >>> sum(len(chunk) for chunk in chunks({"x": torch.zeros(2)})) % 8
         0
     """
+    return Chunks(tensors)
+
+
+def _chunks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
     for name, tensor in tensors.items():
         _check(name, tensor)
     order = sorted(tensors, key=lambda name: (-_stored(tensors[name]).itemsize, name))
@@ -73,9 +80,14 @@ def chunks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
         tensor, start = tensors[name], end
         end += tensor.numel() * tensor.itemsize
         shape = [*tensor.shape, 2] if tensor.dtype in _AS_REAL else list(tensor.shape)
-        header[name] = {"dtype": _CODES[_stored(tensor)], "shape": shape, "data_offsets": [start, end]}
+        header[name] = {"dtype": CODES[_stored(tensor)], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode("ascii")
     text += b" " * (-len(text) % 8)
+    if len(tensors) > MAX_TENSORS or len(text) > MAX_HEADER:
+        raise CheckpointError(
+            f"{len(tensors)} tensors, whose names take {len(text)} bytes, are too many for one file, which holds at most {MAX_TENSORS} and "
+            f"{MAX_HEADER}; stack small tensors into few"
+        )
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for name in order:
         if tensors[name].numel():
@@ -92,8 +104,8 @@ def _check(name: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided or tensor.is_meta:
         kind = "on the meta device" if tensor.is_meta else f"sparse ({tensor.layout})"
         raise CheckpointError(f"{name} is {kind}, but a checkpoint holds dense tensors with values; make it one, e.g. with .to_dense()")
-    if _stored(tensor) not in _CODES:
-        known = ", ".join(str(d).removeprefix("torch.") for d in _CODES)
+    if _stored(tensor) not in CODES:
+        known = ", ".join(str(d).removeprefix("torch.") for d in CODES)
         raise CheckpointError(f"{name} is {tensor.dtype}, but the safetensors format holds {known}; convert it")
 
 

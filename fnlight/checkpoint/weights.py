@@ -7,10 +7,12 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from fnlight.checkpoint.bucket import Bucket
 from fnlight.checkpoint.manifest import MODEL
 from fnlight.checkpoint.places import Path, at, open_checkpoint
+from fnlight.checkpoint.rename import Rename, new_name, renamed
 from fnlight.checkpoint.tensors import describe
-from fnlight.errors import BrokenCheckpointError, CheckpointError, MismatchError
+from fnlight.errors import BrokenCheckpointError, MismatchError
 from fnlight.state import TrainState
 
 _ROWS = 20
@@ -89,6 +91,16 @@ class LoadReport:
     def fits(self) -> bool:
         """Say whether every name was found, with its shape, on both sides."""
         return not (self.missing or self.unexpected or self.mismatched)
+
+    @property
+    def taken(self) -> frozenset[str]:
+        """The names whose values were taken."""
+        return frozenset(self.loaded)
+
+    @property
+    def left(self) -> frozenset[str]:
+        """The names in the file whose values were not taken."""
+        return frozenset((*self.unexpected, *self.mismatched))
 
     def __str__(self) -> str:
         counts = {kind: len(getattr(self, kind)) for kind in ("loaded", "missing", "unexpected", "mismatched", "converted")}
@@ -185,9 +197,7 @@ def _say(tensor: Tensor) -> str:
     return f"{dtype} {shape}"
 
 
-def load_weights(
-    state: TrainState, path: Path, *, partial: bool = False, rename: Mapping[str, str] | Callable[[str], str | None] | None = None
-) -> tuple[TrainState, LoadReport]:
+def load_weights(state: TrainState, path: Path, *, partial: bool = False, rename: Rename = None) -> tuple[TrainState, LoadReport]:
     """Load the weights of a plain safetensors file, or of a checkpoint, into a copy of a state; all else stays as it is.
 
     Floating-point values are converted to the dtype of the model, and the report says which.
@@ -196,7 +206,8 @@ def load_weights(
         state: Whose model is filled; it stays as it is.
         path: A ``.safetensors`` file, a checkpoint or a run's directory; or the URL of one.
         partial: True takes what fits and leaves the rest as it is, without an error.
-        rename: Names in the file to names in the model: a mapping (names it lacks stay), or a function, whose None leaves one out.
+        rename: Names in the file to names in the model: a mapping, whose keys name a parameter or a module with all below it (names it
+            lacks stay), or a function, whose None leaves one out.
 
     Returns:
         The new state, and a report of what fitted; print it.
@@ -217,7 +228,8 @@ def load_weights(
         >>> after.params["bias"].item(), report.loaded, list(report.missing)
         (1.0, ('bias',), ['weight'])
     """
-    found = _renamed(_read(path), rename)
+    named = {name for name, _ in (*state.live.module.named_parameters(remove_duplicate=False), *state.live.module.named_buffers())}
+    found = renamed(_read(path, lambda name: new_name(rename, name) in named), rename)
     state = state.copy()
     report = place_weights(state.store.module, found, at(path).path, convert=True)
     if not partial and not report.fits:
@@ -227,26 +239,15 @@ def load_weights(
     return state, report
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     file = at(path)
     folder, name = file.parent(), file.name()
     if folder.size(name) is None:
-        return open_checkpoint(path).tensors(MODEL)
+        return open_checkpoint(path, (MODEL,)).tensors(MODEL)
     try:
-        return folder.tensors(name)
+        return folder.tensors(name, wanted) if isinstance(folder, Bucket) else folder.tensors(name)
     except Exception as error:  # the safetensors library raises its own class, and others on damage
         raise BrokenCheckpointError(
             f"{file.path} cannot be read as a safetensors file: {error}; pickles (.pt, .pth) run code when they are read and are not "
             "loaded: convert one with torch.load(..., weights_only=True) and safetensors.torch.save_file"
         ) from error
-
-
-def _renamed(found: dict[str, Tensor], rename: Mapping[str, str] | Callable[[str], str | None] | None) -> dict[str, Tensor]:
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in found.items():
-        new = name if rename is None else rename.get(name, name) if isinstance(rename, Mapping) else rename(name)
-        if new in renamed:
-            raise CheckpointError(f"rename= gives {new!r} to two tensors of the file, {name!r} the second; give each its own name")
-        if new is not None:
-            renamed[new] = tensor
-    return renamed

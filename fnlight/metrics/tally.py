@@ -1,6 +1,7 @@
 """Metrics of many steps, merged late: one list append a step, one copy from the device when somebody reads."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from functools import reduce
@@ -11,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from fnlight.errors import StepError
+from fnlight.errors import MemoryWarning, StepError
 from fnlight.metrics.media import MEDIA
 from fnlight.metrics.monoids import Last, Max, Mean, Min, Sum, _pick
 
@@ -67,7 +68,11 @@ class Tally:
     def _accept(self, step: int, metrics: Mapping[str, Any]) -> None:
         known, names = self._names, metrics.keys()
         if known is None and self.totals:  # from a file, which holds no pictures and no texts
-            known, names = self.totals.keys(), {name for name, value in metrics.items() if _kind(value)}
+            given = {name for name, value in metrics.items() if _kind(value)}
+            if _by_turns(self.totals.keys(), given):
+                known, names = self.totals.keys(), given
+            else:
+                self._follow(step, given)
         turns = known is not None and names != known and _by_turns(known, names)
         if known is not None and names != known and not turns:
             missing, new = sorted(known - names), sorted(names - known)
@@ -87,6 +92,15 @@ class Tally:
         if turns:
             self._turns |= {frozenset(known or ()), frozenset(metrics)}
         self._names = dict.fromkeys([*(known or ()), *metrics] if turns else metrics).keys()
+
+    def _follow(self, step: int, names: set[str]) -> None:
+        """Go on from a file under the names of today, which another pipe may have changed."""
+        new, gone = sorted(names - self.totals.keys()), sorted(self.totals.keys() - names)
+        if new or gone:
+            what = [f"{new} are new since the state was saved and count from here on"] if new else []
+            what += [f"{gone} are given no more and are dropped"] if gone else []
+            warnings.warn(f"step {step}: the metrics {', '.join(what)}", MemoryWarning, stacklevel=5)
+        self.totals = {name: fields for name, fields in self.totals.items() if name in names}
 
     def settle(self) -> None:
         """Bring what is pending to the host and merge it; one host sync for all of it."""

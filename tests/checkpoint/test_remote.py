@@ -89,7 +89,7 @@ def test_a_failed_write_leaves_nothing_and_no_commit_mark(run: str, monkeypatch:
     def failing(self: Any, path: str, mode: str = "rb", **more: Any) -> Any:
         count[0] += mode == "wb"
         if mode == "wb" and count[0] == nth:
-            raise ConnectionError("the store is gone")
+            raise PermissionError("the store is gone")
         return real(self, path, mode, **more)
 
     with monkeypatch.context() as patch:

@@ -60,7 +60,10 @@ def test_another_model_is_refused_with_every_name(tmp_path: Path) -> None:
         "0.weight float32 [3, 2] float32 [4, 2]",
         "0.bias float32 [3] float32 [4]",
         "1.weight float32 [1, 3] float32 [1, 4]",
-        "Make the task with the model that was saved, or take what fits with fl.restore(path, like=state, partial=True)",
+        (
+            'Make the task with the model that was saved, or take what fits with allow=("model",), map names that changed with rename={...}: '
+            "arguments of fl.restore(path, like=state, ...) and of fl.FitConfig(resume=True, ...)"
+        ),
     ]
 
 
@@ -96,7 +99,7 @@ def test_a_partial_restore_takes_what_fits_and_says_what_did_not(tmp_path: Path)
     with pytest.warns(
         CheckpointWarning, match=r"only what fits was taken\. .*: 2 loaded, 2 mismatched\n(.*\n)*.*1\.bias +float32 \[1\] +float32 \[2\]"
     ):
-        found = restore(save(saved, tmp_path / "state"), like, partial=True)
+        found = restore(save(saved, tmp_path / "state"), like, allow=("model",))
     assert (
         list(differences({n: saved.params[n] for n in ("0.weight", "0.bias")}, {n: found.params[n] for n in ("0.weight", "0.bias")})) == []
     )
@@ -111,7 +114,7 @@ def test_a_new_parameter_keeps_the_memory_that_its_optimizer_made(tmp_path: Path
     adagrad = lambda model: torch.optim.Adagrad(model.parameters())
     path = save(stepped(mlp(2, 2, configure=adagrad)), tmp_path / "state")
     with pytest.warns(CheckpointWarning, match="2 loaded, 2 missing"):
-        found = restore(path, TrainState.create(mlp(2, 2, 1, configure=adagrad)), partial=True)
+        found = restore(path, TrainState.create(mlp(2, 2, 1, configure=adagrad)), allow=("model",))
     assert [found.opt_state[name]["step"].item() for name in found.params] == [2, 2, 0, 0]
 
 
@@ -195,7 +198,7 @@ def test_another_optimizer_starts_afresh_and_is_reported(tmp_path: Path, configu
     with pytest.warns(
         CheckpointWarning, match=rf"optimizer changed: torch\.optim\.adamw\.AdamW in the checkpoint, .*{now} now; its memory starts afresh"
     ):
-        found = load(save(saved, tmp_path / "state"), make_task(configure))
+        found = restore(save(saved, tmp_path / "state"), TrainState.create(make_task(configure)), allow=("optimizer",))
     assert dict(found.opt_state) == {}
     assert groups(found)[0]["lr"] != 0.05
     kept = ("params", "buffers", "memory", "progress", "rest")
@@ -207,8 +210,9 @@ def test_optimizers_of_one_name_from_two_packages_differ(tmp_path: Path) -> None
     import torch_optimizer
 
     path = save(stepped(mlp(2, 1, configure=lambda model: torch.optim.RAdam(model.parameters()))), tmp_path / "state")
-    with pytest.warns(
-        CheckpointWarning, match=r"optimizer changed: torch\.optim\.radam\.RAdam in the checkpoint, torch_optimizer\.radam\.RAdam now"
+    with pytest.raises(
+        MismatchError,
+        match=r"optimizer changed: .* torch\.optim\.radam\.RAdam, .* now has torch_optimizer\.radam\.RAdam, .*allow=\(.optimizer",
     ):
         load(path, mlp(2, 1, configure=lambda model: torch_optimizer.RAdam(model.parameters())))
 
