@@ -77,7 +77,7 @@ from fnlight.manual import manual
 from fnlight.metrics import Cat, Figure, Histogram, Image, Last, Max, Mean, Min, Sum, Tally, Text
 from fnlight.microbatch import microbatch
 from fnlight.noise import grad_noise
-from fnlight.optim import GroupRule, Optim, frozen, layer_decay, no_decay, param_groups
+from fnlight.optim import GroupRule, Lookahead, Optim, frozen, layer_decay, no_decay, optimizer, param_groups
 from fnlight.pipe import Combinator, Phase, Pipe, pipe
 from fnlight.precision import autocast, cast, to_dtype
 from fnlight.protocols import EvalFn, GradFn, Gradients, LossFn, PredictFn, Rule, Schedule, Sink, Step, When
@@ -140,6 +140,7 @@ __all__ = [
     "LoaderWarning",
     "Loaders",
     "LockedError",
+    "Lookahead",
     "LossFn",
     "Max",
     "Mean",
@@ -247,6 +248,7 @@ __all__ = [
     "no_decay",
     "nonfinite",
     "one_cycle",
+    "optimizer",
     "param_groups",
     "patience",
     "pipe",

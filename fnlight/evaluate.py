@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fnlight.data import Source
 from fnlight.errors import ConfigError, StepError
 from fnlight.metrics import MEDIA, Tally
+from fnlight.optim import weights_to_use
 from fnlight.rng import EVALUATE, PREDICT, fold_in, isolated, seed_generators
 from fnlight.signals import Signals
 from fnlight.state import Store, TrainState
@@ -33,7 +34,8 @@ def evaluate(
         state: Where training stands; it is left as it was.
         loader: A loader, or a mapping of named loaders, whose metrics are then called ``NAME/metric``.
         eval_step: ``(model, batch) -> metrics``; None takes the task's.
-        weights: The memory whose averaged weights are used, such as ``"ema"``; None takes the parameters.
+        weights: The memory whose averaged weights are used, such as ``"ema"``; None takes the parameters (of a schedule-free
+            optimizer: the averaged ones).
         limit: Batches at most (int), or a fraction of them (float).
         signals: What listens; when a signal comes, the evaluation ends without a result.
 
@@ -173,7 +175,7 @@ def inference(store: Store, weights: str | None = None) -> Iterator[nn.Module]:
         True
     """
     module, modes = store.module, [(m, m.training) for m in store.module.modules()]
-    average = average_of(store, weights)
+    average = weights_to_use(store.optims.values(), module) if weights is None else average_of(store, weights)
     targets = named_tensors(module) if average else {}
     raw = {name: targets[name].data for name in average}
     module.eval()
@@ -261,7 +263,8 @@ def predict(
         state: Where training stands; it is left as it was, and may train on while predictions are read.
         loader: A loader; call it once for each of several.
         predict_step: ``(model, batch) -> output``; None takes the task's.
-        weights: The memory whose averaged weights are used, such as ``"ema"``; None takes the parameters.
+        weights: The memory whose averaged weights are used, such as ``"ema"``; None takes the parameters (of a schedule-free
+            optimizer: the averaged ones).
         limit: Batches at most (int), or a fraction of them (float).
         donate: True works on the state's own module rather than on a copy; do not train on it meanwhile.
         signals: What listens; when a signal comes, `Interrupted` is raised in place of the next output.
@@ -283,7 +286,7 @@ def predict(
         raise ConfigError(f"predict takes one loader at a time, but got a mapping of {sorted(loader)}; call it once for each")
     fn = step_of(state, "predict_step", predict_step)
     store = state.live
-    if not donate:
+    if not donate or weights_to_use(store.optims.values(), store.module):  # averaged weights are computed once, not for each batch
         store = Store(state.module(), type(store.optim)(None), {weights: store.memory[weights]} if weights in store.memory else {})
     average_of(store, weights)
     return _predictions(store, fold_in(state.seed, PREDICT), Source(loader, limit=limit, device=state.device), fn, weights, signals)

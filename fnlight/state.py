@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from fnlight.errors import DonatedStateError, OptimizerError
 from fnlight.history import History, Record
 from fnlight.metrics import Tally
-from fnlight.optim import Optim, named_state, prepare, prepare_each, reported, to_device
+from fnlight.optim import Optim, named_state, prepare, prepare_each, reported, to_device, weights_to_use
 from fnlight.rng import SKIPPED, TRAIN, fold_in, isolated, seed_generators
 
 
@@ -317,8 +317,11 @@ class TrainState:
         return MappingProxyType(self.store.memory)
 
     def module(self) -> nn.Module:
-        """A module of its own with these weights, in the modes of the live one."""
-        return copy.deepcopy(self.live.module)
+        """A module of its own with these weights, in the modes of the live one; of a schedule-free optimizer, with the averaged ones."""
+        module = copy.deepcopy(self.live.module)
+        for name, value in weights_to_use(self.store.optims.values(), self.store.module).items():
+            module.get_parameter(name).data.copy_(value)
+        return module
 
     def copy(self) -> "TrainState":
         """An independent state with the same values, which stays readable when this one is donated."""

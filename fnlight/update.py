@@ -11,7 +11,6 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
-from torch.optim import LBFGS
 
 from fnlight.data import Item, group_at
 from fnlight.errors import ConfigError, NonFiniteError, OptimizerError, StepError
@@ -46,11 +45,16 @@ def grad() -> Combinator:
             total, weight, metrics = fn(store.module, batch), 1.0, {}
             if total.__class__ is not Tensor or total.dim() or not total.requires_grad:
                 total, weight, metrics = _read(total, store)
-            if store.params:
-                (total if store.scale is None else total * store.scale).backward()
+            values = None
+            scaled = total if store.scale is None else total * store.scale
+            if store.params and store.optim.create_graph:
+                found = torch.autograd.grad(scaled, store.params, create_graph=True, allow_unused=True)  # .grad with a graph would leak
+                values = [None if v is None else v.clone() for v in found]  # no views: optimizers detach them in place
+            elif store.params:
+                scaled.backward()
             loss = total.detach()
             metrics["loss"] = loss if weight.__class__ is float else Mean(loss, weight)
-            return Gradients([p.grad for p in store.params], loss, weight, metrics)
+            return Gradients([p.grad for p in store.params] if values is None else values, loss, weight, metrics)
 
         return grad_fn
 
@@ -257,7 +261,7 @@ def _turn(store: Store, name: str, grad_fn: Any, batches: Any, key: int, at: Pro
 
 def _optimize(grad_fn: Callable[..., Gradients], store: Store, batches: Any, key: int) -> Mapping[str, Any]:
     optimizer = store.optim.optimizer
-    if isinstance(optimizer, LBFGS):
+    if store.optim.closure:
         return _optimize_closure(store, grad_fn, batches, key)
     found = grad_fn(store, batches, key)
     if optimizer is not None:
@@ -288,6 +292,7 @@ def _optimize_closure(store: Store, grad_fn: Callable[..., Gradients], batches: 
     """One step of an optimizer that evaluates the loss several times; its metrics are those of the first evaluation."""
     evaluations: list[dict[str, Any]] = []
 
+    @torch.enable_grad()
     def closure() -> Tensor:
         for p in store.params:
             p.grad = None

@@ -1,6 +1,7 @@
 """An optimizer from a checkpoint: slots by parameter name, group values by whose parameters they are, and the code has the last word."""
 
 import copy
+import enum
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from fnlight.checkpoint.encode import decode
 from fnlight.checkpoint.manifest import OPTIMIZER
 from fnlight.checkpoint.places import Opened
 from fnlight.errors import MismatchError
-from fnlight.optim import OTHER, Optim, named_groups, place_slot
+from fnlight.optim import OTHER, RAW, Optim, class_name, named_groups, place_slot
 from fnlight.tree import equal, map_tensors
 
 _ABSENT = object()
@@ -66,8 +67,7 @@ def _place_optimizer(
     optim: Optim, module: nn.Module, section: Any, opened: Opened, loaded: Mapping[str, torch.dtype | None], afresh: bool
 ) -> list[str]:
     saved_class = "none" if section is None else section["class"]
-    kind = type(optim.optimizer)
-    own_class = "none" if optim.optimizer is None else f"{kind.__module__}.{kind.__qualname__}"
+    own_class = class_name(optim.optimizer)
     if not _same_class(saved_class, own_class):
         if section is not None and optim.optimizer is not None and not afresh:
             raise MismatchError(_another(opened.path, saved_class, own_class))
@@ -109,6 +109,11 @@ def _place_slots(
         state.pop(p, None)
         if name in section["slots"]:
             slots = decode(section["slots"][name], tensors.pop)
+            raw = slots.pop(RAW, None)
+            if raw is not None:
+                p.data.copy_(raw)
+                if not slots:
+                    continue
             state[p] = {slot: _like(slot, _of_dtype(value, loaded[name], p), p, groups[id(p)]) for slot, value in slots.items()}
     for key, value in decode(section["slots"].get(OTHER, {}), tensors.pop).items():
         state[key] = map_tensors(torch.clone, value)
@@ -159,6 +164,8 @@ def _place_values(group: dict[str, Any], configured: Mapping[str, Any], values: 
     changed: dict[str, str] = {}
     for key in (key for key in values if key not in _KERNELS):
         now, then = configured.get(key, _ABSENT), before.get(key, _ABSENT)
+        if isinstance(now, enum.Enum) and now == then:
+            continue  # a choice by name, which a file holds as its number
         if equal(_host(now), _host(then)):
             _assign(group, key, values[key])
             continue

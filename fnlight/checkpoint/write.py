@@ -17,7 +17,7 @@ from fnlight.checkpoint.places import Path, at, examine
 from fnlight.checkpoint.tensors import chunks, describe
 from fnlight.checkpoint.weights import extra_states, split_buffers
 from fnlight.errors import CheckpointError
-from fnlight.optim import Optim, named_groups, named_state
+from fnlight.optim import RAW, Optim, class_name, named_groups, named_state, weights_to_use
 from fnlight.state import Store, TrainState
 from fnlight.tree import equal
 
@@ -146,7 +146,8 @@ def describe_state(state: TrainState) -> tuple[dict[str, Any], Tensors]:
     store.settle()
     persistent, derived = split_buffers(store.module)
     params = {name: p.detach() for name, p in store.module.named_parameters()}
-    tensors: Tensors = {MODEL: {**params, **persistent}, OPTIMIZER: {}, MEMORY: {}}
+    used = weights_to_use(store.optims.values(), store.module)
+    tensors: Tensors = {MODEL: {**params, **used, **persistent}, OPTIMIZER: {}, MEMORY: {}}
     put = _collector(tensors[MEMORY])
     try:
         body = {
@@ -157,7 +158,7 @@ def describe_state(state: TrainState) -> tuple[dict[str, Any], Tensors]:
             "stopped": state.stopped,
             "history": [[r.step, r.epoch, encode(dict(r.metrics), _refuse, f"history of step {r.step}")] for r in state.history],
             "parameters": list(params),
-            "optimizer": _optimizers(store, _collector(tensors[OPTIMIZER])),
+            "optimizer": _optimizers(store, _collector(tensors[OPTIMIZER]), {name: params[name] for name in used}),
             "memory": {key: encode(tree, put, key) for key, tree in store.memory.items()},
             "buffers": encode(derived, put, "buffers"),
             "extra": encode(extra_states(store.module), put, "extra"),
@@ -185,16 +186,18 @@ def _refuse(path: str, tensor: Tensor) -> str:
     raise CheckpointError(f"{path} is a tensor of shape {list(tensor.shape)}, but a history holds numbers; record float(value)")
 
 
-def _optimizers(store: Store, put: Put) -> dict[str, Any] | None:
+def _optimizers(store: Store, put: Put, raw: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """The section of a single optimizer; or those of several, by name."""
     if store.phases:
-        return {"phases": {name: _optimizer(optim, store.module, put, f"{name}/") for name, optim in store.optims.items()}}
-    return None if store.optim.optimizer is None else _optimizer(store.optim, store.module, put, "")
+        return {"phases": {name: _optimizer(optim, store.module, put, f"{name}/", raw) for name, optim in store.optims.items()}}
+    return None if store.optim.optimizer is None else _optimizer(store.optim, store.module, put, "", raw)
 
 
-def _optimizer(optim: Optim, module: nn.Module, put: Put, prefix: str) -> dict[str, Any]:
-    kind = type(optim.optimizer)
-    slots = {name: encode(found, put, prefix + name) for name, found in named_state(optim, module).items()}
+def _optimizer(optim: Optim, module: nn.Module, put: Put, prefix: str, raw: Mapping[str, Tensor]) -> dict[str, Any]:
+    held, own = named_state(optim, module), {name for group in named_groups(optim, module) for name in group["params"]}
+    for name in own & raw.keys():
+        held[name] = {**held.get(name, {}), RAW: raw[name]}  # the model's file holds the weight to use, this is the one that is trained
+    slots = {name: encode(found, put, prefix + name) for name, found in held.items()}
     groups = [
         {
             "params": group.pop("params"),
@@ -203,7 +206,7 @@ def _optimizer(optim: Optim, module: nn.Module, put: Put, prefix: str) -> dict[s
         }
         for i, (group, was) in enumerate(zip(named_groups(optim, module), optim.configured, strict=True))
     ]
-    return {"class": f"{kind.__module__}.{kind.__qualname__}", "slots": slots, "groups": groups}
+    return {"class": class_name(optim.optimizer), "slots": slots, "groups": groups}
 
 
 def _values(group: Mapping[str, Any], configured: Mapping[str, Any], put: Put, path: str) -> dict[str, Any]:

@@ -6,15 +6,22 @@ beside it (`Optim.configured`), so that a value that was changed in the code win
 
 from fnlight.optim.groups import GroupRule, frozen, layer_decay, matches, meant, no_decay, param_groups
 from fnlight.optim.kernels import take_step
-from fnlight.optim.memory import OTHER, named_groups, named_state, place_slot, to_device
+from fnlight.optim.lookahead import Lookahead
+from fnlight.optim.memory import OTHER, RAW, class_name, named_groups, named_state, place_slot, to_device, weights_to_use
+from fnlight.optim.names import optimizer, optimizer_class, optimizer_classes
+from fnlight.optim.needs import UNFIT, public_name
 from fnlight.optim.prepare import prepare, prepare_each
 from fnlight.optim.rates import ends, monitored, reported, set_lr
 from fnlight.optim.spec import Optim, copy_optimizer
 
 __all__ = [
     "OTHER",
+    "RAW",
+    "UNFIT",
     "GroupRule",
+    "Lookahead",
     "Optim",
+    "class_name",
     "copy_optimizer",
     "ends",
     "frozen",
@@ -25,12 +32,17 @@ __all__ = [
     "named_groups",
     "named_state",
     "no_decay",
+    "optimizer",
+    "optimizer_class",
+    "optimizer_classes",
     "param_groups",
     "place_slot",
     "prepare",
     "prepare_each",
+    "public_name",
     "reported",
     "set_lr",
     "take_step",
     "to_device",
+    "weights_to_use",
 ]

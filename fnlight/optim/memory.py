@@ -1,11 +1,12 @@
 """The memory of an optimizer by qualified parameter name, and where it lives."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from fnlight.optim.spec import Optim
+from fnlight.optim.spec import Optim, copy_optimizer
 
 OTHER = "*"  # the name under which memory lies that belongs to no parameter
 
@@ -104,3 +105,57 @@ def to_device(optimizer: Any) -> None:
             slots = optimizer.state.get(param)
             for slot, value in (slots or {}).items():
                 slots[slot] = place_slot(slot, value, param, group)
+
+
+def class_name(optimizer: Any) -> str:
+    """The class of an optimizer, and of the one inside it, if any: whose memory it is.
+
+    Args:
+        optimizer: Any optimizer, or None.
+
+    Returns:
+        Such as ``"torch.optim.adamw.AdamW"``; ``"none"`` for None.
+
+    Example:
+        >>> import torch
+        >>> class_name(torch.optim.AdamW(nn.Linear(1, 1).parameters()))
+        'torch.optim.adamw.AdamW'
+    """
+    if optimizer is None:
+        return "none"
+    kind = type(optimizer)
+    inner = [class_name(held) for held in vars(optimizer).values() if isinstance(held, Optimizer)]
+    return f"{kind.__module__}.{kind.__qualname__}" + "".join(f"[{name}]" for name in inner)
+
+
+RAW = "raw"  # the slot of a checkpoint that holds the weight that is trained, where the one to use is another
+
+
+def weights_to_use(optims: Iterable[Optim], module: nn.Module) -> dict[str, Tensor]:
+    """The weights to evaluate and to keep, where an optimizer trains others: those of schedule-free optimizers in their mode ``eval``.
+
+    They are computed on a copy, because going to and fro between the modes would change the last bits of what is trained.
+
+    Args:
+        optims: The prepared optimizers.
+        module: Its module; it stays as it is.
+
+    Returns:
+        Names to averaged tensors; empty for all other optimizers.
+
+    Example:
+        >>> import torch
+        >>> from fnlight.optim.prepare import prepare
+        >>> model = nn.Linear(1, 1)
+        >>> weights_to_use([prepare(torch.optim.SGD(model.parameters(), lr=0.1), model)], model)
+        {}
+    """
+    found: dict[str, Tensor] = {}
+    for optim in optims:
+        if callable(getattr(optim.optimizer, "eval", None)):
+            memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in module.parameters()}
+            twin = copy_optimizer(optim.optimizer, memo)
+            twin.eval()
+            held = {id(p) for group in twin.param_groups for p in group["params"]}
+            found |= {name: memo[id(p)].detach() for name, p in module.named_parameters() if id(memo[id(p)]) in held}
+    return found

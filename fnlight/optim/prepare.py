@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from fnlight.errors import OptimizerError, OptimizerWarning
 from fnlight.optim.kernels import choose_fused
+from fnlight.optim.needs import is_second_order, public_name, wants_closure, why_unfit
 from fnlight.optim.rates import courses_of, group_name
 from fnlight.optim.spec import Optim
 
@@ -105,15 +106,23 @@ def _completed(optim: Optim, module: nn.Module) -> Optim:
             f"a torch scheduler was made on this {type(optim.optimizer).__name__}, and nobody would step it; "
             "return fl.Optim(optimizer, schedule=fl.from_torch(lambda optimizer: Scheduler(optimizer, ...))) instead"
         )
+    unfit = why_unfit(optim.optimizer)
+    if unfit is not None:
+        raise OptimizerError(f"{public_name(type(optim.optimizer))} {unfit}; take another one, or a combinator of your own")
     _check_own(optim.optimizer, module)
     choose_fused(optim.optimizer, module)
     _check_groups(optim.optimizer)
+    train = getattr(optim.optimizer, "train", None)
+    if callable(train):
+        train()  # a schedule-free optimizer rests in the mode in which it trains
     for group in optim.optimizer.param_groups:
         if optim.schedule is not None and group.get("lr") is None:
             raise OptimizerError(f"a schedule multiplies a learning rate, but {type(optim.optimizer).__name__} has lr=None; give it one")
         group.setdefault("initial_lr", _plain(group.get("lr")))
     configured = [{k: copy.deepcopy(v) for k, v in g.items() if k != "params"} for g in optim.optimizer.param_groups]
-    optim = attrs.evolve(optim, configured=configured)
+    graph = is_second_order(optim.optimizer) if optim.create_graph is None else optim.create_graph
+    closure = wants_closure(optim.optimizer) if optim.closure is None else optim.closure
+    optim = attrs.evolve(optim, configured=configured, create_graph=graph, closure=closure)
     return attrs.evolve(optim, courses=courses_of(optim))
 
 

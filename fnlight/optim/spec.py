@@ -50,6 +50,8 @@ class Optim:
         frequency: How many of them count as one: with 10, a schedule of steps moves on every ten steps.
         schedules: The same for other options, such as ``{"weight_decay": linear(1, 0, 1000)}``: factors of what the groups were
             made with. ``"momentum"`` is the first of the ``betas`` where an optimizer has those.
+        create_graph: True computes gradients that can be differentiated again, as optimizers of second order need; None finds out.
+        closure: True lets the optimizer compute the loss itself, several times a step, as LBFGS does; None finds out.
         configured: The groups as `configure_optimizers` made them; filled by `prepare`.
         courses: Which option of which group follows which schedule; filled by `prepare`.
 
@@ -69,6 +71,8 @@ class Optim:
     monitor: str | None = None
     frequency: int = attrs.field(default=1, kw_only=True)
     schedules: Mapping[str, Any] = attrs.field(factory=dict, kw_only=True)
+    create_graph: bool | None = attrs.field(default=None, kw_only=True)
+    closure: bool | None = attrs.field(default=None, kw_only=True)
     configured: Sequence[Mapping[str, Any]] = attrs.field(default=(), kw_only=True)
     courses: Sequence[Course] = attrs.field(default=(), kw_only=True)
     scheduled: bool = attrs.field(init=False, default=attrs.Factory(_is_scheduled, takes_self=True))
@@ -149,6 +153,9 @@ def copy_optimizer(optimizer: Any, memo: dict[int, Any]) -> Any:
         return None
     twin = object.__new__(type(optimizer))
     memo[id(optimizer)] = twin
+    for inner in vars(optimizer).values():
+        if isinstance(inner, Optimizer) and id(inner) not in memo:
+            copy_optimizer(inner, memo)
     held = {k: v for k, v in vars(optimizer).items() if k != "step"}  # a torch scheduler patches `step` with one bound to the original
     twin.__dict__.update(copy.deepcopy(held, memo))
     return twin

@@ -19,7 +19,7 @@ from fnlight.optim import Optim
 from fnlight.state import Task, TrainState
 from fnlight.update import update
 from tests.checkpoint.tasks import adamw, advance, content, files, forge_bytes, make_task, tokens, trained, unlike
-from tests.optim.table import CASES
+from tests.optim.table import CASES, OF_TORCH
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [
@@ -147,7 +147,7 @@ def test_slots_follow_the_strides_of_their_parameter(tmp_path: Path) -> None:
     assert unlike(update(state, x)[0], update(other, x)[0]) == []
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", OF_TORCH)
 @pytest.mark.filterwarnings("ignore")  # old optimizers use deprecated overloads
 def test_every_optimizer_goes_on_bitwise(tmp_path: Path, name: str) -> None:
     """Slots of any nesting and values in groups come back, and the next step is the one that the saved state takes."""

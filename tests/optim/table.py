@@ -1,22 +1,23 @@
-"""Every optimizer there is, each with a model that it can train."""
+"""Every optimizer there is, each with a model that it can train, and the proof that it trains, is saved and goes on bitwise."""
 
-import inspect
-from collections.abc import Callable
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
-import torch_optimizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fnlight.state import Task
+from fnlight import tree
+from fnlight.checkpoint import load, save
+from fnlight.optim import UNFIT, optimizer, optimizer_classes, param_groups
+from fnlight.pipe import pipe
+from fnlight.state import Task, TrainState
+from fnlight.update import apply, grad
 
-LEFT_OUT = {
-    "torch_optimizer.Lookahead": "wraps another optimizer, and its state_dict() raises",
-    "torch_optimizer.Adahessian": "needs backward(create_graph=True), and draws from the global generator",
-}
+SOURCES = {"torch.optim": 15, "torch_optimizer": 30, "schedulefree": 9, "pytorch_optimizer": 100}
+"""Where optimizers come from, and how many there are at least."""
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "torch.optim.SGD": {"lr": 0.1, "momentum": 0.9},
     "torch.optim.Adadelta": {"lr": 1.0},
@@ -25,29 +26,44 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "torch_optimizer.SGDW": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
     "torch_optimizer.SGDP": {"lr": 0.1, "momentum": 0.9},
     "torch_optimizer.LARS": {"lr": 0.1, "momentum": 0.9},
+    "torch_optimizer.Lookahead": {"base": "adamw", "k": 2, "lr": 0.01},
+    "pytorch_optimizer.SaRA": {"threshold": 0.5, "lr": 0.01},
 }
 FUSED = ("torch.optim.Adam", "torch.optim.AdamW", "torch.optim.Adagrad")  # SGD stands here with momentum, which is left unfused
+MATRICES = ("torch.optim.Muon", "pytorch_optimizer.SpectralSphere")  # these take matrices only
+MUONS = tuple(f"pytorch_optimizer.{name}" for name in ("Muon", "AdaMuon", "AdaGO", "MuonClip", "NorMuon"))  # these want to be told which
+ROUNDED = {
+    "pytorch_optimizer.SPlus": "its matrices come back in another memory order",
+    "pytorch_optimizer.LoRARite": "its matrices come back in another memory order",
+}
+"""Those that go on from a file to the precision of float32 rather than bitwise, each with the reason."""
 
 
 @attrs.frozen
 class Case:
-    """An optimizer class with what it is made with."""
+    """An optimizer with what it is made with."""
 
     name: str
-    kind: Callable[..., Any]
-    options: dict[str, Any]
+
+    @property
+    def first(self) -> int:
+        """Steps until it has surely moved; RAdam waits for some."""
+        return 8 if "RAdam" in self.name else 3
 
     def model(self) -> nn.Module:
         """A small model, the same each time, that this optimizer can train."""
         torch.manual_seed(1)
         if self.name == "torch.optim.SparseAdam":
             return nn.Sequential(nn.EmbeddingBag(6, 3, mode="sum", sparse=True))
-        bias = self.name != "torch.optim.Muon"  # Muon takes matrices only
+        bias = self.name not in MATRICES
         return nn.Sequential(nn.Linear(4, 8, bias=bias), nn.Tanh(), nn.Linear(8, 3, bias=bias))
 
     def optimizer(self, model: nn.Module, **more: Any) -> Any:
-        """The optimizer of a model."""
-        return self.kind(model.parameters(), **self.options, **more)
+        """The optimizer of a model, by its name."""
+        groups: Any = model
+        if self.name in MUONS:
+            groups = param_groups(model, {"*.weight": {"use_muon": True}, "*.bias": {"use_muon": False}})
+        return optimizer(self.name, groups, **OPTIONS.get(self.name, {}), **more)
 
     def task(self) -> Task:
         """The task that trains the model with this optimizer."""
@@ -68,10 +84,79 @@ def train_step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(x), y)
 
 
-def _classes(module: ModuleType, prefix: str) -> dict[str, Any]:
-    kinds = {n: k for n, k in vars(module).items() if inspect.isclass(k) and issubclass(k, torch.optim.Optimizer)}
-    return {f"{prefix}.{n}": k for n, k in kinds.items() if k is not torch.optim.Optimizer}
+@attrs.frozen
+class Row:
+    """What the proof has found out about an optimizer.
+
+    Args:
+        name: With its package.
+        memory: The slots that it keeps for a parameter.
+        groups: What it remembers in its groups.
+        needs: What it needs of a step.
+        resumes: How it goes on from a file.
+    """
+
+    name: str
+    memory: str
+    groups: str
+    needs: str
+    resumes: str
 
 
-FOUND = _classes(torch.optim, "torch.optim") | _classes(torch_optimizer, "torch_optimizer")
-CASES = {name: Case(name, kind, OPTIONS.get(name, {})) for name, kind in FOUND.items() if name not in LEFT_OUT}
+def prove(case: Case, folder: Path) -> Row:
+    """Train some steps, save, load, go on with both: parameters, memory and groups must be bitwise the same."""
+    task, batches, step = case.task(), case.batches(case.first + 2), pipe(train_step, grad(), apply())
+    state = TrainState.create(task, seed=4)
+    for batch in batches[: case.first]:
+        state, _ = step(state, batch)
+    row = described(case, state)
+    loaded = load(save(state, str(folder / case.name)), task)
+    assert loaded.progress == state.progress
+    for batch in batches[case.first :]:
+        state, _ = step(state, batch)
+        loaded, _ = step(loaded, batch)
+    if case.name in ROUNDED:
+        for name, p in state.params.items():
+            torch.testing.assert_close(loaded.params[name], p, rtol=1e-3, atol=1e-4)
+        return row
+    assert list(tree.differences(dict(loaded.params), dict(state.params))) == []
+    assert list(tree.differences(memory(loaded), memory(state))) == []
+    return row
+
+
+def found(case: Case) -> Row:
+    """What can be seen of an optimizer after a few steps, without a file."""
+    state, step = TrainState.create(case.task(), seed=4), pipe(train_step, grad(), apply())
+    for batch in case.batches(case.first + 2)[: case.first]:
+        state, _ = step(state, batch)
+    return described(case, state)
+
+
+def described(case: Case, state: TrainState) -> Row:
+    """The row of an optimizer that has made a few steps, which have changed the weights."""
+    assert not tree.equal(dict(state.params), dict(case.model().named_parameters())), f"{case.name} does not train"
+    name, optim = case.name, state.live.optim
+    slots = {slot for parameter, held in state.opt_state.items() if parameter != "*" for slot in held}
+    pairs = list(zip(optim.configured, optim.optimizer.param_groups, strict=True))
+    changed = {key for was, now in pairs for key in now if key != "params" and not tree.equal(now[key], was.get(key))}
+    modes = callable(getattr(optim.optimizer, "eval", None))
+    needs = {"a closure": optim.closure, "gradients of gradients": optim.create_graph, "averaged weights": modes}
+    return Row(
+        name,
+        ", ".join(sorted(map(str, slots))),
+        ", ".join(sorted(changed)),
+        ", ".join(what for what, yes in needs.items() if yes),
+        "rounded" if name in ROUNDED else "bitwise",
+    )
+
+
+def memory(state: TrainState) -> Any:
+    """What the optimizer of a state remembers, of parameters and of groups."""
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in state.live.optim.optimizer.param_groups]
+    return {name: dict(slots) for name, slots in state.opt_state.items()}, groups
+
+
+FOUND = [f"{source}.{name}" for source in SOURCES for name in optimizer_classes(source)]
+LEFT_OUT = {name: reason for name, reason in UNFIT.items() if not name.endswith(".Lookahead")}  # that name makes our own
+CASES = {name: Case(name) for name in FOUND if name not in LEFT_OUT}
+OF_TORCH = [name for name in CASES if name.startswith("torch")]
