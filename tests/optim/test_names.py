@@ -138,7 +138,7 @@ def test_the_optimizer_inside_is_a_part_of_what_a_checkpoint_is_of(tmp_path: Any
     with pytest.warns(
         CheckpointWarning, match=r"optimizer changed: fnlight.optim.lookahead.Lookahead\[torch.optim.adamw.AdamW\] in the checkpoint"
     ):
-        state = fl.load(saved, other)
+        state = fl.restore(saved, fl.TrainState.create(other), allow=("optimizer",))
     assert not any(state.opt_state.values())
 
 
