@@ -161,8 +161,8 @@ another way, and what takes long."""
 
 
 def _fits(choice: str, case: Case) -> bool:
-    """A whole step takes what stands behind a step only; several optimizers are not one graph, and their task draws noise in fp32."""
-    if case.kind == "phases" and choice in ("cast", "compile"):
+    """A whole step takes what stands behind a step only. What is no update by one optimizer is no graph; the task of two draws noise in fp32."""
+    if (case.kind == "phases" and choice == "cast") or (case.kind != "loss" and choice == "compile"):
         return False
     return case.kind != "whole" or choice in (EVERYTHING, "manual") or ENTRIES[choice].build(Path(), None).takes == "step"
 
@@ -186,8 +186,8 @@ def num_steps(choice: str, case: Case) -> int:
     return 6 if case.kind == "whole" else {"accumulate": 4, "grad_cache": 4, "accumulate by epoch": 5, EVERYTHING: 5}.get(choice, 6)
 
 
-def pipe_with(choice: str, task: Task, folder: Path, val: Any) -> Pipe:
-    """The shortest step that holds a combinator; or one that holds each of them once."""
+def pipe_with(choice: str, task: Task, folder: Path, val: Any, without: str = "nothing") -> Pipe:
+    """The shortest step that holds a combinator; or one that holds each of them once, without those of one phase of a tick."""
     if choice == "manual":
         return pipe(shrink, ENTRIES["manual"].build(folder, val))
     chosen = [name for name in ENTRIES if name not in OTHERS] if choice == EVERYTHING else ["grad", "apply", choice, *ENTRIES[choice].needs]
@@ -195,5 +195,6 @@ def pipe_with(choice: str, task: Task, folder: Path, val: Any) -> Pipe:
     train_step: Any = task.train_step
     for base in (ENTRIES[name].base for name in chosen if not isinstance(task.train_step, Pipe)):
         train_step = {name: base(fn) for name, fn in train_step.items()} if isinstance(train_step, Mapping) else base(train_step)
-    parts = [entry.build(folder, val) for name, entry in ENTRIES.items() if name in chosen]
+    built = [entry.build(folder, val) for name, entry in ENTRIES.items() if name in chosen]
+    parts = [part for part in built if part.phase != without]
     return pipe(train_step, *(part for part in parts if part.takes == "step" or not isinstance(task.train_step, Pipe)))
