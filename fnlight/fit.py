@@ -23,7 +23,7 @@ from fnlight.loop import evaluate_every, log_to, run, stop_when
 from fnlight.microbatch import microbatch
 from fnlight.optim import Optim, ends, monitored
 from fnlight.pipe import Combinator, Pipe, pipe
-from fnlight.precision import autocast, cast
+from fnlight.precision import autocast, cast, casts
 from fnlight.saving import checkpoint_every
 from fnlight.scale import loss_scale
 from fnlight.signals import Signals
@@ -365,8 +365,8 @@ def _preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pip
 def _check_precision(state: TrainState, config: FitConfig, step: Pipe) -> None:
     if config.precision in _TRUE:
         step.adopt(state)  # which casts the state, for the evaluation before the first step
-    elif "cast" in state.store.memory:
-        dtype = state.store.memory["cast"]["dtype"]
+    elif held := casts(state.store.memory):
+        dtype = held[0]["dtype"]
         wrong = f"the state was trained with weights in {dtype}, but FitConfig(precision={config.precision!r}) computes otherwise"
         raise ConfigError(f"{wrong}; give the precision that it had, or convert it with fl.to_dtype(state, torch.float32)")
 

@@ -1,5 +1,6 @@
 """What numbers a step computes in: combinators that run a loss in another precision."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def _scaled(combinators: tuple[Combinator, ...]) -> str | None:
 
 
 def cast(dtype: torch.dtype) -> Combinator:
-    """Train in one precision throughout: weights, buffers, optimizer memory and the floating-point tensors of a batch.
+    """Train in one precision throughout: weights, buffers, optimizer memory, the floating-point tensors of a batch, and those that are made.
 
     The weights of the state are cast when it first meets this combinator, and stay so when it is saved and loaded. Nothing is scaled, so
     fp16 loses small gradients. An `EvalFn` is wrapped as well: ``cast(torch.bfloat16)(eval_step)``.
@@ -86,7 +87,12 @@ def cast(dtype: torch.dtype) -> Combinator:
 
     def wrap(loss_fn: Any) -> Any:
         def casting(model: Any, batch: Any) -> Any:
-            return loss_fn(model, map_tensors(to, batch))
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(dtype)  # what the function makes itself, such as noise, is of the same kind
+            try:
+                return loss_fn(model, map_tensors(to, batch))
+            finally:
+                torch.set_default_dtype(before)
 
         return casting
 
@@ -95,9 +101,10 @@ def cast(dtype: torch.dtype) -> Combinator:
         return {"dtype": _TRUE[dtype]}
 
     def start(state: TrainState) -> TrainState:
-        if state.store.memory["cast"]["dtype"] != _TRUE[dtype]:
-            convert(state.store.module, [optim.optimizer for optim in state.store.optims.values()], dtype)
-            state.store.memory["cast"] = {"dtype": _TRUE[dtype]}
+        for tree in casts(state.store.memory):
+            if tree["dtype"] != _TRUE[dtype]:
+                convert(state.store.module, [optim.optimizer for optim in state.store.optims.values()], dtype)
+                tree["dtype"] = _TRUE[dtype]
         return state
 
     return Combinator("cast", wrap, "loss", "loss", args=_TRUE[dtype], init=init, start=start, fits=_alone)
@@ -108,6 +115,22 @@ def _alone(combinators: tuple[Combinator, ...]) -> str | None:
     if both is None:
         return None
     return f"{both} keeps weights in fp32 and cast converts them: they contradict each other; leave one of them out"
+
+
+def casts(memory: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What `cast` remembers: one tree, or one for each phase of a task with several optimizers.
+
+    Args:
+        memory: That of a state.
+
+    Returns:
+        Trees whose ``dtype`` is a name of `fnlight.dtype.DTYPES`; none for a state that was never cast.
+
+    Example:
+        >>> casts({"cast": {"dtype": "bf16"}})
+        [{'dtype': 'bf16'}]
+    """
+    return [tree["cast"] for tree in (memory, *memory.get("phases", {}).values()) if "cast" in tree]
 
 
 def to_dtype(state: TrainState, dtype: torch.dtype) -> TrainState:
@@ -128,5 +151,6 @@ def to_dtype(state: TrainState, dtype: torch.dtype) -> TrainState:
     """
     twin = state.copy()
     convert(twin.store.module, [optim.optimizer for optim in twin.store.optims.values()], dtype)
-    twin.store.memory.pop("cast", None)
+    for tree in (twin.store.memory, *twin.store.memory.get("phases", {}).values()):
+        tree.pop("cast", None)
     return twin

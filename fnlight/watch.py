@@ -107,7 +107,7 @@ def _says(state: TrainState, place: tuple[int, int, int]) -> str:
     bad = [name for name, p in state.store.named.items() if not bool(torch.isfinite(p).all())]
     found = f"{', '.join(bad[:8])}{f' and {len(bad) - 8} more' if len(bad) > 8 else ''}" if bad else "none of the parameters"
     return (
-        f"the loss was NaN or infinite at step {step}, in epoch {epoch}, up to its batch {batch} (noticed at step {at.step}); "
+        f"the loss was NaN or infinite at step {step} (in epoch {epoch}, up to its batch {batch}; noticed at step {at.step}); "
         f"by now NaN or infinite: {found}. Lower the learning rate, clip with clip_norm, look into that batch, leave such steps out with "
         'FitConfig(nonfinite="skip"), or allow them with "ignore"'
     )

@@ -376,7 +376,7 @@ def test_a_loss_that_is_no_number_is_found_in_any_phase():
 
     task = task_of(gen=Phase(breaking, every=steps(3)))
     step = pipe(task.train_step, grad(), apply(), check_finite(every=steps(4)))
-    with pytest.raises(NonFiniteError, match=r"the loss was NaN or infinite at step 3, .*noticed at step 4"):
+    with pytest.raises(NonFiniteError, match=r"the loss was NaN or infinite at step 3 .*noticed at step 4"):
         list(run(step, TrainState.create(task), DATA))
 
 

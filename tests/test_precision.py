@@ -156,3 +156,17 @@ def test_the_precision_of_products_lasts_as_long_as_the_run():
     with pytest.raises(ValueError, match="stop here"):
         fit(created(looking), [data()], config)
     assert (seen, torch.get_float32_matmul_precision()) == (["medium", "medium"], before)
+
+
+def test_what_a_step_makes_itself_is_of_the_same_kind():
+    """Noise that is drawn in a train_step is cast too, and the default dtype is put back, after an error as well."""
+
+    def noisy(model, batch):
+        return F.mse_loss(model(torch.randn(2, 3)), batch) if len(batch) == 2 else batch.missing
+
+    step = pipe(noisy, cast(torch.float64), grad(), apply())
+    state, metrics = step(created(noisy), data(2))
+    assert (metrics["loss"].dtype, torch.get_default_dtype()) == (torch.float64, torch.float32)
+    with pytest.raises(AttributeError, match="missing"):
+        step(state, data(3))
+    assert torch.get_default_dtype() == torch.float32

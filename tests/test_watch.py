@@ -55,7 +55,7 @@ def test_a_loss_that_is_not_finite_names_its_step():
 
     data = [torch.ones(2, 3), torch.ones(2, 3), torch.zeros(2, 3), torch.ones(2, 3)]
     with pytest.raises(
-        NonFiniteError, match=r"at step 3, in epoch 0, up to its batch 3 \(noticed at step 4\); by now NaN or infinite: weight, bias"
+        NonFiniteError, match=r"at step 3 \(in epoch 0, up to its batch 3; noticed at step 4\); by now NaN or infinite: weight, bias"
     ):
         ran(check_finite(epochs(1)), stop_when(max_epochs(2)), fn=failing, data=data)
 

@@ -139,9 +139,10 @@ def _fill(state: TrainState, opened: Opened, allowed: frozenset[str], rename: Re
 def _recast(store: Store, opened: Opened) -> None:
     """Give the model the precision of a run in another one than the model was made in."""
     try:
-        cast = opened.body["memory"].get("cast")
-        if cast is not None:
-            convert(store.module, [optim.optimizer for optim in store.optims.values()], DTYPES[decode(cast, {}.__getitem__)["dtype"]])
+        section = opened.body["memory"]
+        for tree in (section, *section.get("phases", {}).values()):  # of several optimizers, each remembers it
+            if "cast" in tree:
+                convert(store.module, [optim.optimizer for optim in store.optims.values()], DTYPES[tree["cast"]["dtype"]])
     except _MALFORMED as error:
         raise BrokenCheckpointError(
             f"checkpoint {opened.path} is broken: state.json names a precision that there is not: {error!r:.80}"

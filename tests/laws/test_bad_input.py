@@ -140,7 +140,7 @@ def test_a_loss_that_is_no_number(value, tmp_path):
         nothing_is_lost(state),
         pytest.raises(
             NonFiniteError,
-            match=r"the loss was NaN or infinite at step 9, in epoch 2, up to its batch 3 \(noticed at step 9\); by now.*clip_norm",
+            match=r"the loss was NaN or infinite at step 9 \(in epoch 2, up to its batch 3; noticed at step 9\); by now.*clip_norm",
         ),
     ):
         fit(state, tiny_batches(), config)
