@@ -148,7 +148,8 @@ ENTRIES = {
     "epoch_means": Entry(epoch_means, lambda folder, val: epoch_means()),
     "log_to": Entry(log_to, lambda folder, val: log_to(RecordingSink(), every=steps(2))),
     "checkpoint_every in the foreground": Entry(
-        checkpoint_every, lambda folder, val: checkpoint_every(folder / "other", every=steps(2), background=False, name="foreground")
+        checkpoint_every,
+        lambda folder, val: checkpoint_every(folder / "other", every=steps(2), keep=last(9), background=False, name="foreground"),
     ),
     "checkpoint_every": Entry(checkpoint_every, lambda folder, val: checkpoint_every(folder / "run", every=steps(3), keep=last(2))),
     "stop_when": Entry(stop_when, lambda folder, val: stop_when(max_epochs(100))),
