@@ -94,11 +94,18 @@ def shadow(store: Store, reads: Sequence[str], new: Mapping[int, Tensor], rates:
         setattr(twin, slot, getattr(store, slot))
     twin.named = {name: new[id(p)] for name, p in store.named.items()}  # pyright: ignore[reportAttributeAccessIssue]  # tensors stand in
     twin.params = [new[id(p)] for p in store.params]  # pyright: ignore[reportAttributeAccessIssue]  # as above
-    twin.memory = {name: _replaced(store.memory[name], new) for name in reads}
+    twin.memory = _Memory({name: _replaced(store.memory[name], new) for name in reads})
     if store.optim.optimizer is not None:
         twin.optim = copy.copy(store.optim)
         object.__setattr__(twin.optim, "optimizer", _optimizer(store.optim.optimizer, new, rates, options))
     return twin
+
+
+class _Memory(dict[str, Any]):
+    """The trees that a kernel may use; what asks for another one is told so."""
+
+    def __missing__(self, key: str) -> Any:
+        raise UntraceableError(f"what keeps its memory under {key!r} cannot be a part of a graph")
 
 
 def _optimizer(optimizer: Any, new: Mapping[int, Tensor], rates: Sequence[Any], options: Mapping[str, Any]) -> Any:

@@ -233,6 +233,22 @@ def test_a_level_falls_back_to_the_next_below() -> None:
     assert ["going on at level 'trace'" in str(w.message) for w in found] == [True, False]
 
 
+def test_a_stage_with_memory_of_its_own_goes_on_without_a_graph() -> None:
+    """The warning names it, and the result is the eager one."""
+    with pytest.warns(
+        fl.CompileWarning, match="what keeps its memory under 'skip_nonfinite' cannot be a part of a graph; going on without"
+    ):
+        one, two = (
+            fl.fit(
+                fl.TrainState.create(task_of()),
+                batches_of((6, 6)),
+                fl.FitConfig(max_steps=4, nonfinite="skip", compile=level, progress=False),
+            )
+            for level in (None, "trace")
+        )
+    assert_trees_equal(dict(one.params), dict(two.params))
+
+
 def test_ever_new_shapes_end_in_one_warning() -> None:
     """Who changes something all the time would compile all the time: at some point the eager step goes on."""
     task = task_of()
