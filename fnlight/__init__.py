@@ -39,7 +39,9 @@ from fnlight.checkpoint import (
     verify,
 )
 from fnlight.clip import clip_adaptive, clip_each, clip_norm, clip_quantile, clip_value
+from fnlight.combinator import Combinator
 from fnlight.compile import compile  # noqa: A004  # what everybody in this field calls it
+from fnlight.compose import compose, total_steps
 from fnlight.config import FitConfig
 from fnlight.data import Item, Loaders, Source, TensorLoader, batches, concat, zip_longest, zip_shortest
 from fnlight.errors import (
@@ -67,7 +69,7 @@ from fnlight.errors import (
     TaskWarning,
 )
 from fnlight.evaluate import collect, evaluate, predict
-from fnlight.fit import compose, fit, total_steps
+from fnlight.fit import fit
 from fnlight.freezing import freeze, unfreeze_at
 from fnlight.history import History, Record
 from fnlight.loop import evaluate_every, log_to, run, stop_when
@@ -78,7 +80,7 @@ from fnlight.metrics import Cat, Figure, Histogram, Image, Last, Max, Mean, Min,
 from fnlight.microbatch import microbatch
 from fnlight.noise import grad_noise
 from fnlight.optim import GroupRule, Lookahead, Optim, frozen, layer_decay, no_decay, optimizer, param_groups
-from fnlight.pipe import Combinator, Phase, Pipe, pipe
+from fnlight.pipe import Phase, Pipe, pipe
 from fnlight.precision import autocast, cast, to_dtype
 from fnlight.protocols import EvalFn, GradFn, Gradients, LossFn, PredictFn, Rule, Schedule, Sink, Step, When
 from fnlight.replay import from_torch, plateau
@@ -104,7 +106,8 @@ from fnlight.schedules import (
 from fnlight.signals import Signals
 from fnlight.sinks import CSV, JSONL, Console, TensorBoard, fan_out
 from fnlight.skip import skip_nonfinite, skip_spikes
-from fnlight.state import Progress, Store, Task, TrainState
+from fnlight.state import Progress, Store, TrainState
+from fnlight.task import Task
 from fnlight.update import accumulate, apply, grad, pure, update
 from fnlight.watch import check_finite, epoch_means
 from fnlight.when import Tick, at_end, continuous, epochs, minutes, seconds, steps

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fnlight.checkpoint import checkpoints, load_weights
+from fnlight.combinator import Combinator
 from fnlight.data import Source
 from fnlight.errors import CheckpointError, ConfigError
 from fnlight.evaluate import average_of, inference, named_tensors
 from fnlight.optim import Optim
-from fnlight.pipe import Combinator
 from fnlight.rng import EVALUATE, fold_in, isolated, seed_generators
 from fnlight.state import Store, TrainState
 from fnlight.update import Update
@@ -203,7 +203,7 @@ def averaged(state: TrainState, weights: str = "ema") -> TrainState:
         ConfigError: If there is no average of that name.
 
     Example:
-        >>> from fnlight.state import Task
+        >>> from fnlight.task import Task
         >>> state = TrainState.create(Task(nn.Linear(1, 1), lambda model, batch: model(batch).sum()))
         >>> state.store.memory["ema"] = {"weight": torch.full((1, 1), 0.5)}
         >>> averaged(state).params["weight"].item()
@@ -239,7 +239,7 @@ def refresh_batch_norm(
         ConfigError: If no layer gathers statistics, or there is no average of that name.
 
     Example:
-        >>> from fnlight.state import Task
+        >>> from fnlight.task import Task
         >>> state = TrainState.create(Task(nn.BatchNorm1d(1), lambda model, batch: model(batch).sum()))
         >>> refresh_batch_norm(state, [torch.full((2, 1), 3.0)]).buffers["running_mean"].item()
         3.0
@@ -298,7 +298,7 @@ def average_checkpoints(state: TrainState, paths: Any, *, last: int | None = Non
     Example:
         >>> import tempfile
         >>> from fnlight.checkpoint import save
-        >>> from fnlight.state import Task
+        >>> from fnlight.task import Task
         >>> state = TrainState.create(Task(nn.Linear(1, 1), lambda model, batch: model(batch).sum()))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     paths = [save(state, f"{folder}/{i}") for i in range(2)]

@@ -25,12 +25,13 @@ from fnlight.checkpoint import load, save
 from fnlight.checkpoint.encode import decode, encode
 from fnlight.checkpoint.folder import Folder, make
 from fnlight.checkpoint.tensors import chunks
+from fnlight.combinator import Combinator
 from fnlight.data import Item
 from fnlight.errors import BrokenCheckpointError, CheckpointError, ConfigError, NonFiniteError
 from fnlight.metrics import Mean
-from fnlight.pipe import Combinator
 from fnlight.rng import TRAIN, fold_in
-from fnlight.state import History, Task, TrainState
+from fnlight.state import History, TrainState
+from fnlight.task import Task
 from fnlight.tree import map_tensors
 from fnlight.update import pure
 

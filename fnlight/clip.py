@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fnlight.combinator import Combinator
 from fnlight.errors import ConfigError
-from fnlight.pipe import Combinator
 from fnlight.protocols import Gradients
 from fnlight.state import Store
 

@@ -1,10 +1,8 @@
 """`FitConfig`: everything `fit` can be told, checked before any work, and readable as JSON.
 
-Triggers, rules, retentions and sinks are written as their source text, such as ``"steps(50) | at_end"``, and read back by a parser
-that knows those names only: a configuration from a stranger is data.
+Triggers, rules, retentions and sinks are written as their source text, see `fnlight.parse`: a configuration from a stranger is data.
 """
 
-import ast
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -13,19 +11,13 @@ from typing import Any, Self
 
 import attrs
 
-from fnlight import checkpoint, rules, sinks, when
+from fnlight import checkpoint, rules
 from fnlight.checkpoint import Retention, last
 from fnlight.errors import ConfigError
+from fnlight.parse import parse
 from fnlight.rules import StopRule
 from fnlight.when import epochs, steps
 
-_NAMES: Mapping[str, Any] = {
-    **{n: getattr(when, n) for n in ("steps", "epochs", "minutes", "seconds", "at_end", "continuous")},
-    **{n: getattr(rules, n) for n in ("patience", "reached", "diverged", "nonfinite")},
-    **{n: getattr(rules, n) for n in ("max_steps", "max_epochs", "max_time", "min_steps", "min_epochs")},
-    **{n: getattr(checkpoint, n) for n in ("last", "best", "every")},
-    **{n: getattr(sinks, n) for n in ("JSONL", "CSV", "TensorBoard", "Console")},
-}
 _TEXTS = ("stop", "eval_every", "save_every", "keep", "permanent", "log_every")
 _DIFFERENCES = checkpoint.ALLOWED | {"batch_size"}
 _BOUNDS = ("max_epochs", "max_steps", "max_time", "stop", "fast_dev_run")
@@ -358,48 +350,3 @@ def _text(name: str, value: Any) -> str:
             f"FitConfig({name}={text:.80}) has no text that could be read back: it is, or holds, a function of your own"
         ) from error
     return text
-
-
-def parse(text: str) -> Any:
-    """Read the source text of a trigger, rule, retention or sink; names that fnlight does not know are refused.
-
-    Args:
-        text: Such as ``"steps(50) | at_end"``.
-
-    Returns:
-        The value.
-
-    Raises:
-        ConfigError: If it is anything else than known names, called with plain values and joined with ``|``, ``&``, ``~``.
-
-    Example:
-        >>> parse("steps(50) | at_end")
-        steps(50) | at_end
-    """
-    try:
-        return _read(ast.parse(text, mode="eval").body, text)
-    except (SyntaxError, RecursionError, MemoryError) as error:
-        raise ConfigError(f"cannot read {text:.80}: {error}") from error
-
-
-def _read(node: ast.expr, text: str) -> Any:
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return _read(node.left, text) | _read(node.right, text)
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd):
-        return _read(node.left, text) & _read(node.right, text)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
-        return ~_read(node.operand, text)
-    if isinstance(node, ast.Name) and node.id in _NAMES:
-        return _NAMES[node.id]
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _NAMES:
-        return _call(node, node.func.id, text)
-    raise ConfigError(f"cannot read {ast.unparse(node):.60} in {text:.80}; known are {', '.join(_NAMES)}")
-
-
-def _call(node: ast.Call, name: str, text: str) -> Any:
-    try:
-        args = [ast.literal_eval(arg) for arg in node.args]
-        options = {str(option.arg): ast.literal_eval(option.value) for option in node.keywords}
-        return _NAMES[name](*args, **options)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"cannot read {name}(...) in {text:.80}: {error}") from error

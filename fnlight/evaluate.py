@@ -49,7 +49,7 @@ def evaluate(
 
     Example:
         >>> from fnlight.metrics import Mean
-        >>> from fnlight.state import Task
+        >>> from fnlight.task import Task
         >>> task = Task(nn.Linear(1, 1), lambda model, batch: model(batch).sum(),
         ...             lambda model, batch: {"mean": Mean(batch.sum(), len(batch))},
         ...             configure_optimizers=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
@@ -100,7 +100,7 @@ def evaluate_sources(
         Interrupted: If a signal came.
 
     Example:
-        >>> from fnlight.state import Task
+        >>> from fnlight.task import Task
         >>> state = TrainState.create(Task(nn.Identity(), lambda model, batch: batch.sum()))
         >>> with isolated():
         ...     evaluate_sources(state, sources_of([torch.ones(2)], state.device), lambda model, batch: {"n": batch.sum()}, None)
@@ -144,7 +144,7 @@ def step_of(state: TrainState, name: str, given: Any) -> Any:
         ConfigError: If there is neither.
 
     Example:
-        >>> from fnlight.state import Task
+        >>> from fnlight.task import Task
         >>> state = TrainState.create(Task(nn.Identity(), lambda model, batch: batch.sum(), eval_step=max))
         >>> step_of(state, "eval_step", None), step_of(state, "eval_step", min)
         (<built-in function max>, <built-in function min>)
@@ -277,7 +277,7 @@ def predict(
         Interrupted: If a signal came, once the outputs are read.
 
     Example:
-        >>> from fnlight.state import Task
+        >>> from fnlight.task import Task
         >>> task = Task(nn.Identity(), lambda model, batch: batch.sum(), predict_step=lambda model, batch: model(batch) + 1)
         >>> list(predict(TrainState.create(task), [torch.zeros(2)]))
         [tensor([1., 1.])]

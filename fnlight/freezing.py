@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from fnlight.combinator import Combinator
 from fnlight.errors import ConfigError, OptimizerError
 from fnlight.optim import matches, meant
-from fnlight.pipe import Combinator
 from fnlight.state import Store, TrainState
 
 Rows = list[tuple[int | None, tuple[str, ...]]]

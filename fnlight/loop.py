@@ -13,12 +13,13 @@ from typing import Any
 
 import attrs
 
+from fnlight.combinator import Combinator
 from fnlight.data import Item, Source, batches
 from fnlight.errors import ConfigError, Interrupted
 from fnlight.evaluate import evaluate_sources, sources_of, step_of
 from fnlight.history import Record
 from fnlight.metrics import MEDIA, Tally
-from fnlight.pipe import Combinator, Pipe, pipe
+from fnlight.pipe import Pipe, pipe
 from fnlight.rng import isolated
 from fnlight.rules import StopRule
 from fnlight.signals import Signals
@@ -61,7 +62,7 @@ def run(
 
     Example:
         >>> from fnlight.rules import max_steps
-        >>> from fnlight.state import Task
+        >>> from fnlight.task import Task
         >>> from fnlight.update import apply, grad
         >>> import torch
         >>> task = Task(torch.nn.Linear(1, 1), lambda model, batch: model(batch).sum(),

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fnlight.combinator import Combinator
 from fnlight.errors import ConfigError, StepError
 from fnlight.gradients import Around, Part
 from fnlight.metrics import Mean
-from fnlight.pipe import Combinator
 from fnlight.protocols import Gradients
 from fnlight.rng import fold_in
 from fnlight.state import Store

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fnlight.combinator import Combinator
 from fnlight.data import Item
 from fnlight.errors import StepError
 from fnlight.optim import set_lr
-from fnlight.pipe import Combinator
 from fnlight.state import Store, TrainState
 
 
@@ -29,7 +29,7 @@ def manual(init: Callable[[Store], Any] | None = None, *, key: str = "manual", g
     Example:
         >>> import torch
         >>> from fnlight.pipe import pipe
-        >>> from fnlight.state import Task
+        >>> from fnlight.task import Task
         >>> @torch.no_grad()
         ... def halve(store, batches, key):
         ...     store.module.weight.mul_(0.5)

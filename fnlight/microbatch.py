@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fnlight.combinator import Combinator
 from fnlight.data.readers import num_samples
 from fnlight.errors import ConfigError, FaultWarning, StepError
 from fnlight.gradients import Part
-from fnlight.pipe import Combinator
 from fnlight.protocols import Gradients
 from fnlight.state import Store
 from fnlight.tree import leaves, map_nodes

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from fnlight.combinator import Combinator
 from fnlight.errors import ConfigError
-from fnlight.pipe import Combinator
 from fnlight.protocols import Gradients
 from fnlight.rng import fold_in
 from fnlight.state import Store

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fnlight.combinator import Combinator
 from fnlight.dtype import DTYPES, convert
 from fnlight.errors import ConfigError
-from fnlight.pipe import Combinator
 from fnlight.state import Store, TrainState
 from fnlight.tree import map_tensors
 
@@ -144,7 +144,7 @@ def to_dtype(state: TrainState, dtype: torch.dtype) -> TrainState:
         The copy.
 
     Example:
-        >>> from fnlight.state import Task
+        >>> from fnlight.task import Task
         >>> state = TrainState.create(Task(torch.nn.Linear(2, 1), lambda model, batch: model(batch).sum()))
         >>> to_dtype(state, torch.float64).params["bias"].dtype
         torch.float64

@@ -18,8 +18,8 @@ from fnlight.checkpoint.places import at
 from fnlight.checkpoint.retention import delete, is_there, staying, sweep
 from fnlight.checkpoint.staging import Buffers
 from fnlight.checkpoint.write import describe_state, write
+from fnlight.combinator import Combinator
 from fnlight.errors import CheckpointError, CheckpointWarning, ConfigError
-from fnlight.pipe import Combinator
 from fnlight.state import Progress, TrainState
 from fnlight.when import Tick, condition, epochs
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fnlight.combinator import Combinator
 from fnlight.errors import ConfigError, NonFiniteError
 from fnlight.mask import buffers_before, uncounted
 from fnlight.metrics import Last, Sum
-from fnlight.pipe import Combinator
 from fnlight.protocols import Gradients
 from fnlight.state import Store, TrainState
 

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fnlight.combinator import Combinator
 from fnlight.errors import ConfigError, NonFiniteError
 from fnlight.mask import buffers_before, counted_where
 from fnlight.metrics import Sum
-from fnlight.pipe import Combinator
 from fnlight.protocols import Gradients
 from fnlight.state import Store, TrainState
 

@@ -1,6 +1,6 @@
 """The state: an immutable value that holds everything a run needs to go on, and the arena that its tensors live in.
 
-A `Task` pairs a model with pure functions; a `TrainState` is where training stands; its `Store` holds the tensors. In PyTorch the
+A `TrainState` is where the training of a `Task` stands; its `Store` holds the tensors. In PyTorch the
 fast way to train is in place, so a step *donates* its input: it updates the store, bumps the version and returns a new state on it.
 A state whose version is past raises `DonatedStateError` when its tensors are read.
 """
@@ -22,58 +22,7 @@ from fnlight.history import History, Record
 from fnlight.metrics import Tally
 from fnlight.optim import Optim, named_state, prepare, prepare_each, reported, to_device, weights_to_use
 from fnlight.rng import SKIPPED, TRAIN, fold_in, isolated, seed_generators
-
-
-@attrs.frozen(eq=False)
-class Task:
-    """A model paired with the pure functions that train, evaluate and use it; never serialised.
-
-    Args:
-        model: The module; it is copied, never changed.
-        train_step: ``(model, batch) -> loss`` or ``(loss, metrics)``; see `fnlight.protocols.LossFn`. Where several optimizers take turns,
-            a mapping of names to such functions or to `Phase`s. Or a whole `Step` that is a pipe, such as one that `manual` gives.
-        eval_step: ``(model, batch) -> metrics``; needed for `evaluate` only.
-        predict_step: ``(model, batch) -> output``; needed for `predict` only.
-        configure_optimizers: ``(model) -> optimizer`` or `Optim`, or a mapping of the names in `train_step` to them; needed unless
-            nothing is trainable.
-
-    Raises:
-        TypeError: If the model is no module, or a function is not callable.
-
-    Example:
-        >>> task = Task(nn.Linear(2, 1), lambda model, batch: model(batch).sum(),
-        ...             configure_optimizers=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
-        >>> TrainState.create(task, seed=0)
-        TrainState(step=0, epoch=0, batch=0, 3 parameters, SGD)
-    """
-
-    model: nn.Module
-    train_step: Any
-    eval_step: Callable[[Any, Any], Any] | None = None
-    predict_step: Callable[[Any, Any], Any] | None = None
-    configure_optimizers: Callable[[Any], Any] | None = None
-
-    def __attrs_post_init__(self) -> None:
-        if not isinstance(self.model, nn.Module):
-            raise TypeError(f"Task(model=...) must be an nn.Module, but got {type(self.model).__name__}; pass an instance, not a class")
-        for name in ("train_step", "eval_step", "predict_step", "configure_optimizers"):
-            given = getattr(self, name)
-            if given is None and name != "train_step":
-                continue
-            if name == "train_step" and isinstance(given, Mapping):
-                _check_phases(given)
-            elif not callable(given):
-                raise TypeError(f"Task({name}=...) must be a function, but got {type(given).__name__}")
-
-
-def _check_phases(given: Mapping[Any, Any]) -> None:
-    if not given:
-        raise TypeError("Task(train_step={}) names no phase; give it functions by name, or one function")
-    for name, fn in given.items():
-        if not isinstance(name, str) or not name or "/" in name:
-            raise TypeError(f"Task(train_step=...) must name its phases with strings without a slash, but got the name {name!r}")
-        if not callable(fn):
-            raise TypeError(f"Task(train_step={{{name!r}: ...}}) must be a function or a Phase, but got {type(fn).__name__}")
+from fnlight.task import Task
 
 
 @attrs.frozen

@@ -12,13 +12,14 @@ import attrs
 import torch
 from torch import Tensor
 
+from fnlight.combinator import Combinator
 from fnlight.data import Item, group_at
 from fnlight.errors import ConfigError, NonFiniteError, OptimizerError, StepError
 from fnlight.gradients import Around, Part, mean_of_group
 from fnlight.mask import step_where
 from fnlight.metrics import Mean
 from fnlight.optim import set_lr, take_step
-from fnlight.pipe import Combinator, Pipe, Turn, pipe
+from fnlight.pipe import Pipe, Turn, pipe
 from fnlight.protocols import Gradients
 from fnlight.rng import SKIPPED, TRAIN, fold_in, isolated
 from fnlight.state import Progress, Store, TrainState
@@ -344,7 +345,7 @@ def update(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]
         ``(state, metrics)``.
 
     Example:
-        >>> from fnlight.state import Task
+        >>> from fnlight.task import Task
         >>> task = Task(torch.nn.Linear(2, 1), lambda model, batch: model(batch).sum(),
         ...             configure_optimizers=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
         >>> before = TrainState.create(task)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fnlight.combinator import Combinator
 from fnlight.data import Item
 from fnlight.errors import NonFiniteError, StepError
 from fnlight.metrics import MEDIA, Mean, Tally
-from fnlight.pipe import Combinator
 from fnlight.state import TrainState
 from fnlight.when import Tick, condition, steps
 

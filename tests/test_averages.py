@@ -16,7 +16,8 @@ from fnlight.evaluate import evaluate
 from fnlight.loop import run, stop_when
 from fnlight.pipe import pipe
 from fnlight.rules import max_epochs
-from fnlight.state import Task, TrainState
+from fnlight.state import TrainState
+from fnlight.task import Task
 from fnlight.testing import assert_trees_equal, tiny_batches, tiny_task
 from fnlight.update import apply, grad
 from fnlight.when import epochs, steps

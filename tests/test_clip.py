@@ -11,7 +11,8 @@ from fnlight.metrics import Mean
 from fnlight.optim import Optim
 from fnlight.pipe import pipe
 from fnlight.protocols import Gradients
-from fnlight.state import Store, Task, TrainState
+from fnlight.state import Store, TrainState
+from fnlight.task import Task
 from fnlight.update import apply, grad
 
 

@@ -6,8 +6,9 @@ from datetime import timedelta
 import pytest
 
 from fnlight.checkpoint import best, every, last
-from fnlight.config import FitConfig, parse
+from fnlight.config import FitConfig
 from fnlight.errors import ConfigError
+from fnlight.parse import parse
 from fnlight.rules import max_steps, min_epochs, patience, reached
 from fnlight.sinks import CSV, JSONL, TensorBoard
 from fnlight.when import at_end, epochs, minutes, steps

@@ -14,7 +14,8 @@ from fnlight.errors import ConfigError, LoaderError, StepError
 from fnlight.evaluate import collect, evaluate, predict
 from fnlight.metrics import Cat, Mean, Text
 from fnlight.pipe import pipe
-from fnlight.state import Task, TrainState
+from fnlight.state import TrainState
+from fnlight.task import Task
 from fnlight.update import apply, grad
 
 

@@ -9,16 +9,18 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from fnlight.checkpoint import checkpoints, last
+from fnlight.compose import compose
 from fnlight.config import FitConfig
 from fnlight.data import Loaders
 from fnlight.errors import BrokenCheckpointError, ConfigError, LoaderError, MonitorError, StepError, TaskWarning
-from fnlight.fit import compose, fit
+from fnlight.fit import fit
 from fnlight.metrics import Mean
 from fnlight.optim import Optim
 from fnlight.replay import plateau
 from fnlight.rules import patience, reached
 from fnlight.sinks import JSONL
-from fnlight.state import Task, TrainState
+from fnlight.state import TrainState
+from fnlight.task import Task
 from fnlight.when import at_end, epochs, steps
 
 

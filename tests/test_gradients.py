@@ -6,7 +6,8 @@ from torch import nn
 
 from fnlight.data import Item
 from fnlight.pipe import pipe
-from fnlight.state import Task, TrainState
+from fnlight.state import TrainState
+from fnlight.task import Task
 from fnlight.update import apply, grad
 
 

@@ -16,7 +16,8 @@ from fnlight.metrics import Mean, Text
 from fnlight.pipe import pipe
 from fnlight.rules import max_epochs, max_steps
 from fnlight.saving import checkpoint_every
-from fnlight.state import Task, TrainState
+from fnlight.state import TrainState
+from fnlight.task import Task
 from fnlight.update import accumulate, apply, grad
 from fnlight.watch import epoch_means
 from fnlight.when import at_end, epochs, steps

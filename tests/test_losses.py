@@ -16,7 +16,8 @@ from fnlight.microbatch import microbatch
 from fnlight.pipe import pipe
 from fnlight.rng import fold_in, isolated, seed_generators
 from fnlight.rules import max_steps
-from fnlight.state import Task, TrainState
+from fnlight.state import TrainState
+from fnlight.task import Task
 from fnlight.testing import assert_trees_equal
 from fnlight.update import accumulate, apply, grad
 

@@ -17,7 +17,8 @@ from fnlight.optim import OTHER, Optim, copy_optimizer, monitored, named_groups,
 from fnlight.pipe import pipe
 from fnlight.replay import from_torch, plateau
 from fnlight.schedules import exponential
-from fnlight.state import Task, TrainState
+from fnlight.state import TrainState
+from fnlight.task import Task
 from fnlight.update import apply, grad
 
 FUSED = [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad]

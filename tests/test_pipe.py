@@ -7,11 +7,13 @@ from torch.nn import functional as F
 
 from fnlight.averages import ema
 from fnlight.clip import clip_norm
+from fnlight.combinator import TICK, Combinator
 from fnlight.errors import MemoryWarning, MonitorError, SeamError
-from fnlight.pipe import TICK, Combinator, pipe
+from fnlight.pipe import pipe
 from fnlight.precision import autocast
 from fnlight.rules import patience
-from fnlight.state import Task, TrainState
+from fnlight.state import TrainState
+from fnlight.task import Task
 from fnlight.update import accumulate, apply, grad
 
 

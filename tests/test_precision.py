@@ -17,7 +17,8 @@ from fnlight.fit import fit
 from fnlight.loop import evaluate_every, run
 from fnlight.pipe import pipe
 from fnlight.precision import autocast, cast, to_dtype
-from fnlight.state import Task, TrainState
+from fnlight.state import TrainState
+from fnlight.task import Task
 from fnlight.testing import assert_trees_equal
 from fnlight.update import accumulate, apply, grad
 from fnlight.when import steps

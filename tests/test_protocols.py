@@ -11,7 +11,8 @@ from fnlight import protocols
 from fnlight.pipe import pipe
 from fnlight.protocols import Gradients
 from fnlight.schedules import cosine
-from fnlight.state import Task, TrainState
+from fnlight.state import TrainState
+from fnlight.task import Task
 from fnlight.update import apply, grad
 
 KINDS = {n: k for n, k in vars(protocols).items() if inspect.isclass(k) and getattr(k, "_is_protocol", False) and n != "Protocol"}

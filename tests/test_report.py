@@ -13,7 +13,8 @@ from torch import nn
 
 from fnlight.errors import ConfigError, DonatedStateError
 from fnlight.report import ModelSummary, summary
-from fnlight.state import Task, TrainState
+from fnlight.state import TrainState
+from fnlight.task import Task
 from fnlight.tree import equal
 from fnlight.update import apply, grad, pipe
 

@@ -18,7 +18,8 @@ from fnlight.metrics import Tally
 from fnlight.optim import Optim
 from fnlight.pipe import pipe
 from fnlight.replay import from_torch
-from fnlight.state import Progress, Store, Task, TrainState
+from fnlight.state import Progress, Store, TrainState
+from fnlight.task import Task
 from fnlight.update import apply, grad
 
 

@@ -17,7 +17,8 @@ from fnlight.metrics import Mean
 from fnlight.optim import Optim
 from fnlight.pipe import pipe
 from fnlight.rng import TRAIN, fold_in, isolated, seed_generators
-from fnlight.state import Task, TrainState
+from fnlight.state import TrainState
+from fnlight.task import Task
 from fnlight.update import accumulate, apply, grad, pure, update
 
 

@@ -10,7 +10,8 @@ from fnlight.errors import NonFiniteError
 from fnlight.loop import run, stop_when
 from fnlight.pipe import pipe
 from fnlight.rules import max_epochs, max_steps, patience
-from fnlight.state import Task, TrainState
+from fnlight.state import TrainState
+from fnlight.task import Task
 from fnlight.update import apply, grad
 from fnlight.watch import check_finite, epoch_means
 from fnlight.when import epochs, steps

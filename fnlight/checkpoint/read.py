@@ -17,7 +17,8 @@ from fnlight.checkpoint.weights import LoadReport, extra_states, place_weights, 
 from fnlight.dtype import DTYPES, convert
 from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning, MismatchError
 from fnlight.history import History, Record
-from fnlight.state import Progress, Store, Task, TrainState
+from fnlight.state import Progress, Store, TrainState
+from fnlight.task import Task
 
 ALLOWED = frozenset({"dtype", "model", "optimizer"})
 """Differences between a checkpoint and a task that `restore` can be told to go along with."""

@@ -220,7 +220,7 @@ def load_weights(state: TrainState, path: Path, *, partial: bool = False, rename
     Example:
         >>> import tempfile
         >>> from safetensors.torch import save_file
-        >>> from fnlight.state import Task
+        >>> from fnlight.task import Task
         >>> state = TrainState.create(Task(nn.Linear(2, 1), lambda model, batch: model(batch).sum()))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_file({"net.bias": torch.ones(1)}, f"{folder}/a.safetensors")

@@ -47,7 +47,7 @@ def save(state: TrainState, path: Path, *, overwrite: bool = True) -> str:
 
     Example:
         >>> import tempfile
-        >>> from fnlight.state import Task
+        >>> from fnlight.task import Task
         >>> state = TrainState.create(Task(torch.nn.Linear(2, 1), lambda model, batch: model(batch).sum()))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = save(state, f"{folder}/state")
@@ -102,7 +102,7 @@ def amend(state: TrainState, path: Path) -> None:
 
     Example:
         >>> import attrs, tempfile
-        >>> from fnlight.state import Task
+        >>> from fnlight.task import Task
         >>> state = TrainState.create(Task(torch.nn.Linear(2, 1), lambda model, batch: model(batch).sum()))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = save(state, f"{folder}/state")
@@ -136,7 +136,7 @@ def describe_state(state: TrainState) -> tuple[dict[str, Any], Tensors]:
         CheckpointError: If the state holds what is no data.
 
     Example:
-        >>> from fnlight.state import Task
+        >>> from fnlight.task import Task
         >>> state = TrainState.create(Task(torch.nn.Linear(2, 1), lambda model, batch: model(batch).sum()), seed=7)
         >>> body, tensors = describe_state(state)
         >>> body["seed"], list(tensors["model.safetensors"])

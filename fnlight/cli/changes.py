@@ -15,8 +15,8 @@ from fnlight.checkpoint.retention import prune as remove
 from fnlight.checkpoint.tensors import chunks
 from fnlight.cli.content import Content, content, history_of
 from fnlight.cli.page import Place, count, line, size, table
-from fnlight.config import parse
 from fnlight.errors import CheckpointError, ConfigError
+from fnlight.parse import parse
 
 
 def export(path: Place, file: Place, weights: str | None = None, overwrite: bool = False) -> int:

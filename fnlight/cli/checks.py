@@ -20,7 +20,8 @@ from fnlight.cli.page import Code, Place, count, line, table
 from fnlight.config import FitConfig
 from fnlight.errors import CheckpointError, ConfigError
 from fnlight.fit import fit
-from fnlight.state import Task, TrainState
+from fnlight.state import TrainState
+from fnlight.task import Task
 
 _ROWS = 40
 _ASIDE = (

@@ -13,7 +13,7 @@ from fnlight.config import FitConfig
 from fnlight.data import Loaders
 from fnlight.errors import ConfigError, FnlightError
 from fnlight.pipe import Pipe
-from fnlight.state import Task
+from fnlight.task import Task
 
 
 @attrs.frozen(eq=False)

@@ -10,10 +10,10 @@ from fnlight.bundle import Bundle, load_bundle
 from fnlight.cli.checks import decisive
 from fnlight.cli.given import Given, given
 from fnlight.cli.page import Code, Place, line
+from fnlight.compose import compose, settings
 from fnlight.config import FitConfig
 from fnlight.data import Item, batches
 from fnlight.errors import ConfigError
-from fnlight.fit import compose, settings
 
 
 def replay(bundle: Place, task: Code = None, loaders: Code = None, config: Code = None, anomaly: bool = False) -> int:

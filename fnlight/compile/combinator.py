@@ -11,6 +11,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from fnlight.combinator import Combinator
 from fnlight.compile.program import Bound, Program
 from fnlight.compile.shadow import UnsettledError, UntraceableError, held
 from fnlight.compile.trace import Call, trace
@@ -18,7 +19,6 @@ from fnlight.data import Item
 from fnlight.errors import CompileWarning, ConfigError, SeamError
 from fnlight.gradients import join_metrics
 from fnlight.optim import set_lr
-from fnlight.pipe import Combinator
 from fnlight.state import Progress, Store, TrainState
 from fnlight.tree import leaves
 from fnlight.update import Update

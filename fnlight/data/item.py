@@ -173,7 +173,8 @@ def batches(
 
     Example:
         >>> from itertools import islice
-        >>> from fnlight.state import Task, TrainState
+        >>> from fnlight.task import Task
+        >>> from fnlight.state import TrainState
         >>> state = TrainState.create(Task(torch.nn.Identity(), lambda model, batch: batch.sum()))
         >>> [(item.batches, item.epoch, item.last) for item in islice(batches(["a", "b", "c"], state, group=2), 3)]
         [(('a', 'b'), 0, False), (('c',), 0, True), (('a', 'b'), 1, False)]

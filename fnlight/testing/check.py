@@ -19,7 +19,8 @@ from fnlight.evaluate import inference
 from fnlight.metrics import Tally
 from fnlight.pipe import Phase, pipe
 from fnlight.rng import TRAIN, fold_in, isolated, seed_generators
-from fnlight.state import Store, Task, TrainState
+from fnlight.state import Store, TrainState
+from fnlight.task import Task
 from fnlight.testing.compare import listed, next_numbers, plain, snapshot
 from fnlight.tree import differences, leaves, map_tensors
 from fnlight.update import apply, grad

@@ -12,7 +12,7 @@ from fnlight.errors import ConfigError
 from fnlight.history import Record
 from fnlight.metrics import Mean
 from fnlight.rng import isolated, seed_generators
-from fnlight.state import Task
+from fnlight.task import Task
 
 
 @attrs.define

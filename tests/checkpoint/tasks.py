@@ -15,7 +15,8 @@ from fnlight.averages import ema
 from fnlight.checkpoint import manifest
 from fnlight.metrics import Mean, Tally
 from fnlight.pipe import pipe
-from fnlight.state import Task, TrainState
+from fnlight.state import TrainState
+from fnlight.task import Task
 from fnlight.tree import differences
 from fnlight.update import apply, grad, pure, update
 

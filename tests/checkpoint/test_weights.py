@@ -10,7 +10,8 @@ from torch import nn
 
 from fnlight.checkpoint import load_weights, save, step_path
 from fnlight.errors import BrokenCheckpointError, CheckpointError, MismatchError
-from fnlight.state import Task, TrainState
+from fnlight.state import TrainState
+from fnlight.task import Task
 from tests.checkpoint.tasks import content, files, trained, unlike
 
 

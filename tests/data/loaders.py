@@ -16,7 +16,8 @@ from torch.utils.data import (
 )
 
 from fnlight.data import Source
-from fnlight.state import Progress, Task, TrainState
+from fnlight.state import Progress, TrainState
+from fnlight.task import Task
 
 
 class Pair(NamedTuple):

@@ -12,7 +12,8 @@ from fnlight import tree
 from fnlight.checkpoint import load, save
 from fnlight.optim import UNFIT, optimizer, optimizer_classes, param_groups
 from fnlight.pipe import pipe
-from fnlight.state import Task, TrainState
+from fnlight.state import TrainState
+from fnlight.task import Task
 from fnlight.update import apply, grad
 
 SOURCES = {"torch.optim": 15, "torch_optimizer": 30, "schedulefree": 9, "pytorch_optimizer": 100}

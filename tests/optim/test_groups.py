@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from fnlight.errors import OptimizerError
 from fnlight.optim import frozen, layer_decay, no_decay, param_groups
 from fnlight.pipe import pipe
-from fnlight.state import Task, TrainState
+from fnlight.state import TrainState
+from fnlight.task import Task
 from fnlight.update import apply, grad
 
 

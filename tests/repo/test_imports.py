@@ -8,16 +8,19 @@ from tests.repo.source import PACKAGE, called, functions, lacking, modules, noun
 FLOORS = {
     0: {"errors", "protocols"},
     1: {"rng", "signals", "tree"},
-    2: {"metrics", "schedules", "replay", "dtype", "history"},
+    2: {"metrics", "schedules", "replay", "dtype", "history", "task"},
     3: {"optim"},
     4: {"state", "gradients", "mask"},
-    5: {"checkpoint", "data", "when", "rules", "sinks", "pipe"},
-    6: {"precision", "scale", "clip", "noise", "skip", "microbatch", "update", "manual", "evaluate", "watch"},
-    7: {"averages", "freezing", "losses", "bundle", "compile", "saving", "loop", "config"},
-    8: {"fit", "main"},
-    9: {"testing", "report", "__init__"},
-    10: {"cli"},
-    11: {"__main__"},
+    5: {"combinator", "checkpoint", "data", "when", "rules", "sinks"},
+    6: {"pipe", "parse"},
+    7: {"precision", "scale", "clip", "noise", "skip", "microbatch", "update", "manual", "evaluate", "watch"},
+    8: {"averages", "freezing", "losses", "bundle", "compile", "saving", "loop", "config"},
+    9: {"compose", "main"},
+    10: {"preflight"},
+    11: {"fit"},
+    12: {"testing", "report", "__init__"},
+    13: {"cli"},
+    14: {"__main__"},
 }
 """One row a floor: a module imports from rows above its own, and, in a package, from the package's other files."""
 

@@ -11,9 +11,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fnlight as fl
-from fnlight.config import parse
 from fnlight.errors import ConfigError, StepError
 from fnlight.history import Record
+from fnlight.parse import parse
 from fnlight.sinks import CSV, JSONL, Console, TensorBoard, fan_out
 
 FILES = [pytest.param(lambda p: JSONL(p / "a" / "log.jsonl"), id="JSONL"), pytest.param(lambda p: CSV(p / "a" / "log.csv"), id="CSV")]
