@@ -5,64 +5,16 @@ import os
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from fnlight.checkpoint import checkpoints, last
-from fnlight.compose import compose
 from fnlight.config import FitConfig
 from fnlight.data import Loaders
-from fnlight.errors import BrokenCheckpointError, ConfigError, LoaderError, MonitorError, StepError, TaskWarning
+from fnlight.errors import BrokenCheckpointError, ConfigError, LoaderError, MonitorError, StepError
 from fnlight.fit import fit
-from fnlight.metrics import Mean
 from fnlight.optim import Optim
 from fnlight.replay import plateau
-from fnlight.rules import patience, reached
 from fnlight.sinks import JSONL
-from fnlight.state import TrainState
-from fnlight.task import Task
-from fnlight.when import at_end, epochs, steps
-
-
-def train_step(model, batch):
-    return F.mse_loss(model(batch), batch)
-
-
-def eval_step(model, batch):
-    return {"loss": Mean(F.mse_loss(model(batch), batch, reduction="sum"), batch.numel())}
-
-
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), lr=0.1)
-
-
-def created(train_step=train_step, eval_step=eval_step, configure=sgd, model=None):
-    torch.manual_seed(0)
-    return TrainState.create(Task(model or nn.Linear(3, 3), train_step, eval_step, configure_optimizers=configure))
-
-
-def loader(n=8, batch_size=2, shuffle=True):
-    rows = torch.randn(n, 3, generator=torch.Generator().manual_seed(1))
-    return DataLoader(rows, batch_size=batch_size, shuffle=shuffle)
-
-
-def config(**fields):
-    return FitConfig(**{"progress": False, **fields})
-
-
-def both():
-    return Loaders(train=loader(), val=loader())
-
-
-def counted():
-    """A train_step that counts its calls."""
-    calls = []
-
-    def counting(model, batch):
-        calls.append(batch)
-        return train_step(model, batch)
-
-    return counting, calls
+from tests.small_runs import both, config, counted, created, loader, train_step
 
 
 def test_fit_trains_evaluates_and_says_why_it_stopped():
@@ -129,22 +81,6 @@ def test_nothing_is_done_where_nothing_is_asked_for(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_compose_gives_the_pipe_that_fit_runs():
-    """Its text shows what was asked for, in the order of a tick."""
-    made = compose(
-        created().task,
-        config(max_steps=9, precision="bf16", accumulate=2, clip_norm=1.0, clip_value=0.5, ema=0.9, dir="runs/a",
-               sinks=JSONL("a.jsonl"), eval_every=steps(3), stop=patience("val/loss", 3), min_steps=4),
-        both(),
-    )  # fmt: skip
-    assert str(made) == (
-        "train_step > autocast(bf16) > grad > accumulate(2) > clip_value(0.5) > clip_norm(1.0) > apply > ema(0.9) > "
-        "check_finite(every=epochs(1) | steps(3) | steps(50)) > evaluate_every(val, every=steps(3), weights='ema') > epoch_means > "
-        "log_to(JSONL('a.jsonl'), every=steps(50)) > checkpoint_every('runs/a', every=epochs(1), keep=last(1)) > "
-        "stop_when(patience('val/loss', 3) & min_steps(4) | max_steps(9))"
-    )
-
-
 def test_a_run_is_resumed_where_it_stands(tmp_path):
     """resume=True goes on from the newest checkpoint, bitwise, and starts afresh where there is none."""
     whole = fit(created(), both(), config(max_epochs=4, dir=tmp_path / "whole"))
@@ -201,30 +137,6 @@ def test_a_dev_run_tries_everything_and_writes_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_sanity_batches_find_a_broken_eval_step_first():
-    """Evaluation is tried before the first training step, and touches no state."""
-    fn, calls = counted()
-
-    def broken(model, batch):
-        raise RuntimeError("broken evaluation")
-
-    with pytest.raises(RuntimeError, match="broken evaluation"):
-        fit(created(fn, broken), both(), config(max_epochs=1, sanity_batches=1))
-    assert calls == []
-    sane = fit(created(), both(), config(max_epochs=1, sanity_batches=2))
-    assert sane.history == fit(created(), both(), config(max_epochs=1)).history
-
-
-def test_a_monitor_that_no_evaluation_yields_is_found_before_training():
-    """One batch is evaluated to learn the names; the error lists them."""
-    fn, calls = counted()
-    with pytest.raises(MonitorError, match=r"'val/accuracy' is monitored, but no evaluation yields it; there are \['val/loss'\]"):
-        fit(created(fn), both(), config(max_epochs=1, stop=patience("val/accuracy", 3)))
-    with pytest.raises(MonitorError, match=r"monitors 'val/loss', but nothing in this pipe yields it"):
-        fit(created(fn), loader(), config(max_epochs=1, stop=patience("val/loss", 3)))
-    assert calls == []
-
-
 def test_a_plateau_schedule_watches_the_history():
     """The learning rate falls once the monitored metric has stopped improving."""
 
@@ -235,23 +147,6 @@ def test_a_plateau_schedule_watches_the_history():
     with pytest.raises(MonitorError, match="the schedule plateau.* monitors 'val/loss'"):
         fit(created(configure=configure), loader(), config(max_epochs=1))
     assert state.store.optim.optimizer.param_groups[0]["lr"] == 0.0
-
-
-def test_a_rule_that_can_never_fire_is_refused():
-    """An evaluation that would come after the end of the run cannot be monitored."""
-    with pytest.raises(
-        ConfigError, match=r"the first evaluation would be after 100 steps .* and the run ends after 10: it could never fire"
-    ):
-        fit(created(), both(), config(max_steps=10, eval_every=steps(100), stop=reached("val/loss", 0.1, "min")))
-    with pytest.raises(ConfigError, match="after 5 epochs"):
-        fit(created(), both(), config(max_epochs=2, eval_every=epochs(5), stop=reached("val/loss", 0.1, "min")))
-    assert fit(created(), both(), config(max_steps=2, eval_every=steps(100) | at_end, stop=patience("val/loss", 1))).stopped
-
-
-def test_an_eval_trigger_without_data_is_refused():
-    """What was configured is not silently ignored."""
-    with pytest.raises(ConfigError, match=r"eval_every=steps\(3\)\) needs data to evaluate on"):
-        fit(created(), loader(), config(max_epochs=1, eval_every=steps(3)))
 
 
 def test_missing_and_empty_data_are_errors_before_any_work():
@@ -278,20 +173,6 @@ def test_a_failing_step_loses_nothing(tmp_path):
     assert [step for step, _ in checkpoints(tmp_path)] == [4]
 
 
-def test_modes_of_torch_are_put_back():
-    """deterministic and detect_anomaly hold within fit only."""
-    seen = []
-
-    def watched(model, batch):
-        seen.append((torch.are_deterministic_algorithms_enabled(), torch.is_anomaly_enabled()))
-        return train_step(model, batch)
-
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_anomaly_enabled()
-    fit(created(watched), both(), config(max_steps=1, deterministic=True, detect_anomaly=True))
-    assert seen == [(True, True)]
-    assert (torch.are_deterministic_algorithms_enabled(), torch.is_anomaly_enabled()) == before
-
-
 def test_progress_is_shown_without_changing_the_result(capfd):
     """The console is a sink like any other."""
     quiet = fit(created(), both(), config(max_epochs=2))
@@ -312,21 +193,6 @@ def test_retention_holds_over_a_resume(tmp_path):
     assert [step for step, _ in checkpoints(tmp_path)] == [4, 8]
     fit(created(), both(), config(max_epochs=4, dir=tmp_path, keep=last(2), resume=True))
     assert [step for step, _ in checkpoints(tmp_path)] == [12, 16]
-
-
-def test_several_processes_are_refused_rather_than_trained_apart(monkeypatch):
-    """Under a launcher each process would train a model of its own; that has to be asked for."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"this process is one of 2, but this version of fnlight trains in one; .*parallel=None"):
-        fit(created(), both(), config(max_steps=1))
-    assert fit(created(), both(), config(max_steps=1, parallel=None)).progress.step == 1
-
-
-def test_a_model_in_eval_mode_is_trained_as_it_is_with_a_warning():
-    """Modes are the user's, but dropout that is off by oversight is worth a word."""
-    with pytest.warns(TaskWarning, match=r"the model is in eval mode: dropout is off .*call model.train\(\)"):
-        state = fit(created(model=nn.Linear(3, 3).eval()), both(), config(max_steps=1))
-    assert not state.store.module.training
 
 
 def test_a_run_whose_checkpoints_are_all_broken_is_not_started_over(tmp_path):
