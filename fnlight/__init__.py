@@ -63,6 +63,7 @@ from fnlight.errors import (
     NonFiniteError,
     OptimizerError,
     OptimizerWarning,
+    ParallelError,
     SeamError,
     StepError,
     TaskCheckError,
@@ -155,6 +156,7 @@ __all__ = [
     "Optim",
     "OptimizerError",
     "OptimizerWarning",
+    "ParallelError",
     "Phase",
     "Pipe",
     "PredictFn",
@@ -287,7 +289,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_LATER = ("report", "testing")  # modules of the top floor, imported when somebody asks for them
+_LATER = ("parallel", "report", "testing")  # modules that not everybody uses, imported when somebody asks for them
 
 
 def __getattr__(name: str) -> _Any:

@@ -10,6 +10,7 @@
     │   └── MonitorError                    ... a monitored name that nothing yields
     ├── OptimizerError(ValueError)          an optimizer that does not fit its model
     ├── LoaderError(ValueError)             data that cannot be trained or evaluated on
+    ├── ParallelError(RuntimeError)         processes that do not fit together, or do not find each other
     ├── Interrupted(RuntimeError)           an evaluation or a prediction that a signal ended
     ├── DonatedStateError(RuntimeError)     a read of tensors that a later step has overwritten
     ├── TaskCheckError(AssertionError)      a task that breaks one of the laws that `check_task` checks
@@ -53,6 +54,10 @@ class OptimizerError(FnlightError, ValueError):
 
 class LoaderError(FnlightError, ValueError):
     """A loader that is empty, exhausted or has no length where one is needed."""
+
+
+class ParallelError(FnlightError, RuntimeError):
+    """Processes that were to train together do not fit together, or do not find each other."""
 
 
 class Interrupted(FnlightError, RuntimeError):  # noqa: N818  # as KeyboardInterrupt: nothing went wrong

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from fnlight.metrics import Mean
 from fnlight.protocols import Gradients
-from fnlight.rng import fold_in
+from fnlight.rng import RANK, fold_in
 
 
 def mean_of_group(grad_fn: Any) -> Any:
     """Turn a `GradFn` of one batch into one of a group: gradients are summed, then divided by the summed weight.
+
+    Where a state is placed on several ranks, the groups of all of them are one: each rank works on its part, with random numbers of its own.
 
     Args:
         grad_fn: Gives the gradients of a batch's sum, with its weight.
@@ -21,19 +23,35 @@ def mean_of_group(grad_fn: Any) -> Any:
         A `GradFn` that takes a tuple of batches and gives true gradients.
 
     Example:
+        >>> from types import SimpleNamespace
         >>> def grad_fn(store, batch, key):
         ...     return Gradients([torch.tensor(batch)], torch.tensor(batch), 1.0, {})
-        >>> mean_of_group(grad_fn)(None, (2.0, 4.0), 0).values
+        >>> mean_of_group(grad_fn)(SimpleNamespace(place=None), (2.0, 4.0), 0).values
         [tensor(3.)]
     """
 
     def grouped(store: Any, batches: Any, key: int) -> Gradients:
+        if store.place is not None:
+            return _of_all_ranks(grad_fn, store, batches, key)
         found = grad_fn(store, batches[0], fold_in(key, 0))
         for i in range(1, len(batches)):
             found = _add(found, grad_fn(store, batches[i], fold_in(key, i)))
-        return found if found.weight.__class__ is float and found.weight == 1.0 else _divide(found)
+        return found if found.weight.__class__ is float and found.weight == 1.0 else _divide(found, found.weight)
 
     return grouped
+
+
+def _of_all_ranks(grad_fn: Any, store: Any, batches: Any, key: int) -> Gradients:
+    place, last, found = store.place, len(batches) - 1, None
+    rank = place.world.rank
+    for i, batch in enumerate(batches):
+        place.begin(store, i == last)
+        each = grad_fn(store, batch, fold_in(key, i, RANK + rank) if rank else fold_in(key, i))
+        # values are not added here: they lie where backward() has added them, and the last one has moved them to where they travel
+        found = each if found is None else _add(found._replace(values=[]), each._replace(values=[]))._replace(values=each.values)
+    found = place.finish(store, found)
+    weight = place.mean_weight(found.weight)
+    return found if weight.__class__ is float and weight == 1.0 else _divide(found, weight)
 
 
 class Around(NamedTuple):
@@ -132,9 +150,8 @@ def _join(a: Any, b: Any) -> Any:
     return b if merge is None else merge(b)
 
 
-def _divide(found: Gradients) -> Gradients:
+def _divide(found: Gradients, weight: Any) -> Gradients:
     held = [v for v in found.values if v is not None]
-    weight = found.weight
     if isinstance(weight, Tensor):
         torch._foreach_mul_(held, 1.0 / weight.to(held[0].device)) if held else None
     elif held:

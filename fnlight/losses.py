@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fnlight.combinator import Combinator
-from fnlight.errors import ConfigError, StepError
+from fnlight.errors import ConfigError, ParallelError, StepError
 from fnlight.gradients import Around, Part
 from fnlight.metrics import Mean
 from fnlight.protocols import Gradients
@@ -86,6 +86,12 @@ def _same_number(a: Any, b: Any) -> bool:
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
 
 
+_ONE_PROCESS = (
+    "grad_cache takes the loss of all samples of a step at once, but here each rank holds a part of them, and its loss would be another one; "
+    "train in one process, or give a train_step that gathers the embeddings itself"
+)
+
+
 def grad_cache(loss_fn: Callable[[Any], Any], n: int) -> Combinator:
     """Train on a loss over the samples of n batches at once, such as a contrastive one, with the memory of a single batch.
 
@@ -117,6 +123,8 @@ def grad_cache(loss_fn: Callable[[Any], Any], n: int) -> Combinator:
 
     def wrap(embed: Any) -> Any:
         def cached(store: Store, batches: Sequence[Any], key: int) -> Gradients:
+            if store.place is not None:
+                raise ParallelError(_ONE_PROCESS)
             keys = [fold_in(key, i) for i in range(len(batches))]
             parts = _embedded(embed, store, batches, keys)
             joined = [torch.cat(group).requires_grad_() for group in zip(*map(_tensors, parts), strict=True)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fnlight.combinator import Combinator
 from fnlight.data.readers import num_samples
-from fnlight.errors import ConfigError, FaultWarning, StepError
+from fnlight.errors import ConfigError, FaultWarning, ParallelError, StepError
 from fnlight.gradients import Part
 from fnlight.protocols import Gradients
 from fnlight.state import Store
@@ -63,6 +63,11 @@ def _fitting(grad_fn: Any) -> Any:
 
     def fitting(store: Store, batches: Sequence[Any], key: int) -> Gradients:
         tree = store.memory["microbatch"]
+        if store.place is not None:
+            raise ParallelError(
+                'microbatch("auto") repeats a step that did not fit into memory, which one rank cannot do while others wait for its gradients; '
+                "give a number of samples"
+            )
         buffers = _buffers(store.module)
         while True:
             parts = _parts(batches, tree["size"])

@@ -72,6 +72,7 @@ class Store:
         module: The live module; nobody else holds it.
         optim: Its prepared optimizer, or a mapping of names to several.
         memory: Names of combinators to trees of dicts, lists, tensors, numbers and strings, or a `Tally`.
+        place: How the tensors lie on several processes, see `fnlight.parallel`; None where this process is alone.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -80,13 +81,15 @@ class Store:
     """
 
     __slots__ = (
-        "device", "media", "memory", "module", "named", "optim", "owner", "params", "phases", "position", "progress",
-        "resources", "scale", "seed", "skipped", "version",
+        "bound", "device", "media", "memory", "module", "named", "optim", "owner", "params", "phases", "place", "position",
+        "progress", "resources", "scale", "seed", "skipped", "version",
     )  # fmt: skip
 
-    def __init__(self, module: nn.Module, optim: Optim | Mapping[str, Optim], memory: dict[str, Any]) -> None:
+    def __init__(self, module: nn.Module, optim: Optim | Mapping[str, Optim], memory: dict[str, Any], place: Any = None) -> None:
         self.module, self.memory = module, memory
         self.optim = Optim(None) if isinstance(optim, Mapping) else optim
+        self.place = place
+        self.bound: Any = None  # what the placement keeps for this very module, such as hooks; neither copied nor saved
         self.version = 0
         self.owner: Any = None  # the pipe whose combinators have their memory here
         self.position: Callable[[], Any] | None = None  # where a loader that keeps its own position stands
@@ -106,7 +109,7 @@ class Store:
 
     def _phase(self, optim: Optim) -> "Store":
         held = {id(p) for group in optim.optimizer.param_groups for p in group["params"]}
-        phase = Store(self.module, optim, {})
+        phase = Store(self.module, optim, {}, self.place)
         phase.named = {name: p for name, p in self.named.items() if id(p) in held}
         phase.params = [p for p in phase.named.values() if p.requires_grad]
         return phase
@@ -156,7 +159,7 @@ class Store:
         memo: dict[int, Any] = {}
         module = copy.deepcopy(self.module, memo)
         optim = copy.deepcopy(self.optims if self.phases else self.optim, memo)
-        return Store(module, optim, copy.deepcopy(self.memory, memo))
+        return Store(module, optim, copy.deepcopy(self.memory, memo), self.place)
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -189,13 +192,14 @@ class TrainState:
     version: int
 
     @classmethod
-    def create(cls, task: Task, seed: int = 0, device: torch.device | str | None = None) -> "TrainState":
+    def create(cls, task: Task, seed: int = 0, device: torch.device | str | None = None, *, place: Any = None) -> "TrainState":
         """A state before the first step, on a copy of the task's model.
 
         Args:
             task: The task.
             seed: Any non-negative integer; all randomness of the training follows from it.
             device: Where the tensors live; None leaves them where the model has them.
+            place: How they lie on several processes, such as ``fl.parallel.ddp()``; the model is placed first, then gets its optimizer.
 
         Returns:
             The state.
@@ -215,7 +219,8 @@ class TrainState:
             module = copy.deepcopy(task.model)
             if device is not None:
                 module.to(device)
-            store = Store(module, _configure(task, module), {})
+            placed = None if place is None else place.place(module)
+            store = Store(module, _configure(task, module), {}, placed)
         return cls(task, Progress(updates=dict.fromkeys(store.phases, 0)), seed, History(), None, store, 0)
 
     @property
@@ -289,7 +294,7 @@ class TrainState:
         for optim in store.optims.values():
             to_device(optim.optimizer)
         store.memory = {key: tree if key == "loader" else _moved(tree, torch.device(device)) for key, tree in store.memory.items()}
-        store.__init__(store.module, store.optims if store.phases else store.optim, store.memory)
+        store.__init__(store.module, store.optims if store.phases else store.optim, store.memory, store.place)
         store.version, store.resources = version, resources
         return attrs.evolve(self, version=version)
 

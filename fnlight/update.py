@@ -43,7 +43,8 @@ def grad() -> Combinator:
             fn = loss_fn
             while batch.__class__ is Part or batch.__class__ is Around:
                 fn, batch = batch.taken(fn)
-            total, weight, metrics = fn(store.module, batch), 1.0, {}
+            total = fn(store.module, batch) if store.place is None else store.place.loss(store, fn, batch)
+            weight, metrics = 1.0, {}
             if total.__class__ is not Tensor or total.dim() or not total.requires_grad:
                 total, weight, metrics = _read(total, store)
             values = None

@@ -40,6 +40,8 @@ def held(store: Store, reads: Sequence[str]) -> list[Tensor]:
         2
     """
     module, optimizer = store.module, store.optim.optimizer
+    if store.place is not None:
+        raise UntraceableError(f"{store.place} brings gradients of ranks together while the backward pass goes on, which is in no graph")
     found: list[Tensor] = [*module.parameters(), *module.buffers()]
     if optimizer is not None:
         _check_optimizer(optimizer)

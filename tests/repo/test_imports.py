@@ -14,7 +14,7 @@ FLOORS = {
     5: {"combinator", "checkpoint", "data", "when", "rules", "sinks"},
     6: {"pipe", "parse"},
     7: {"precision", "scale", "clip", "noise", "skip", "microbatch", "update", "manual", "evaluate", "watch"},
-    8: {"averages", "freezing", "losses", "bundle", "compile", "saving", "loop", "config"},
+    8: {"averages", "freezing", "losses", "bundle", "compile", "parallel", "saving", "loop", "config"},
     9: {"compose", "main"},
     10: {"preflight"},
     11: {"fit"},

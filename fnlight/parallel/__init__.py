@@ -1,0 +1,19 @@
+"""Beyond one process: a placement says how a state lies on several processes, given to ``TrainState.create(task, place=...)``.
+
+The processes are started by others: torchrun, SLURM, Ray. `join` brings them together, `ddp` gives every rank the whole model.
+
+Example:
+    >>> import torch, fnlight as fl
+    >>> task = fl.Task(torch.nn.Linear(1, 1), lambda model, batch: model(batch).mean(),
+    ...                configure_optimizers=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
+    >>> with fl.parallel.join() as world:  # under torchrun, one of many
+    ...     state = fl.TrainState.create(task, place=fl.parallel.ddp())
+    >>> world
+    World(rank=0, size=1, local_rank=0)
+"""
+
+from fnlight.parallel.ddp import Replicated, ddp
+from fnlight.parallel.placement import Placement
+from fnlight.parallel.world import World, first_host, join, named_world, world
+
+__all__ = ["Placement", "Replicated", "World", "ddp", "first_host", "join", "named_world", "world"]

@@ -1,0 +1,191 @@
+"""Data parallel: every rank holds the whole model, and gradients are averaged by torch's ``DistributedDataParallel`` as they come."""
+
+import os
+from collections.abc import Mapping
+from inspect import signature
+from typing import Any, NamedTuple
+
+import attrs
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fnlight.errors import ConfigError, ParallelError, StepError
+from fnlight.metrics import Mean
+from fnlight.parallel.world import World, named_world, world
+from fnlight.protocols import Gradients
+
+
+def ddp(
+    *,
+    bucket_cap_mb: float | None = None,
+    find_unused_parameters: bool = False,
+    gradient_as_bucket_view: bool = True,
+    static_graph: bool = False,
+    broadcast_buffers: bool = True,
+) -> "Replicated":
+    """Every rank holds the whole model; gradients are brought together while the backward pass goes on.
+
+    The options are those of ``torch.nn.parallel.DistributedDataParallel``.
+
+    Args:
+        bucket_cap_mb: Megabytes of gradients that travel together; None takes torch's 25.
+        find_unused_parameters: True looks in every step for parameters that the loss does not depend on.
+        gradient_as_bucket_view: True lets gradients lie in the buckets that travel, which saves a copy.
+        static_graph: True promises that every step uses the same parameters in the same way.
+        broadcast_buffers: True gives all ranks the buffers of rank 0 before each step, such as the statistics of BatchNorm.
+
+    Returns:
+        A placement.
+
+    Raises:
+        ConfigError: If an option makes no sense.
+
+    Example:
+        >>> ddp(bucket_cap_mb=10)
+        ddp(bucket_cap_mb=10)
+    """
+    if bucket_cap_mb is not None and not bucket_cap_mb > 0:
+        raise ConfigError(f"ddp(bucket_cap_mb=...) must be megabytes above 0, or None for torch's own, but got {bucket_cap_mb!r}")
+    options = {
+        "bucket_cap_mb": bucket_cap_mb, "find_unused_parameters": find_unused_parameters, "gradient_as_bucket_view": gradient_as_bucket_view,
+        "static_graph": static_graph, "broadcast_buffers": broadcast_buffers,
+    }  # fmt: skip
+    return Replicated(options)
+
+
+@attrs.frozen(eq=False, repr=False)
+class Replicated:
+    """The placement that `ddp` gives; what its methods are for stands in `Placement`.
+
+    Args:
+        options: What ``DistributedDataParallel`` is given.
+
+    Example:
+        >>> Replicated({}).place(nn.Linear(1, 1)) is None  # alone there is nothing to do
+        True
+    """
+
+    options: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        defaults = ddp.__kwdefaults__ or {}
+        return f"ddp({', '.join(f'{name}={value!r}' for name, value in self.options.items() if value != defaults.get(name))})"
+
+    @property
+    def world(self) -> World:
+        """All processes."""
+        return world()
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes files and logs."""
+        return self.world.rank == 0
+
+    def place(self, module: nn.Module) -> "Replicated | None":
+        """Nothing is done to the module but looking at it; None where this process is alone."""
+        here, named = self.world, named_world(os.environ)
+        if here.size == 1 and named.size > 1:
+            raise ParallelError(
+                f"this process is rank {named.rank} of {named.size}, but has not joined the others; write `with fl.parallel.join():` around "
+                "what makes and trains the state, or leave place= out and let fit do both"
+            )
+        devices = {p.device for p in module.parameters()}
+        if here.size > 1 and len(devices) > 1:
+            raise ParallelError(f"ddp takes a model on one device a rank, but this one lies on {sorted(map(str, devices))}; move it to one")
+        return self if here.size > 1 else None
+
+    def begin(self, store: Any, last: bool) -> None:
+        """Before each batch: gradients travel after the last one only."""
+        bound: _Bound | None = store.bound
+        held = [id(p) for p in store.params]
+        if bound is None or bound.held != held:
+            bound = store.bound = self._bind(store, held)
+        bound.ddp.require_backward_grad_sync = last
+
+    def _bind(self, store: Any, held: list[int]) -> "_Bound":
+        """Wrap the module for the parameters that are trained now, which may change from epoch to epoch."""
+        if store.bound is not None:
+            store.bound.ddp.reducer._remove_autograd_hooks()
+        if store.optim.create_graph:
+            raise ParallelError(
+                f"{type(store.optim.optimizer).__name__} takes gradients of gradients, which ranks do not bring together; train in one process, "
+                "or take another optimizer"
+            )
+        return _Bound(DistributedDataParallel(_Loss(store.module), **_of_torch(self.options)), held)
+
+    def loss(self, store: Any, fn: Any, batch: Any) -> Any:
+        """Call a loss function on the live module, within torch's wrapper."""
+        total, rest = store.bound.ddp(fn, batch)
+        out = Mean(total, rest.out.weight) if rest.out.__class__ is Mean else total
+        return out if rest.metrics is None else (out, rest.metrics)
+
+    def finish(self, store: Any, found: Gradients) -> Gradients:
+        """After a group: all has come together, if every parameter had its gradient."""
+        options = self.options
+        if any(v is None for v in found.values) and not (options["find_unused_parameters"] or options["static_graph"]):
+            raise StepError(_unused(store, found))
+        return found
+
+    def mean_weight(self, weight: Any) -> Any:
+        """The mean over ranks of a weight."""
+        if weight.__class__ is float:
+            return weight
+        mean = torch.as_tensor(weight).detach().float().clone()
+        distributed.all_reduce(mean)
+        return mean / self.world.size
+
+    def norm(self, values: list[Tensor]) -> Tensor:
+        """The joint 2-norm."""
+        return torch.nn.utils.get_total_norm(values)
+
+    def full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every rank has the whole tensors."""
+        return dict(tensors)
+
+
+@attrs.frozen(eq=False)
+class _Rest:
+    """What a loss function gave besides the tensor to go backward from; no container, so that torch looks for no tensors in it."""
+
+    out: Any
+    metrics: Any
+
+
+class _Bound(NamedTuple):
+    """What a store keeps: torch's wrapper, and the parameters that it was made for."""
+
+    ddp: DistributedDataParallel
+    held: list[int]
+
+
+class _Loss(nn.Module):
+    """A module whose forward pass is a loss function of the live one: what torch wraps, so that hooks and buckets are its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.model = model
+
+    def forward(self, fn: Any, batch: Any) -> tuple[Any, _Rest]:
+        out, metrics = fn(self.model, batch), None
+        if out.__class__ is tuple and len(out) == 2 and isinstance(out[1], Mapping):
+            out, metrics = out
+        return (out.total if out.__class__ is Mean else out), _Rest(out, metrics)
+
+
+def _of_torch(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options under the names of the installed torch, which warns of old ones; those that are its defaults are left out."""
+    given, known = dict(options), signature(DistributedDataParallel.__init__).parameters
+    if "forward_sync_buffers" in known:
+        given["forward_sync_buffers"] = given.pop("broadcast_buffers", True)
+    return {name: value for name, value in given.items() if value != known[name].default}
+
+
+def _unused(store: Any, found: Gradients) -> str:
+    missing = {id(p) for p, v in zip(store.params, found.values, strict=True) if v is None}
+    names = [name for name, p in store.named.items() if id(p) in missing]
+    return (
+        f"the loss does not depend on {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}, so the ranks would wait for "
+        "these gradients, or train with different ones; leave them out of the model, freeze them (requires_grad=False), or give "
+        "fl.parallel.ddp(find_unused_parameters=True), which costs a look at the graph in every step"
+    )

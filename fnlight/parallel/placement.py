@@ -1,0 +1,58 @@
+"""What the rest of fnlight asks of a placement: how tensors lie on several processes, and how gradients come together."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from fnlight.parallel.world import World
+from fnlight.protocols import Gradients
+
+
+class Placement(Protocol):
+    """A frozen value given to ``TrainState.create(task, place=...)`` and kept as ``store.place``; None where a process is alone.
+
+    What it makes for one store (buckets, hooks) it keeps as ``store.bound``, which is never copied nor saved. All methods but `local` are called
+    by all processes, at the same time.
+
+    A group of batches goes: `begin` and `loss` for each of them, then `finish`. Gradients that come out of `finish` are **means over ranks of
+    the ranks' sums**; divided by `mean_weight` they are exact, however samples or tokens are spread.
+    """
+
+    @property
+    def world(self) -> World:
+        """The ranks that have data of their own: those that share one part of a batch (tensor parallel) have one rank here."""
+        ...
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes files and logs; one of all does."""
+        ...
+
+    def place(self, module: nn.Module) -> "Placement | None":
+        """Place a module, in place, before its optimizer is built; what the store keeps is returned: None where nothing is to be done later."""
+        ...
+
+    def begin(self, store: Any, last: bool) -> None:
+        """Before each batch of a group: only the backward pass of the last one need bring gradients together."""
+        ...
+
+    def loss(self, store: Any, fn: Any, batch: Any) -> Any:
+        """Call a loss function on the store's live module."""
+        ...
+
+    def finish(self, store: Any, found: Gradients) -> Gradients:
+        """After a group: gradients that are the same on all ranks, or each rank's shards of them."""
+        ...
+
+    def mean_weight(self, weight: Any) -> Any:
+        """The mean over ranks of a weight; a plain float is the same on all of them, and needs no communication."""
+        ...
+
+    def norm(self, values: list[Tensor]) -> Tensor:
+        """The joint 2-norm of gradients, over all shards, shape []."""
+        ...
+
+    def full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors, for saving where no shards are written; what is whole already is not copied."""
+        ...

@@ -1,0 +1,172 @@
+"""Where this process stands among those that train together, and how it joins them.
+
+fnlight launches no processes: torchrun, SLURM, Ray or a user does, and says so in the environment. `join` makes the process group out of that;
+a group that is there already is used as it is.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import attrs
+import torch
+from torch import distributed
+
+from fnlight.errors import ParallelError
+
+
+@attrs.frozen
+class World:
+    """This process among those that train together.
+
+    Args:
+        rank: Its number, from 0 on; the one of rank 0 writes files and logs.
+        size: How many there are.
+        local_rank: Its number on its machine, which is that of its accelerator.
+        group: The process group that they talk in; None is the default one.
+
+    Example:
+        >>> World()
+        World(rank=0, size=1, local_rank=0)
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    group: Any = attrs.field(default=None, eq=False, repr=False)
+
+
+def world() -> World:
+    """This process in the group that it has joined.
+
+    Returns:
+        Rank 0 of 1 where it has joined none.
+
+    Example:
+        >>> world().size
+        1
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return World()
+    rank = distributed.get_rank()
+    return World(rank, distributed.get_world_size(), named_world(os.environ).local_rank)
+
+
+def named_world(environ: Mapping[str, str]) -> World:
+    """This process as the environment names it, whether or not it has joined a group.
+
+    Args:
+        environ: Variables of torchrun (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``), or those that SLURM gives to each task of a step.
+
+    Returns:
+        Rank 0 of 1 where nothing is said.
+
+    Raises:
+        ParallelError: If what is said contradicts itself.
+
+    Example:
+        >>> named_world({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"})
+        World(rank=1, size=4, local_rank=1)
+        >>> named_world({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "3"}).size
+        8
+    """
+    if "WORLD_SIZE" in environ:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif "SLURM_STEP_NUM_TASKS" in environ:  # of a step alone: a shell within an allocation is one process
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    else:
+        return World()
+    given = {name: environ.get(name, "0" if name == names[2] else "") for name in names}
+    if not all(value.isdecimal() for value in given.values()) or not int(given[names[0]]) < int(given[names[1]]):
+        raise ParallelError(
+            f"the environment does not say which of how many processes this is: {given}; start the script with "
+            "`torchrun --nproc-per-node=2 script.py`, or unset these variables to train in one process"
+        )
+    rank, size, local = (int(value) for value in given.values())
+    return World(rank, size, local)
+
+
+@contextmanager
+def join(*, backend: str | None = None, timeout: float | None = None) -> Iterator[World]:
+    """Join the processes that the environment names, for as long as the block lasts.
+
+    A group that was made before is used as it is and left alone. Where this process is alone, nothing is done. After an error the group is left
+    as it is: the error is told first, then the process ends, and with it the others.
+
+    Args:
+        backend: Such as ``"gloo"``; None lets torch choose for each kind of device.
+        timeout: Seconds after which a process that waits for others gives up; None takes torch's own.
+
+    Yields:
+        Where this process stands.
+
+    Raises:
+        ParallelError: If the environment contradicts itself, or the others cannot be reached.
+
+    Example:
+        >>> with join() as found:
+        ...     found.size
+        1
+    """
+    named = World() if distributed.is_available() and distributed.is_initialized() else named_world(os.environ)
+    if named.size == 1:
+        yield world()
+        return
+    _enter(named, backend, timeout)
+    yield named
+    distributed.barrier()  # a process that leaves early would look like one that died
+    distributed.destroy_process_group()
+
+
+def _enter(named: World, backend: str | None, timeout: float | None) -> None:
+    wait = timedelta(seconds=timeout) if timeout is not None else distributed.default_pg_timeout
+    if torch.accelerator.is_available():
+        torch.accelerator.set_device_index(named.local_rank % torch.accelerator.device_count())
+    host, port = _meeting_point(os.environ)
+    # Under torchrun its agent holds the store, for all attempts: what a dead attempt has left there must not be read.
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        store = distributed.TCPStore(host, port, named.size, is_master=not agent and named.rank == 0, timeout=wait, wait_for_workers=False)
+        prefixed = distributed.PrefixStore(f"fnlight attempt {attempt}", store)
+        distributed.init_process_group(backend, store=prefixed, rank=named.rank, world_size=named.size, timeout=wait)
+    except (RuntimeError, ValueError) as error:
+        raise ParallelError(
+            f"rank {named.rank} of {named.size} cannot meet the others at {host}:{port}: {error}; check that all were started, and that "
+            "MASTER_ADDR and MASTER_PORT are the same for all of them"
+        ) from error
+
+
+def _meeting_point(environ: Mapping[str, str]) -> tuple[str, int]:
+    """The host and the port where the processes meet."""
+    host, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
+    if host is None and "SLURM_STEP_NODELIST" in environ:
+        host = first_host(environ["SLURM_STEP_NODELIST"])
+    if port is None and "SLURM_JOB_ID" in environ:
+        port = str(15000 + int(environ["SLURM_JOB_ID"]) % 20000)  # one for all tasks of a job, another for other jobs
+    if not host or port is None or not port.isdecimal():
+        raise ParallelError(
+            f"nobody says where the processes are to meet: MASTER_ADDR={host!r}, MASTER_PORT={port!r}; torchrun sets both, "
+            "otherwise give the host of rank 0 and a free port there"
+        )
+    return host, int(port)
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a list in SLURM's notation.
+
+    Args:
+        nodes: Such as ``"node[03-05,7],other"``.
+
+    Returns:
+        Its name.
+
+    Example:
+        >>> first_host("node[03-05,7],other"), first_host("one,two")
+        ('node03', 'one')
+    """
+    found = re.match(r"([^\[,]*)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodes)
+    return "" if found is None else "".join(part or "" for part in found.groups())
