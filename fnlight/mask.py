@@ -16,7 +16,7 @@ _NEUTRAL: Mapping[type, Mapping[str, float]] = {
 }  # fmt: skip
 
 
-def step_where(optimizer: Any, finite: Tensor | bool) -> None:
+def step_where(optimizer: Any, finite: Tensor | bool, memo: dict[str, Any] | None = None) -> None:
     """Let an optimizer step if `finite` is True, and else leave parameters and memory as they are.
 
     A fused optimizer of torch decides on the device, in its kernel, as it does for ``torch.amp.GradScaler``; so does no other, and
@@ -25,6 +25,7 @@ def step_where(optimizer: Any, finite: Tensor | bool) -> None:
     Args:
         optimizer: Any ``torch.optim.Optimizer``; its parameters have their gradients.
         finite: A bool tensor, shape [], or a bool.
+        memo: Passed on to `fnlight.optim.take_step`.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(1))
@@ -34,12 +35,12 @@ def step_where(optimizer: Any, finite: Tensor | bool) -> None:
     """
     if not masks(optimizer):
         if finite:
-            take_step(optimizer)
+            take_step(optimizer, memo)
         return
     held = vars(optimizer)
     held["grad_scale"], held["found_inf"] = None, torch.as_tensor(finite).logical_not().float()
     try:
-        take_step(optimizer)
+        take_step(optimizer, memo)
     finally:
         del held["grad_scale"], held["found_inf"]
 

@@ -269,11 +269,11 @@ def _optimize(grad_fn: Callable[..., Gradients], store: Store, batches: Any, key
     if optimizer is not None:
         _put(store, found)
         if found.finite is None:
-            take_step(optimizer)
+            take_step(optimizer, store.optim.bound)
         elif found.finite is False:
             store.skipped = True
         else:
-            step_where(optimizer, found.finite)
+            step_where(optimizer, found.finite, store.optim.bound)
     elif store.params:
         raise OptimizerError(
             f"this task has an optimizer for each of the phases {', '.join(store.phases)}, so its step starts from a mapping of them to functions, "

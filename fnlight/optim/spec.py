@@ -77,6 +77,7 @@ class Optim:
     courses: Sequence[Course] = attrs.field(default=(), kw_only=True)
     scheduled: bool = attrs.field(init=False, default=attrs.Factory(_is_scheduled, takes_self=True))
     _memo: dict[Any, Any] = attrs.field(factory=dict, init=False, repr=False)  # of a pure function: the last history and what was found
+    bound: dict[str, Any] = attrs.field(factory=dict, init=False, repr=False)  # what the optimizer works on, looked up once; never copied
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.frequency, int) or isinstance(self.frequency, bool) or self.frequency < 1:
