@@ -72,8 +72,10 @@ def compose(task: Task, config: FitConfig, loaders: Any = None, signals: Signals
         debug_bundle(config.dir, config=text_of(config)) if config.debug_bundle and config.dir else None,
         _evaluation(task, config, given, signals),
         epoch_means(),
-        log_to(*config.sinks, every=config.log_every) if config.sinks else None,
-        log_to(Console(total_steps=known_steps(given, config)), every=_EVERY_TICK, name="progress") if config.progress else None,
+        log_to(*config.sinks, every=config.log_every, times=config.log_times) if config.sinks else None,
+        log_to(Console(total_steps=known_steps(given, config)), every=_EVERY_TICK, name="progress", times=True)
+        if config.progress
+        else None,
         checkpoint_every(config.dir, config.save_every, config.keep, permanent=config.permanent, background=config.save_in_background)
         if config.dir
         else None,

@@ -149,6 +149,7 @@ class FitConfig:
             and ``"optimizer"``, see `restore`; ``"batch_size"`` goes back to where a batch of the new size ends.
         rename: Names of parameters, or of modules with all below them, in the checkpoint to those in the model.
         log_every: When training metrics go to the sinks.
+        log_times: True tells the sinks what time went to as well: ``samples/s``, and the shares ``time/step``, ``time/data`` and so on.
         sinks: Where records go.
         progress: A progress bar on a terminal, else a line every few seconds.
         limit_train: Batches an epoch at most (int), or a fraction of them (float).
@@ -200,6 +201,7 @@ class FitConfig:
     allow: tuple[str, ...] = attrs.field(default=(), converter=_names)
     rename: Mapping[str, str] | None = attrs.field(default=None, validator=_renames)
     log_every: Callable[[Any], bool] = attrs.field(default=steps(50), validator=_callable)
+    log_times: bool = attrs.field(default=False, validator=_one_of(True, False))
     sinks: tuple[Any, ...] = attrs.field(default=(), converter=_sinks, eq=repr)
     progress: bool = attrs.field(default=True, validator=_one_of(True, False))
     limit_train: int | float | None = attrs.field(default=None, validator=_limit)
@@ -265,10 +267,9 @@ class FitConfig:
             raise ConfigError(
                 "FitConfig(signals_deadline=...) bounds what follows a signal, but signals is False; give signals=True as well"
             )
-        if self.log_every != steps(50) and not self.sinks:
-            raise ConfigError(
-                f"FitConfig(log_every={self.log_every!r}) is about sinks, but there are none; give sinks=fl.JSONL(path) or such"
-            )
+        if (self.log_every != steps(50) or self.log_times) and not self.sinks:
+            asked = "log_times=True" if self.log_times else f"log_every={self.log_every!r}"
+            raise ConfigError(f"FitConfig({asked}) is about sinks, but there are none; give sinks=fl.JSONL(path) or such")
 
     @property
     def bounds(self) -> StopRule:

@@ -1,6 +1,7 @@
 """`fit`: resume, compose, check, run."""
 
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ import torch
 
 from fnlight.checkpoint import checkpoints, newest, restore
 from fnlight.checkpoint.lock import held
+from fnlight.checkpoint.manifest import STATE
 from fnlight.compose import compose, loaders_of, settings, text_of, train_source
 from fnlight.config import FitConfig
 from fnlight.data import Source, placed
@@ -47,6 +49,7 @@ def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
         >>> state
         TrainState(step=6, epoch=3, batch=0, 2 parameters, SGD, stopped: 3 epochs done)
     """
+    began = time.perf_counter()
     given = loaders_of(loaders)
     config = _dev_run(state, config) if config.fast_dev_run else config
     train = train_source(given, config)
@@ -57,6 +60,7 @@ def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
             preflight(state, given, config, step, signals)
             _write_config(config)
             state.store.resources.update(locks)
+            state.store.times.begin(time.perf_counter, began)
             return _drain(run(step, state, train, donate=True, signals=signals))
 
 
@@ -65,7 +69,7 @@ def _dev_run(state: TrainState, config: FitConfig) -> FitConfig:
     return attrs.evolve(
         config, max_epochs=state.progress.epoch + 1, max_steps=None, max_time=None, stop=None, min_epochs=0, min_steps=0,
         limit_train=n, overfit_batches=0, limit_eval=n, eval_every=epochs(1), sanity_batches=0,
-        dir=None, debug_bundle=False, save_every=epochs(1), permanent=None, save_in_background=True, keep=attrs.fields(FitConfig).keep.default, sinks=(), log_every=attrs.fields(FitConfig).log_every.default,
+        dir=None, debug_bundle=False, save_every=epochs(1), permanent=None, save_in_background=True, keep=attrs.fields(FitConfig).keep.default, sinks=(), log_times=False, log_every=attrs.fields(FitConfig).log_every.default,
     )  # fmt: skip
 
 
@@ -84,6 +88,8 @@ def _resumed(state: TrainState, config: FitConfig) -> TrainState:
                 CheckpointWarning,
                 stacklevel=3,
             )
+        if resumed.stopped is None:
+            resumed.store.times.lose(_age(found))
         return resumed
     broken = checkpoints(config.dir) if config.dir is not None else []
     if broken:
@@ -92,6 +98,11 @@ def _resumed(state: TrainState, config: FitConfig) -> TrainState:
             "overwrite them; look at fl.verify(path), restore them from a copy, or give another dir"
         )
     return state if config.donate else state.copy()
+
+
+def _age(path: str) -> float:
+    """Seconds since a checkpoint was written; 0 in a remote store, which has a clock of its own."""
+    return 0.0 if "://" in path else time.time() - os.path.getmtime(os.path.join(path, STATE))
 
 
 def _counted(state: TrainState, train: Source, config: FitConfig) -> TrainState:

@@ -80,19 +80,20 @@ def run(
     )
 
     def items(state: TrainState) -> Iterator[Item]:
-        found = batches(source, state, whole.group, limit=limit, shuffle=shuffle, device=state.device, clock=clock)
+        found = batches(source, state, whole.group, limit=limit, shuffle=shuffle, device=state.device, clock=clock, times=state.store.times)
         if signals is None:
             return found
         # a loader that keeps its own place would not know it any more if it were left in the middle of a batch
         return signals.between(found) if source.keeps_position else signals.until(found)
 
-    return _run(whole, state, items, signals)
+    return _run(whole, state, items, signals, clock)
 
 
 def _run(
-    step: Pipe, state: TrainState, items: Callable[[TrainState], Iterator[Item]], signals: Signals | None
+    step: Pipe, state: TrainState, items: Callable[[TrainState], Iterator[Item]], signals: Signals | None, clock: Callable[[], float]
 ) -> Iterator[tuple[TrainState, Metrics]]:
     store, error = state.store, None
+    store.times.begin(clock)
     try:
         with isolated(state.device):
             known = state.history
@@ -118,6 +119,7 @@ def _run(
         try:
             step.close()
         finally:
+            store.times.end()
             _release(store, error)
 
 
@@ -178,7 +180,8 @@ def evaluate_every(
         tree = state.store.memory[key]
         tree["owed"] = True
         try:
-            found = evaluate_sources(state, sources(state), fn, weights, signals)
+            with state.store.times.taken("evaluate"):
+                found = evaluate_sources(state, sources(state), fn, weights, signals)
         except Interrupted:
             return state
         tree["owed"] = False
@@ -219,7 +222,7 @@ def evaluate_every(
     )  # fmt: skip
 
 
-def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "log") -> Combinator:
+def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "log", times: bool = False) -> Combinator:
     """Send records to sinks: training metrics when they are due, as exact means since the last time, and every evaluation at once.
 
     Training metrics are called ``train/loss`` and so on, with ``lr`` beside them (``lr/NAME`` where there are several groups); means over an
@@ -230,6 +233,7 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
         *sinks: Any functions of a `Record`.
         every: When the training metrics are due.
         name: Where the window lies in the memory; unique in a pipe.
+        times: True adds what the time since the last record went to: ``samples/s``, and the shares ``time/step``, ``time/data`` and so on.
 
     Returns:
         A combinator from `Step` to `Step`.
@@ -253,13 +257,15 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
         deliver(sinks, Record(state.progress.step, state.progress.epoch, metrics), state.store.memory, told)
 
     def logged_now(state: TrainState, due: bool, old: tuple[Record, ...]) -> None:
-        metrics = _news(state, old)
-        if due:
-            tally: Tally = state.store.memory[name]
-            metrics |= {f"train/{k}": v for k, v in tally.read().items()} | state.store.reported()
-            tally.clear()
-        if metrics:
-            send(state, metrics)
+        with state.store.times.taken("log"):
+            metrics = _news(state, old)
+            if due:
+                tally: Tally = state.store.memory[name]
+                metrics |= {f"train/{k}": v for k, v in tally.read().items()} | state.store.reported()
+                metrics |= state.store.times.window(name, state.progress.samples) if times else {}
+                tally.clear()
+            if metrics:
+                send(state, metrics)
 
     def wrap(step: Any) -> Any:
         def logged(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -275,6 +281,7 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
 
     def start(state: TrainState) -> TrainState:
         told.clear()
+        state.store.times.mark(name, state.progress.samples)
         if state.store.media:  # of an evaluation that was made up for
             send(state, dict(state.store.media))
         return state
@@ -287,7 +294,7 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
 
     label = ", ".join(getattr(s, "__name__", repr(s)) for s in sinks)
     return Combinator(
-        "log_to", wrap, "step", "step", args=f"{label}, every={every}", key=name, init=lambda store: Tally(),
+        "log_to", wrap, "step", "step", args=f"{label}, every={every}{', times=True' if times else ''}", key=name, init=lambda store: Tally(),
         phase="log", start=start, finish=finish, close=lambda: let_go(sinks),
     )  # fmt: skip
 

@@ -163,13 +163,19 @@ class Saver:
 
     def save(self, state: TrainState, forever: bool = False, wait: bool = False) -> None:
         """Save a state, after the save that may be under way; in the background, return as soon as its tensors are copied."""
-        self.settle()
-        write = self._prepared(state, forever, staged=self.background and not wait)
-        if self.background and not wait:
-            self.thread.begin(write)
-        else:
-            write()
-            self._tell()
+        self._let_end(state)
+        with state.store.times.taken("save"):
+            write = self._prepared(state, forever, staged=self.background and not wait)
+            if self.background and not wait:
+                self.thread.begin(write)
+            else:
+                write()
+                self._tell()
+
+    def _let_end(self, state: TrainState) -> None:
+        """Wait for the save before, which is time of the run."""
+        with state.store.times.taken("stall"):
+            self.settle()
 
     def settle(self) -> None:
         """Wait for the save that is under way; raise what it failed with."""
@@ -178,9 +184,10 @@ class Saver:
 
     def finish(self, state: TrainState) -> None:
         """Make the last state of a run durable; if it is saved already, it only learns why the run ended."""
-        self.settle()
+        self._let_end(state)
         if _is_listed(state.store.memory[self.key], state.progress):
-            amend(state, step_path(self.dir, state.progress.step))
+            with state.store.times.taken("save"):
+                amend(state, step_path(self.dir, state.progress.step))
         else:
             self.save(state, wait=True)
 

@@ -23,6 +23,7 @@ from fnlight.metrics import Tally
 from fnlight.optim import Optim, named_state, prepare, prepare_each, reported, to_device, weights_to_use
 from fnlight.rng import SKIPPED, TRAIN, fold_in, isolated, seed_generators
 from fnlight.task import Task
+from fnlight.times import Times
 
 
 @attrs.frozen
@@ -82,7 +83,7 @@ class Store:
 
     __slots__ = (
         "bound", "device", "media", "memory", "module", "named", "optim", "owner", "params", "phases", "place", "position",
-        "progress", "resources", "scale", "seed", "skipped", "version",
+        "progress", "resources", "scale", "seed", "skipped", "times", "version",
     )  # fmt: skip
 
     def __init__(self, module: nn.Module, optim: Optim | Mapping[str, Optim], memory: dict[str, Any], place: Any = None) -> None:
@@ -97,6 +98,7 @@ class Store:
         self.progress = Progress()  # what was completed before the step that is under way
         self.scale: Tensor | None = None  # what a loss is multiplied by before it goes backward
         self.resources: dict[str, Any] = {}  # what a run holds open, by name; each has a close(error), and none is copied or saved
+        self.times = Times()  # where the time of the training went
         self.media: dict[str, Any] | None = None  # pictures and texts of an evaluation, for the sinks of the same tick
         self.named = dict(module.named_parameters())
         self.params = [p for p in self.named.values() if p.requires_grad]
@@ -159,7 +161,9 @@ class Store:
         memo: dict[int, Any] = {}
         module = copy.deepcopy(self.module, memo)
         optim = copy.deepcopy(self.optims if self.phases else self.optim, memo)
-        return Store(module, optim, copy.deepcopy(self.memory, memo), self.place)
+        twin = Store(module, optim, copy.deepcopy(self.memory, memo), self.place)
+        twin.times = self.times.copy()
+        return twin
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -270,6 +274,13 @@ class TrainState:
         self.live.settle()
         return MappingProxyType(self.store.memory)
 
+    @property
+    def times(self) -> Times:
+        """Where the time of the training went, over all of its runs; it does not count in comparisons."""
+        times = self.live.times
+        times.settle()
+        return times
+
     def module(self) -> nn.Module:
         """A module of its own with these weights, in the modes of the live one; of a schedule-free optimizer, with the averaged ones."""
         module = copy.deepcopy(self.live.module)
@@ -289,13 +300,13 @@ class TrainState:
         """This very state, its tensors moved in place; it donates its input."""
         store = self.live
         store.settle()
-        version, resources = store.version + 2, store.resources  # as a step does
+        version, resources, times = store.version + 2, store.resources, store.times  # as a step does
         store.module.to(device)
         for optim in store.optims.values():
             to_device(optim.optimizer)
         store.memory = {key: tree if key == "loader" else _moved(tree, torch.device(device)) for key, tree in store.memory.items()}
         store.__init__(store.module, store.optims if store.phases else store.optim, store.memory, store.place)
-        store.version, store.resources = version, resources
+        store.version, store.resources, store.times = version, resources, times
         return attrs.evolve(self, version=version)
 
     def donated(self) -> Store:

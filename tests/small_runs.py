@@ -51,3 +51,18 @@ def counted():
         return train_step(model, batch)
 
     return counting, calls
+
+
+class Slow(list):
+    """Batches in memory, each of which takes some seconds to read, on a clock of their own."""
+
+    def __init__(self, batches, seconds):
+        list.__init__(self, batches)
+        self.seconds, self.now = seconds, 0.0
+
+    def __getitem__(self, place):
+        self.now += self.seconds
+        return list.__getitem__(self, place)
+
+    def clock(self):
+        return self.now

@@ -11,12 +11,16 @@ import torch
 from rich.console import Console as Screen
 from torch import nn
 
+from fnlight.data import Item
 from fnlight.errors import ConfigError, DonatedStateError
-from fnlight.report import ModelSummary, summary
+from fnlight.loop import run, stop_when
+from fnlight.pipe import pipe
+from fnlight.report import PEAKS, ModelSummary, RunReport, flops, peak_flops, summary, times
+from fnlight.rules import max_steps
 from fnlight.state import TrainState
 from fnlight.task import Task
 from fnlight.tree import equal
-from fnlight.update import apply, grad, pipe
+from fnlight.update import apply, grad
 
 
 class Tied(nn.Module):
@@ -280,3 +284,80 @@ def test_rich_prints_the_same_in_its_own_way() -> None:
     for line in str(found).splitlines()[:-2]:
         assert any(line.split() == shown.split() for shown in text.splitlines()), line
     assert "58 parameters: 58 trainable, 0 frozen; 0 in buffers; 0.000232 MB" in text
+
+
+def convolving() -> Task:
+    """A convolution and a product, whose operations can be counted by hand."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
+    return Task(model, lambda m, b: m(b).square().mean(), configure_optimizers=lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+
+
+def test_operations_are_those_of_forward_and_backward() -> None:
+    """Each product is counted forward, for its weights, and for its inputs where they need a gradient; a sum counts like a product."""
+    state = TrainState.create(convolving())
+    conv, linear = 2 * 4 * 3 * 8 * 8 * 2 * 3 * 3, 2 * 4 * 3 * 8 * 8 * 5
+    assert flops(state, torch.randn(4, 2, 8, 8)) == 2 * conv + 3 * linear
+    assert state.progress.step == 0
+
+
+def test_two_batches_of_a_step_are_counted_both() -> None:
+    """An item of several batches is one step, of more operations."""
+    state, batch = TrainState.create(convolving()), torch.randn(4, 2, 8, 8)
+    assert flops(state, Item.of(batch, batch, state=state)) == 2 * flops(state, batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.4e12),
+        ("NVIDIA H100 PCIe", "bf16", 756e12),
+        ("NVIDIA A100-SXM4-40GB", "tf32", 156e12),
+        ("NVIDIA A10G", "bf16", None),
+        ("NVIDIA L4", "fp16-true", 121e12),
+        ("NVIDIA L40", "fp16", None),
+        ("Tesla V100-SXM2-16GB", "bf16", None),
+        ("Tesla T4", "fp32", 8.1e12),
+        ("NVIDIA A100-SXM4-40GB", "fp64", None),
+        ("NVIDIA GeForce RTX 9999", "fp32", None),
+    ],
+)
+def test_a_peak_is_claimed_of_known_devices_only(name: str, precision: str, peak: float | None) -> None:
+    """A name that is like another one is not taken for it."""
+    assert peak_flops(name, precision) == (peak and pytest.approx(peak))
+
+
+def test_every_peak_has_a_source_and_is_plausible() -> None:
+    """Fewer bits are never slower, and somebody says so."""
+    for device in PEAKS:
+        assert device.source
+        assert device.fp32 < (device.tf32 or device.fp16) <= device.fp16
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    """The precisions are named."""
+    with pytest.raises(ConfigError, match="must be one of 'fp32', 'tf32', .* but got 'fp8'"):
+        peak_flops("NVIDIA L4", "fp8")
+
+
+def test_a_run_is_reported_with_what_it_computed() -> None:
+    """Throughput, causes and operations follow from the state and one batch."""
+    state, batch = TrainState.create(convolving()), torch.randn(4, 2, 8, 8)
+    clock = iter(float(n) for n in range(100))
+    step = pipe(state.task.train_step, grad(), apply(), stop_when(max_steps(3)))
+    state, _ = list(run(step, state, [batch], clock=lambda: next(clock)))[-1]
+    found = times(state, batch)
+    assert (found.steps, found.samples, found.runs) == (3, 12, 1)
+    assert found.total == state.times.total > 0
+    assert found.flops == flops(state, batch) / 4
+    assert found.flops_per_second == found.flops * 12 / found.seconds["step"]
+    assert found.utilisation is None
+    assert "the peak of cpu in fp32 is not known" in str(found)
+    assert "FLOP" not in str(times(state))
+
+
+def test_utilisation_is_the_share_of_the_peak_within_steps() -> None:
+    """Time that the steps did not have is not held against the device."""
+    found = RunReport(10, 100, 1, {"step": 2.0, "data": 2.0}, 1e12, "NVIDIA L4", "bf16", 100e12)
+    assert found.utilisation == 0.5
+    assert found.goodput == 0.5
+    assert "1 TFLOP a sample, 50 TFLOP/s within steps: 50.00 % of the peak of NVIDIA L4 in bf16" in str(found)

@@ -23,6 +23,7 @@ from fnlight.state import TrainState
 from fnlight.testing import assert_trees_equal, tiny_batches, tiny_task
 from fnlight.update import apply, grad
 from fnlight.when import continuous, epochs, minutes, steps
+from tests.small_runs import Slow
 
 ROOT = Path(__file__).resolve().parents[1]
 TASK = tiny_task()
@@ -335,9 +336,9 @@ def test_continuous_saves_as_soon_as_the_last_save_has_ended(tmp_path, disk):
 
 def test_minutes_are_those_of_the_runs_clock(tmp_path):
     """A trigger that counts time looks at no clock of its own."""
-    times = iter(range(0, 10_000, 20))
+    data = Slow(DATA, 20.0)
     step = stepping(checkpoint_every(tmp_path, minutes(1), keep=last(99)), stop_when(max_steps(10)))
-    list(run(step, created(), DATA, clock=lambda: float(next(times))))
+    list(run(step, created(), data, clock=data.clock))
     assert len(saved(tmp_path)) == 4
     assert all(b - a == 3 for a, b in zip(saved(tmp_path), saved(tmp_path)[1:-1], strict=False))
 

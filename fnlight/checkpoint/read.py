@@ -19,6 +19,7 @@ from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWar
 from fnlight.history import History, Record
 from fnlight.state import Progress, Store, TrainState
 from fnlight.task import Task
+from fnlight.times import Times
 
 ALLOWED = frozenset({"dtype", "model", "optimizer"})
 """Differences between a checkpoint and a task that `restore` can be told to go along with."""
@@ -198,6 +199,7 @@ def _head(state: TrainState, body: Any) -> TrainState:
     if not all(type(n) is int and n >= 0 for n in progress.updates.values()):
         raise ValueError(f"updates {progress.updates!r:.80}")
     updates = {name: progress.updates.get(name, 0) for name in state.store.phases}
+    state.store.times = Times.from_json(body.get("times", {}))
     history = History(_record(*entry) for entry in body["history"])
     return attrs.evolve(state, progress=attrs.evolve(progress, updates=updates), seed=seed, stopped=stopped, history=history)
 

@@ -156,6 +156,7 @@ def describe_state(state: TrainState) -> tuple[dict[str, Any], Tensors]:
             "progress": {key: value for key, value in attrs.asdict(state.progress).items() if key != "updates" or value},
             "seed": state.seed,
             "stopped": state.stopped,
+            "times": store.times.to_json(),
             "history": [[r.step, r.epoch, encode(dict(r.metrics), _refuse, f"history of step {r.step}")] for r in state.history],
             "parameters": list(params),
             "optimizer": _optimizers(store, _collector(tensors[OPTIMIZER]), {name: params[name] for name in used}),

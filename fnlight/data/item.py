@@ -11,6 +11,7 @@ from fnlight.data.place import placed
 from fnlight.data.readers import num_samples
 from fnlight.data.source import Source, check_loader
 from fnlight.errors import LoaderError
+from fnlight.times import Times
 
 
 @attrs.frozen(eq=False)
@@ -150,6 +151,7 @@ def batches(
     shuffle: bool = True,
     device: torch.device | str | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    times: Times | None = None,
 ) -> Iterator[Item]:
     """Items without end, epoch after epoch, from the place where a state stands.
 
@@ -163,6 +165,7 @@ def batches(
         shuffle: False takes a shuffled dataset in its own order.
         device: Where batches are moved to; None or the CPU leaves them as they are.
         clock: Gives seconds.
+        times: Where a run counts how long it waits for data.
 
     Returns:
         An iterator of items.
@@ -180,7 +183,7 @@ def batches(
         [(('a', 'b'), 0, False), (('c',), 0, True), (('a', 'b'), 1, False)]
     """
     group_at(group, state.progress.epoch)
-    return _items(_source(loader, limit, shuffle, device), state, group, clock)
+    return _items(_source(loader, limit, shuffle, device), state, group, clock, times)
 
 
 def _source(loader: Any, limit: int | float | None, shuffle: bool, device: torch.device | str | None) -> Source:
@@ -193,11 +196,11 @@ def _source(loader: Any, limit: int | float | None, shuffle: bool, device: torch
     return attrs.evolve(loader, **new) if new else loader
 
 
-def _items(source: Source, state: Any, group: int | Mapping[int, int], clock: Callable[[], float]) -> Iterator[Item]:
+def _items(source: Source, state: Any, group: int | Mapping[int, int], clock: Callable[[], float], times: Times | None) -> Iterator[Item]:
     seed, epoch, start = state.seed, state.progress.epoch, placed(source, state.progress).batch
     keeps = source.keeps_position
     position = _position_of(state) if keeps else None
-    then = clock()
+    then, asked = clock(), None  # when the item before was handed out, and when this one was asked for: at the first one, nobody counts
     while True:
         size, done, samples, taken = group_at(group, epoch), start, 0, []
         for batch, count, last in source.epoch(seed, epoch, start, position=position):
@@ -212,8 +215,14 @@ def _items(source: Source, state: Any, group: int | Mapping[int, int], clock: Ca
                 found, taken = tuple(taken), []
             now, batch = clock(), None  # nothing is kept of what is handed out
             passed = max(0.0, now - then)  # a clock that is set back takes no time back
+            if asked is not None and times is not None:
+                times.data += now - asked
             yield Item(found, epoch, done, last, samples, passed, _at(source, epoch, done, last) if keeps else None, size)
             found, samples, then = None, 0, now
+            if times is not None:
+                if asked is None:
+                    times.started()
+                asked = clock()
         epoch, start, position = epoch + 1, 0, None
 
 

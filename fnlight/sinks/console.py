@@ -18,7 +18,7 @@ _BROKEN = (OSError, ValueError, AttributeError)  # what a stream raises that bro
 _FRAME = 0.1  # seconds between two drawings of the bar
 _USUAL = ("train/loss", "val/loss")
 _OTHERS = 3  # further metrics that are shown if none were chosen
-_TRAINING = ("train/", "train_epoch/", "lr/")  # any other name with a slash is that of an evaluation
+_TRAINING = ("train/", "train_epoch/", "lr/", "time/", "samples/")  # any other name with a slash is that of an evaluation
 
 
 class _View(NamedTuple):
@@ -30,10 +30,14 @@ class _View(NamedTuple):
     elapsed: float
     rate: float | None
     left: float | None
+    samples: float | None
+    waited: float | None
     values: dict[str, float | None]
 
     def times(self) -> list[str]:
         parts = [] if self.rate is None else [f"{_short(self.rate)} steps/s"]
+        parts += [] if self.samples is None else [f"{_short(self.samples)} samples/s"]
+        parts += [] if self.waited is None else [f"data {self.waited:.0%}"]
         parts.append(f"{_clock(self.elapsed)} elapsed")
         return parts if self.left is None else [*parts, f"{_clock(self.left)} left"]
 
@@ -141,7 +145,18 @@ class _Run:
     step: int
     shown: float = -math.inf
     late: Any = None  # a record that came too early to be shown
+    timed: float = 0.0  # seconds of which it is known what they went to
+    last: float = 0.0  # when a record came that knew
+    seen: float = 0.0  # samples in them
+    waited: float = 0.0  # seconds of them in which a step waited for data
     values: dict[str, float | None] = attrs.Factory(dict)
+
+    def count(self, own: dict[str, float], now: float) -> None:
+        """Note what a record says of the time since the one before."""
+        if "samples/s" in own and "time/data" in own:
+            passed = now - self.last
+            self.timed, self.last = self.timed + passed, now
+            self.seen, self.waited = self.seen + own["samples/s"] * passed, self.waited + own["time/data"] * passed
 
 
 def _names(value: Any) -> tuple[str, ...] | None:
@@ -165,7 +180,8 @@ def _interval(_: Any, __: Any, value: Any) -> None:
 class Console:
     """A sink that shows progress: a bar on a terminal, else a line every few seconds and at every evaluation.
 
-    It shows steps, rate, elapsed and remaining time and the newest metrics. Rate and remaining time count the steps seen since it was
+    It shows steps, rate, elapsed and remaining time, the newest metrics and, where records tell, samples a second and how much of the time
+    steps waited for data. Rate and remaining time count the steps seen since it was
     opened, so a resumed run is not flattered. A stream that breaks or is closed ends the display, never the training.
 
     Args:
@@ -208,6 +224,7 @@ class Console:
         run = self._run
         run.step = record.step
         self._note(run, own)
+        run.count(own, now)
         pace = _FRAME if isinstance(run.display, _Bar) else self.interval
         if now - run.shown >= pace or any(_is_evaluation(name) for name in own):
             self._show(run, record, own, now)
@@ -220,7 +237,7 @@ class Console:
         dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
         display: Any = _Bar(stream) if terminal and not dumb else _Lines(stream)
         ends = weakref.finalize(self, display.close)  # a bar that nobody closes hides the cursor: close it at the latest at exit
-        return _Run(display, ends, step, now, step, values=dict.fromkeys(self.metrics or ()))
+        return _Run(display, ends, step, now, step, last=now, values=dict.fromkeys(self.metrics or ()))
 
     def _note(self, run: _Run, own: dict[str, float]) -> None:
         for name, value in own.items():
@@ -232,7 +249,8 @@ class Console:
         elapsed, done = now - run.first_time, record.step - run.first_step
         rate = done / elapsed if done and elapsed > 0 else None
         left = max(self.total_steps - record.step, 0) / rate if rate and self.total_steps is not None else None
-        view = _View(record.step, self.total_steps, record.epoch, elapsed, rate, left, _ordered(run.values))
+        samples, waited = (run.seen / run.timed, run.waited / run.timed) if run.timed else (None, None)
+        view = _View(record.step, self.total_steps, record.epoch, elapsed, rate, left, samples, waited, _ordered(run.values))
         run.display.show(view, own)
 
     def flush(self) -> None:
@@ -266,7 +284,7 @@ def _is_evaluation(name: str) -> bool:
 
 def _is_shown(name: str, shown: dict[str, Any]) -> bool:
     others = sum(other not in _USUAL for other in shown)
-    return name in _USUAL or (others < _OTHERS and not name.startswith("train_epoch/"))
+    return name in _USUAL or (others < _OTHERS and not name.startswith(("train_epoch/", "time/", "samples/")))
 
 
 def _ordered(values: dict[str, float | None]) -> dict[str, float | None]:

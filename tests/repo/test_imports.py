@@ -8,7 +8,7 @@ from tests.repo.source import PACKAGE, called, functions, lacking, modules, noun
 FLOORS = {
     0: {"errors", "protocols"},
     1: {"rng", "signals", "tree"},
-    2: {"metrics", "schedules", "replay", "dtype", "history", "task"},
+    2: {"metrics", "schedules", "replay", "dtype", "history", "task", "times"},
     3: {"optim"},
     4: {"state", "gradients", "mask"},
     5: {"combinator", "checkpoint", "data", "when", "rules", "sinks"},

@@ -122,6 +122,24 @@ def test_a_console_that_is_closed_or_starts_over_begins_afresh() -> None:
     ]  # fmt: skip
 
 
+def test_samples_and_waiting_are_means_since_the_beginning() -> None:
+    """Each record tells of the time since the one before; what is shown is that of all of it, and no metric gives way for it."""
+    timed = [
+        Record(n, 0, {"train/loss": 0.5, "samples/s": rate, "time/data": share})
+        for n, rate, share in ((10, 9.0, 0.9), (20, 8.0, 0.5), (30, 20.0, 0.1))
+    ]
+    shown = lines((100.0, timed[0]), (101.0, timed[1]), (104.0, timed[2]), interval=0)
+    assert shown[0] == "step 10  epoch 0  train/loss 0.5  0:00 elapsed"
+    assert shown[1] == "step 20  epoch 0  train/loss 0.5  10 steps/s  8 samples/s  data 50%  0:01 elapsed"
+    assert shown[2] == "step 30  epoch 0  train/loss 0.5  5 steps/s  17 samples/s  data 20%  0:04 elapsed"
+
+
+def test_times_are_no_evaluation() -> None:
+    """A record of training that tells its times does not break the pace of the lines."""
+    timed = {"train/loss": 0.5, "samples/s": 9.0, "time/data": 0.5, "time/step": 0.5}
+    assert len(lines(*((100.0 + n, Record(n, 0, timed)) for n in range(1, 5)))) == 2
+
+
 def test_the_losses_and_three_others_are_shown_unless_names_are_chosen() -> None:
     """By default there are at most five names, those of losses always; chosen names are shown alone."""
     given = {"train/a": 1.0, "train_epoch/a": 9.0, "val/b": 2.0, "lr": 3.0, "val/c": 4.0, "val/loss": 5.0, "train/loss": 6.0}
