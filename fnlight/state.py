@@ -196,7 +196,9 @@ class TrainState:
     version: int
 
     @classmethod
-    def create(cls, task: Task, seed: int = 0, device: torch.device | str | None = None, *, place: Any = None) -> "TrainState":
+    def create(
+        cls, task: Task, seed: int = 0, device: torch.device | str | None = None, *, place: Any = None, _memo: dict[int, Any] | None = None
+    ) -> "TrainState":
         """A state before the first step, on a copy of the task's model.
 
         Args:
@@ -220,7 +222,7 @@ class TrainState:
         if lazy:
             raise TypeError(f"the model has lazy tensors without a shape, {lazy[:5]}; call it once on a batch before making a Task")
         with isolated(None if device is None else torch.device(device)):
-            module = copy.deepcopy(task.model)
+            module = copy.deepcopy(task.model, _memo)
             if device is not None:
                 module.to(device)
             placed = None if place is None else place.place(module)

@@ -15,6 +15,7 @@ from fnlight.checkpoint.folder import cannot_write
 from fnlight.checkpoint.header import Place, read_header
 from fnlight.checkpoint.manifest import FILES, MAX_BYTES, STATE
 from fnlight.checkpoint.retry import retried
+from fnlight.checkpoint.tensors import fetch
 from fnlight.errors import CheckpointError
 
 T = TypeVar("T")
@@ -99,19 +100,17 @@ class Bucket:
         store, path = self._at(name)
         return self._retried(lambda: store.cat_file(path, start=start, end=end)) if end > start else b""
 
-    def content(self, name: str, size: int) -> bytearray:
-        """All bytes of a file, a piece at a time."""
-        data = bytearray(size)
-        for start in range(0, size, _PIECE):
-            piece = self.part(name, start, min(size, start + _PIECE))
-            data[start : start + len(piece)] = piece
-        return data
-
     def digest(self, name: str, kind: str) -> str:
         """The digest of a file, of one of `KINDS`."""
-        digest = Digest(kind)
-        digest.update(memoryview(self.content(name, self.size(name) or 0)))
+        digest, size = Digest(kind), self.size(name) or 0
+        for start in range(0, size, _PIECE):
+            digest.update(self.part(name, start, min(size, start + _PIECE)))
         return str(digest)
+
+    def fetch(self, name: str, kind: str) -> tuple[dict[str, Tensor], str]:
+        """The tensors of a safetensors file, asked for a piece at a time, and the digest of what they were filled with."""
+        size = self.size(name) or 0
+        return fetch(_Pieces(lambda start, end: self.part(name, start, end), size).readinto, size, kind)
 
     def tensors(self, name: str, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
         """The tensors of a safetensors file; those that are not wanted are not read, and come without values, on the meta device."""
@@ -176,6 +175,23 @@ class Bucket:
         store, root = self._at()
         if store.exists(root):
             store.rm(root, recursive=True)
+
+
+class _Pieces:
+    """The bytes of a file one after the other, of which a large piece is asked for at a time."""
+
+    def __init__(self, part: Callable[[int, int], bytes], size: int) -> None:
+        self._part, self._size = part, size
+        self._start, self._held = 0, memoryview(b"")
+
+    def readinto(self, view: memoryview) -> int:
+        """Fill a view, or the front of it."""
+        if not self._held:
+            self._held = memoryview(self._part(self._start, min(self._size, self._start + _PIECE)))
+            self._start += len(self._held)
+        count = min(len(view), len(self._held))
+        view[:count], self._held = self._held[:count], self._held[count:]
+        return count
 
 
 def _neighbours(places: Mapping[str, Place]) -> list[list[str]]:

@@ -1,13 +1,14 @@
 """A folder on this machine, where files are written so that they survive a crash: flushed to disk, then renamed into place."""
 
 import errno
+import io
 import os
 import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, BinaryIO
+from typing import Any
 
 import attrs
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from fnlight.checkpoint.digest import Digest, digest_of_file
 from fnlight.checkpoint.header import read_header
 from fnlight.checkpoint.manifest import FILES, MAX_BYTES, STATE
+from fnlight.checkpoint.tensors import fetch
 from fnlight.errors import CheckpointError
 
 _PIECE = 1 << 20  # bytes hashed and written at a time: they are still in the processor's cache when they are written
@@ -94,7 +96,7 @@ class Folder:
             raise OSError(errno.EFBIG, f"more than the {limit} bytes that are read", name)
         return data
 
-    def _open(self, name: str) -> BinaryIO:
+    def _open(self, name: str) -> io.BufferedReader:
         """A regular file, or what a link to one leads to; opening another kind, such as a pipe, would wait for a writer."""
         path = os.path.join(self.path, name)
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -112,6 +114,11 @@ class Folder:
         with self._open(name) as file:
             read_header(lambda start, end: (file.seek(start), file.read(end - start))[1], os.fstat(file.fileno()).st_size)
         return load_file(os.path.join(self.path, name))
+
+    def fetch(self, name: str, kind: str) -> tuple[dict[str, Tensor], str]:
+        """The tensors of a safetensors file in memory of their own, and the digest of what they were filled with."""
+        with self._open(name) as file:
+            return fetch(file.readinto, os.fstat(file.fileno()).st_size, kind)
 
     def write(self, name: str, chunks: Iterable[memoryview | bytes]) -> dict[str, Any]:
         """Write a new file and flush it to disk; its size and digest are taken on the way."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fnlight.checkpoint.encode import decode
 from fnlight.checkpoint.manifest import OPTIMIZER
 from fnlight.checkpoint.places import Opened
+from fnlight.checkpoint.twin import fitted
 from fnlight.errors import MismatchError
 from fnlight.optim import OTHER, RAW, Optim, class_name, named_groups, place_slot
 from fnlight.tree import equal, map_tensors
@@ -40,7 +41,7 @@ def place_optimizers(
 
     Example:
         >>> from fnlight.checkpoint.folder import Folder
-        >>> place_optimizers({"": Optim(None)}, nn.Linear(1, 1), Opened("a", Folder("a"), {"optimizer": None}), frozenset(), {}, afresh=False)
+        >>> place_optimizers({"": Optim(None)}, nn.Linear(1, 1), Opened("a", Folder("a"), {"optimizer": None, "files": {}}), frozenset(), {}, afresh=False)
         []
     """
     whole = opened.body["optimizer"]
@@ -49,12 +50,13 @@ def place_optimizers(
         return [
             f"the optimizers changed: {_kinds(saved)} in the checkpoint, {', '.join(filter(None, optims)) or 'a single one'} now; all memory starts afresh"
         ]
+    tensors = opened.tensors(OPTIMIZER)
     notes = [f"the optimizer {name!r} is no more, and its memory is dropped" for name in saved if name not in optims]
     for name, optim in optims.items():
         if name not in saved:
             notes.append(f"there was no optimizer {name!r} then; its memory starts afresh")
             continue
-        found = _place_optimizer(optim, module, saved[name], opened, {each: known.get(each) for each in loaded}, afresh)
+        found = _place_optimizer(optim, module, saved[name], opened.path, tensors, {each: known.get(each) for each in loaded}, afresh)
         notes += [f"{name}: {line}" for line in found] if name else found
     return notes
 
@@ -64,17 +66,22 @@ def _kinds(saved: Mapping[str, Any]) -> str:
 
 
 def _place_optimizer(
-    optim: Optim, module: nn.Module, section: Any, opened: Opened, loaded: Mapping[str, torch.dtype | None], afresh: bool
+    optim: Optim,
+    module: nn.Module,
+    section: Any,
+    path: str,
+    tensors: dict[str, Tensor],
+    loaded: Mapping[str, torch.dtype | None],
+    afresh: bool,
 ) -> list[str]:
     saved_class = "none" if section is None else section["class"]
     own_class = class_name(optim.optimizer)
     if not _same_class(saved_class, own_class):
         if section is not None and optim.optimizer is not None and not afresh:
-            raise MismatchError(_another(opened.path, saved_class, own_class))
+            raise MismatchError(_another(path, saved_class, own_class))
         return [f"optimizer changed: {saved_class} in the checkpoint, {own_class} now; its memory starts afresh"]
     if section is None:
         return []
-    tensors = opened.tensors(OPTIMIZER)
     _place_slots(optim, module, section, tensors, loaded)
     return _place_groups(optim, module, section["groups"], tensors) + _unheld(optim, module, section, loaded)
 
@@ -116,7 +123,7 @@ def _place_slots(
                     continue
             state[p] = {slot: _like(slot, _of_dtype(value, loaded[name], p), p, groups[id(p)]) for slot, value in slots.items()}
     for key, value in decode(section["slots"].get(OTHER, {}), tensors.pop).items():
-        state[key] = map_tensors(torch.clone, value)
+        state[key] = value
 
 
 def _of_dtype(value: Any, saved: torch.dtype | None, p: Tensor) -> Any:
@@ -128,13 +135,11 @@ def _of_dtype(value: Any, saved: torch.dtype | None, p: Tensor) -> Any:
 def _like(slot: str, value: Any, p: Tensor, group: Mapping[str, Any]) -> Any:
     """A slot's value in live memory; one of the parameter's shape gets its strides too, which fused kernels take for granted."""
     if not isinstance(value, Tensor):
-        return map_tensors(lambda t: t.to(p.device, copy=True), value)
+        return map_tensors(lambda t: t.to(p.device), value)
     if group.get("fused") and not _kernel_may_read(slot, value, p):
         raise ValueError(f"the slot {slot!r} of a parameter of shape {list(p.shape)} is {value.dtype} {list(value.shape)}")
     value = place_slot(slot, value, p, group)
-    if value.shape == p.shape:
-        return torch.empty_like(p, dtype=value.dtype, device=value.device, requires_grad=False).copy_(value)
-    return value.clone()
+    return value if value.shape != p.shape else fitted(value, p, same_kind=False)
 
 
 def _kernel_may_read(slot: str, value: Tensor, p: Tensor) -> bool:

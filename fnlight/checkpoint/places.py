@@ -12,10 +12,8 @@ import attrs
 from torch import Tensor
 
 from fnlight.checkpoint.bucket import Bucket
-from fnlight.checkpoint.digest import Digest
 from fnlight.checkpoint.encode import decode
 from fnlight.checkpoint.folder import Folder, cannot_write, hidden_siblings, make
-from fnlight.checkpoint.header import read_header
 from fnlight.checkpoint.manifest import FILES, MODEL, STATE, parse
 from fnlight.checkpoint.retry import WAITS
 from fnlight.checkpoint.tensors import as_listed
@@ -130,10 +128,10 @@ def best_checkpoint(dir: Path, monitor: str, mode: str = "min") -> str | None:
     return min(found)[3] if found else None
 
 
-def _sound(dir: Path, files: tuple[str, ...] = FILES) -> "Iterator[Opened]":
+def _sound(dir: Path, files: tuple[str, ...] = FILES, hold: bool = False) -> "Iterator[Opened]":
     for _, path in reversed(checkpoints(dir)):
         try:
-            yield _open_one(path, files)
+            yield _open_one(path, files, hold)
         except BrokenCheckpointError as error:
             warnings.warn(f"passed over a broken checkpoint: {error}", CheckpointWarning, stacklevel=4)
 
@@ -146,7 +144,7 @@ class Opened:
         path: Its path, for messages.
         folder: Where its files are.
         body: The sections of its manifest.
-        held: Files of a remote store that were read to check them, by name.
+        held: By file, the tensors that were read to check it: they are nobody else's.
 
     Example:
         >>> Opened("a", Folder("a"), {"files": {}}).tensors("memory.safetensors")
@@ -156,31 +154,26 @@ class Opened:
     path: str
     folder: Folder | Bucket
     body: Mapping[str, Any]
-    held: Mapping[str, bytearray] = attrs.field(factory=dict)
+    held: Mapping[str, Mapping[str, Tensor]] = attrs.field(factory=dict)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one of its files, mapped where possible; none if it was not written."""
+        """The tensors of one of its files: those that are held, else mapped where possible; none if it was not written."""
         if name not in self.body["files"]:
             return {}
         try:
-            return as_listed(self._found(name), self.body["files"][name]["tensors"])
+            found = self.held[name] if name in self.held else self.folder.tensors(name)
+            return as_listed(found, self.body["files"][name]["tensors"])
         except Exception as error:  # the safetensors library raises its own class, and others on damage
             raise BrokenCheckpointError(f"checkpoint {self.path} is broken: {name} cannot be read: {error}") from error
 
-    def _found(self, name: str) -> dict[str, Tensor]:
-        data = self.held.get(name)
-        if data is None:
-            return self.folder.tensors(name)
-        places = read_header(lambda start, end: bytes(data[start:end]), len(data))
-        return {key: place.tensor(data, 0) for key, place in places.items()}
 
-
-def open_checkpoint(path: Path, files: tuple[str, ...] = FILES) -> Opened:
+def open_checkpoint(path: Path, files: tuple[str, ...] = FILES, hold: bool = False) -> Opened:
     """Find a checkpoint and check all of it.
 
     Args:
         path: A checkpoint, or a run's directory, of which the newest sound one is taken.
         files: What will be read of one in a remote store; the others stay there.
+        hold: True reads these files once and keeps their tensors, as the store always does; False maps them when they are asked for.
 
     Returns:
         The checkpoint.
@@ -197,16 +190,16 @@ def open_checkpoint(path: Path, files: tuple[str, ...] = FILES) -> Opened:
     folder = at(path)
     present = folder.names()
     if STATE in present or any(name in present for name in FILES):
-        return _open_one(folder.path, files)
+        return _open_one(folder.path, files, hold)
     listed = checkpoints(path)
     if listed:
-        for found in _sound(path, files):
+        for found in _sound(path, files, hold):
             return found
         raise BrokenCheckpointError(
             f"none of the {len(listed)} checkpoints in {folder.path} is sound, see the warnings above; restore a backup or start afresh"
         )
     if hidden_of(folder):
-        return _open_one(folder.path, files)
+        return _open_one(folder.path, files, hold)
     raise CheckpointError(
         f"no checkpoint at {folder.path}: {f'it holds {present[:5]}' if folder.exists() else 'there is no such directory'}"
     )
@@ -230,19 +223,20 @@ def hidden_of(folder: Folder | Bucket) -> list[Folder]:
     return [folder.parent().child(name) for kind in ("tmp", "old") for name in hidden_siblings(folder, kind)]
 
 
-def _open_one(path: str, files: tuple[str, ...]) -> Opened:
+def _open_one(path: str, files: tuple[str, ...], hold: bool) -> Opened:
     folder = at(path)
     if isinstance(folder, Bucket):
         return _open_remote(folder, files)
     problems: list[str] = []
     for place in (*hidden_of(folder), folder):
-        body, problems = examine(place)
+        body, problems = examine(place, digests=not hold)
+        held, problems = _fetched(place, body, problems, files, others=True) if hold else ({}, problems)
         if body is not None and not problems:
             if place != folder:
                 warnings.warn(
                     f"checkpoint {path} was being replaced when its writer died; read from {place.path}", CheckpointWarning, stacklevel=4
                 )
-            return Opened(path, place, body)
+            return Opened(path, place, body, held)
     raise BrokenCheckpointError(f"checkpoint {path} is broken: {'; '.join(problems)}. Load its run's directory to use the newest sound one")
 
 
@@ -250,16 +244,7 @@ def _open_remote(folder: Bucket, files: tuple[str, ...]) -> Opened:
     """Read what is asked for, once, and check that very data; where a writer replaced it meanwhile, begin again."""
     for wait in (*WAITS, None):
         body, problems = examine(folder, digests=False)
-        held = (
-            {name: folder.content(name, body["files"][name]["size"]) for name in files if name in body["files"]}
-            if body and not problems
-            else {}
-        )
-        for name, data in held.items():
-            digest = Digest(body["files"][name]["digest"].partition(":")[0]) if body else Digest()
-            digest.update(memoryview(data))
-            if body and str(digest) != body["files"][name]["digest"]:
-                problems.append(f"{name} is altered: its digest differs from the one in state.json")
+        held, problems = _fetched(folder, body, problems, files, others=False)
         if body is not None and not problems:
             return Opened(folder.path, folder, body, held)
         if wait is None or body is None or examine(folder, digests=False)[0] == body:
@@ -268,6 +253,28 @@ def _open_remote(folder: Bucket, files: tuple[str, ...]) -> Opened:
             )
         folder.sleep(wait)
     raise AssertionError("unreachable")
+
+
+def _fetched(
+    folder: Folder | Bucket, body: Mapping[str, Any] | None, problems: list[str], files: tuple[str, ...], others: bool
+) -> tuple[dict[str, Mapping[str, Tensor]], list[str]]:
+    """Read files once, check what was read, and keep it; `others` says whether the rest is looked through as well."""
+    held: dict[str, Mapping[str, Tensor]] = {}
+    found = list(problems)
+    for name, entry in body["files"].items() if body is not None and not problems else ():
+        if name in files and not found:
+            try:
+                held[name], digest = folder.fetch(name, entry["digest"].partition(":")[0])
+                found += [_altered(name)] if digest != entry["digest"] else []
+            except (OSError, ValueError) as error:
+                found.append(_compare(folder, name, entry, digests=True) or f"{name} cannot be read: {error}")
+        elif name in files or others:
+            found += [problem] if (problem := _compare(folder, name, entry, digests=True)) else []
+    return ({} if found else held), found
+
+
+def _altered(name: str) -> str:
+    return f"{name} is altered: its digest differs from the one in state.json"
 
 
 def examine(folder: Folder | Bucket, digests: bool = True) -> tuple[Mapping[str, Any] | None, list[str]]:
@@ -302,7 +309,7 @@ def _compare(folder: Folder | Bucket, name: str, entry: Mapping[str, Any], diges
         if size != entry["size"]:
             return f"{name} has {size} bytes, but {entry['size']} were written"
         if digests and folder.digest(name, entry["digest"].partition(":")[0]) != entry["digest"]:
-            return f"{name} is altered: its digest differs from the one in state.json"
+            return _altered(name)
     except OSError as error:
         return f"{name} cannot be read: {error}"
     return None

@@ -13,6 +13,7 @@ from fnlight.checkpoint.groups import place_optimizers
 from fnlight.checkpoint.manifest import MEMORY, MODEL
 from fnlight.checkpoint.places import Opened, Path, open_checkpoint
 from fnlight.checkpoint.rename import Rename, renamed, renamed_body
+from fnlight.checkpoint.twin import Lent, twin
 from fnlight.checkpoint.weights import LoadReport, extra_states, place_weights, put, split_buffers
 from fnlight.dtype import DTYPES, convert
 from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning, MismatchError
@@ -53,8 +54,11 @@ def load(path: Path, task: Task, *, device: torch.device | str | None = None) ->
         ...     load(path, task).seed
         7
     """
-    opened = open_checkpoint(path)
-    state, notes = _fill(TrainState.create(task, device=device), opened, frozenset(), None)
+    opened = open_checkpoint(path, hold=True)
+    lent, memo = Lent(), dict[int, Any]()
+    if isinstance(task, Task):
+        lent.borrow((*task.model.parameters(), *task.model.buffers()), memo)
+    state, notes = _fill(TrainState.create(task, device=device, _memo=memo), lent, opened, frozenset(), None)
     _warn(opened, notes)
     return state
 
@@ -97,8 +101,9 @@ def restore(path: Path, like: TrainState, *, allow: Iterable[str] = (), rename: 
     allowed = frozenset((allow,) if isinstance(allow, str) else allow)
     if not allowed <= ALLOWED:
         raise CheckpointError(f"allow= knows {sorted(ALLOWED)}, but got {sorted(allowed - ALLOWED)}")
-    opened = open_checkpoint(path)
-    state, notes = _fill(like.copy(), opened, allowed, rename)
+    opened = open_checkpoint(path, hold=True)
+    store, lent = twin(like.live)
+    state, notes = _fill(attrs.evolve(like, store=store, version=0), lent, opened, allowed, rename)
     _warn(opened, notes)
     return state
 
@@ -109,12 +114,12 @@ def _warn(opened: Opened, notes: list[str]) -> None:
         warnings.warn(f"checkpoint {opened.path} was loaded with differences:\n  {lines}", CheckpointWarning, stacklevel=3)
 
 
-def _fill(state: TrainState, opened: Opened, allowed: frozenset[str], rename: Rename) -> tuple[TrainState, list[str]]:
-    """Fill a state that nobody else holds; also what a reader should be told."""
+def _fill(state: TrainState, lent: Lent, opened: Opened, allowed: frozenset[str], rename: Rename) -> tuple[TrainState, list[str]]:
+    """Fill a state that nobody else holds; also what a reader should be told. The tensors of the checkpoint become its own."""
     store = state.store
     listed = opened.body["files"][MODEL]["tensors"]
     _recast(store, opened)
-    report = place_weights(store.module, renamed(opened.tensors(MODEL), rename), opened.path, "dtype" in allowed)
+    report = place_weights(store.module, renamed(opened.tensors(MODEL), rename), opened.path, "dtype" in allowed, lent)
     if not report.fits and "model" not in allowed:
         raise MismatchError(_another(report))
     notes = [] if report.fits else [f"only what fits was taken. {report}"]
@@ -123,9 +128,11 @@ def _fill(state: TrainState, opened: Opened, allowed: frozenset[str], rename: Re
         opened = attrs.evolve(opened, body=renamed_body(opened.body, listed.keys(), rename))
         known = {name: getattr(torch, dtype) for name, (dtype, _) in renamed(listed, rename).items()}
         tensors = opened.tensors(MEMORY)
-        notes += _derived_buffers(store.module, decode(opened.body["buffers"], tensors.pop))
+        notes += _derived_buffers(store.module, decode(opened.body["buffers"], tensors.pop), lent)
+        lent.own((*store.module.parameters(), *store.module.buffers()))  # from here on, code of the user's may write to them
         notes += _extra(store.module, decode(opened.body["extra"], _moved(tensors, store.device)))
         notes += place_optimizers(store.optims, store.module, opened, report.taken, known, "optimizer" in allowed)
+        lent.own()
         memory = _memory(opened.body["memory"], tensors, store.device)
         fitting = {key: _as_the_model(tree, known, report.left, store.named) for key, tree in memory.items()}
         store.memory = {key: tree for key, tree in fitting.items() if not _emptied(tree, memory[key])}
@@ -215,7 +222,7 @@ def _record(step: Any, epoch: Any, metrics: Any) -> Record:
 
 def _moved(tensors: dict[str, Tensor], device: torch.device) -> Callable[[str], Tensor]:
     """What gives each tensor once: a reference that comes again is none that fnlight wrote, and might stand there a million times."""
-    return lambda name: tensors.pop(name).to(device, copy=True)
+    return lambda name: tensors.pop(name).to(device)
 
 
 def _memory(section: Any, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
@@ -224,7 +231,7 @@ def _memory(section: Any, tensors: dict[str, Tensor], device: torch.device) -> d
     return {key: decode(tree, _moved(tensors, cpu if key == "loader" else device)) for key, tree in section.items()}
 
 
-def _derived_buffers(module: nn.Module, found: dict[str, Tensor]) -> list[str]:
+def _derived_buffers(module: nn.Module, found: dict[str, Tensor], lent: Lent) -> list[str]:
     """Restore the buffers outside the ``state_dict``; those that changed their shape are the model's own business."""
     wanted = split_buffers(module)[1]
     fits = [
@@ -232,7 +239,7 @@ def _derived_buffers(module: nn.Module, found: dict[str, Tensor]) -> list[str]:
     ]
     with torch.no_grad():
         for name in fits:
-            put(module, name, found[name])
+            put(module, name, found[name], lent)
     left = sorted((set(wanted) | set(found)) - set(fits))
     return [f"non-persistent buffers that differ now were left as the model makes them: {', '.join(left[:8])}"] if left else []
 

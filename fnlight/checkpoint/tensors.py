@@ -1,16 +1,18 @@
-"""The safetensors format, written tensor by tensor, so that no second copy of the state is held in memory."""
+"""The safetensors format, written and read tensor by tensor, so that no second copy of the state is held in memory."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
-from fnlight.checkpoint.header import CODES, MAX_HEADER, MAX_TENSORS
+from fnlight.checkpoint.digest import Digest
+from fnlight.checkpoint.header import CODES, MAX_HEADER, MAX_TENSORS, read_header
 from fnlight.errors import CheckpointError
 
+_PIECE = 1 << 20  # bytes that are read at a time: they are still in the processor's cache when they are digested
 _AS_REAL = {torch.complex128: torch.float64, torch.complex32: torch.float16}  # no code of their own: a last dimension of 2
 
 
@@ -113,8 +115,57 @@ def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
     if flat.dtype in _AS_REAL:
         flat = torch.view_as_real(flat).reshape(-1)
-    array: Any = flat.contiguous().view(torch.uint8).numpy()
+    return _view(flat.contiguous())
+
+
+def _view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, as they lie in memory."""
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
+
+
+def fetch(readinto: Callable[[memoryview], int | None], size: int, kind: str) -> tuple[dict[str, Tensor], str]:
+    """Read a safetensors file from its begin to its end, each byte once, into tensors of their own.
+
+    They are no views of a file: whoever writes over it later changes nothing, and they are aligned as torch aligns its own.
+
+    Args:
+        readinto: Fills a view from where the last one ended, or a part of it, and says how many bytes.
+        size: Bytes of the file.
+        kind: The kind of digest, of `fnlight.checkpoint.digest.KINDS`.
+
+    Returns:
+        Names to tensors, and the digest of the very bytes that they were filled with.
+
+    Raises:
+        ValueError: If the file is no safetensors file, or ends too early.
+
+    Example:
+        >>> import io
+        >>> data = b"".join(chunks({"x": torch.ones(2)}))
+        >>> fetch(io.BytesIO(data).readinto, len(data), "xxh3")[0]
+        {'x': tensor([1., 1.])}
+    """
+    digest = Digest(kind)
+
+    def fill(view: memoryview) -> memoryview:
+        for start in range(0, len(view), _PIECE):
+            piece = rest = view[start : start + _PIECE]
+            while rest:
+                count = readinto(rest)
+                if not count:
+                    raise ValueError(f"it ends before the {size} bytes that it should have")
+                rest = rest[count:]
+            digest.update(piece)
+        return view
+
+    places = read_header(lambda start, end: bytes(fill(memoryview(bytearray(end - start)))), size)
+    found: dict[str, Tensor] = {}
+    for name in sorted(places, key=lambda name: places[name].start):
+        found[name] = torch.empty(places[name].shape, dtype=places[name].dtype)
+        if found[name].numel():
+            fill(_view(found[name]))
+    return found, str(digest)
 
 
 def as_listed(found: Mapping[str, Tensor], listed: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from fnlight.checkpoint.manifest import MODEL
 from fnlight.checkpoint.places import Path, at, open_checkpoint
 from fnlight.checkpoint.rename import Rename, new_name, renamed
 from fnlight.checkpoint.tensors import describe
+from fnlight.checkpoint.twin import Lent
 from fnlight.errors import BrokenCheckpointError, MismatchError
 from fnlight.state import TrainState
 
@@ -121,7 +122,7 @@ def _table(rows: list[tuple[str, str, str]]) -> str:
     return "\n" + "\n".join(lines + more)
 
 
-def place_weights(module: nn.Module, found: Mapping[str, Tensor], path: str, convert: bool = False) -> LoadReport:
+def place_weights(module: nn.Module, found: Mapping[str, Tensor], path: str, convert: bool = False, lent: Lent | None = None) -> LoadReport:
     """Copy tensors into the parameters and persistent buffers of the same name and shape, in place.
 
     Args:
@@ -129,6 +130,7 @@ def place_weights(module: nn.Module, found: Mapping[str, Tensor], path: str, con
         found: Names to tensors; a tied weight may stand under any of its names.
         path: The file, for the report.
         convert: Whether floating-point values may be converted to the dtype of the model.
+        lent: What the module has borrowed; a value becomes the memory of such a tensor, and must be nobody else's.
 
     Returns:
         The report.
@@ -143,7 +145,7 @@ def place_weights(module: nn.Module, found: Mapping[str, Tensor], path: str, con
     fits = {name: _fits(found[name], tensor, convert) for name, tensor in wanted.items() if name in found}
     with torch.no_grad():
         for name in (name for name, good in fits.items() if good):
-            put(module, name, found[name])
+            put(module, name, found[name], lent)
     differ = {name: (_say(found[name]), _say(wanted[name])) for name in fits if describe(found[name]) != describe(wanted[name])}
     return LoadReport(
         path,
@@ -155,13 +157,14 @@ def place_weights(module: nn.Module, found: Mapping[str, Tensor], path: str, con
     )
 
 
-def put(module: nn.Module, name: str, value: Tensor) -> None:
+def put(module: nn.Module, name: str, value: Tensor, lent: Lent | None = None) -> None:
     """Copy a value into a parameter or buffer; a buffer whose elements share memory is replaced, for it cannot be written.
 
     Args:
         module: The module.
         name: A qualified name.
         value: A tensor of the same shape.
+        lent: What the module has borrowed, if anything.
 
     Example:
         >>> module = nn.Linear(2, 1)
@@ -175,7 +178,7 @@ def put(module: nn.Module, name: str, value: Tensor) -> None:
     target = getattr(inner, leaf)
     if any(stride == 0 and size > 1 for size, stride in zip(target.shape, target.stride(), strict=True)):
         setattr(inner, leaf, value.to(target.device, target.dtype, copy=True))
-    else:
+    elif lent is None or not lent.put(target, value):
         target.copy_(value)
 
 

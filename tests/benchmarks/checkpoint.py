@@ -7,6 +7,7 @@ Both sides of a row move the same bytes and are timed in turns; the table gives 
 """
 
 import argparse
+import copy
 import os
 import shutil
 import statistics
@@ -38,21 +39,29 @@ def bytes_of(state: fl.TrainState) -> list[tuple[torch.Tensor, memoryview]]:
     return [(t, memoryview(t.reshape(-1).view(torch.uint8).numpy())) for t in tensors]
 
 
-def timed(fn: Callable[[], Any]) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    fn()
-    return time.perf_counter() - start
+def timed(fn: Callable[[], Any], clock: Callable[[], float]) -> float:
+    """Seconds of one call; what it gives is let go afterwards."""
+    start = clock()
+    found = fn()
+    seconds = clock() - start
+    del found
+    return seconds
 
 
-def turns(a: Callable[[], Any], b: Callable[[], Any], count: int, between: Callable[[], Any] = lambda: None) -> tuple[float, float, float]:
+def turns(
+    a: Callable[[], Any],
+    b: Callable[[], Any],
+    count: int,
+    between: Callable[[], Any] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[float, float, float]:
     """Medians of both, timed in turns, and the median of their ratios, a to b; the first turn of each does not count."""
     pairs: list[tuple[float, float]] = []
     for turn in range(count + 1):
         order = (a, b) if turn % 2 else (b, a)
         found = {}
         for fn in order:
-            found[fn] = timed(fn)
+            found[fn] = timed(fn, clock)
             between()
         pairs.append((found[a], found[b]))
     pairs = pairs[1:]
@@ -103,8 +112,33 @@ def measure(mib: int, count: int, folder: Path) -> None:
     saver.close(None)
     print(f"| stall of a step, ms; a copy into memory on the host | {stall[0] * 1e3:.1f} | {stall[1] * 1e3:.1f} | {stall[2]:.2f} |")
 
+    loading(state, count, folder)
+
+
+def touched(module: nn.Module, optimizer: Any) -> Any:
+    """Write to every tensor once, as the first step does: what is only mapped is read now."""
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *(t for slots in optimizer.state.values() for t in slots.values())):
+            tensor.mul_(1)
+    return module, optimizer
+
+
+def loading(state: fl.TrainState, count: int, folder: Path) -> None:
+    """The rows of reading, by the clock of the processor as well, for it counts no other work of the machine."""
     torch.save({"model": state.store.module.state_dict(), "optimizer": state.store.optim.optimizer.state_dict()}, folder / "torch.pt")
-    model = make_state(mib).store
+    model = state.copy().store
+
+    def torch_new() -> Any:
+        module = copy.deepcopy(state.task.model)
+        optimizer = torch.optim.AdamW(module.parameters(), fused=True)
+        found = torch.load(folder / "torch.pt", mmap=True, weights_only=True)
+        module.load_state_dict(found["model"])
+        optimizer.load_state_dict(found["optimizer"])
+        return touched(module, optimizer)
+
+    def new() -> Any:
+        store = fl.load(folder / "a", state.task).store
+        return touched(store.module, store.optim.optimizer)
 
     def torch_load() -> None:
         found = torch.load(folder / "torch.pt", mmap=True, weights_only=True)
@@ -114,8 +148,14 @@ def measure(mib: int, count: int, folder: Path) -> None:
                 for name, value in slots.items():
                     own[name].copy_(value)
 
-    load = turns(lambda: fl.restore(folder / "a", like=state), torch_load, count)
-    print(f"| restore, ms; torch.load(mmap=True) and a copy into the model | {load[0] * 1e3:.0f} | {load[1] * 1e3:.0f} | {load[2]:.2f} |")
+    rows = (
+        ("`load`, and every tensor written to; `torch.load(mmap=True)` into a new model and optimizer, likewise", new, torch_new),
+        ("`restore`; `torch.load(mmap=True)`, copied over a state that is there", lambda: fl.restore(folder / "a", like=state), torch_load),
+    )
+    for name, ours, theirs in rows:
+        for kind, clock in (("ms", time.perf_counter), ("ms of the processor", time.process_time)):
+            load = turns(ours, theirs, count, clock=clock)
+            print(f"| {name}, {kind} | {load[0] * 1e3:.0f} | {load[1] * 1e3:.0f} | {load[2]:.2f} |")
 
 
 if __name__ == "__main__":

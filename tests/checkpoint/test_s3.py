@@ -89,15 +89,15 @@ def test_only_the_bytes_that_are_needed_are_read(run: str, monkeypatch: pytest.M
 def test_a_reader_gets_the_old_or_the_new_but_never_a_mixture(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint that is replaced between its manifest and its files is read again."""
     save(OLD, run)
-    real, waits = Bucket.content, list[float]()
+    real, waits = Bucket.fetch, list[float]()
 
-    def replaced(self: Bucket, name: str, size: int) -> bytearray:
+    def replaced(self: Bucket, name: str, kind: str) -> tuple[dict[str, torch.Tensor], str]:
         if name == "model.safetensors" and not waits:
             save(NEW, run)
             waits.append(0.0)
-        return real(self, name, size)
+        return real(self, name, kind)
 
-    monkeypatch.setattr(Bucket, "content", replaced)
+    monkeypatch.setattr(Bucket, "fetch", replaced)
     assert unlike(load(run, TASK), NEW) == []
 
 
@@ -160,7 +160,7 @@ def test_a_file_is_written_from_the_start_again(run: str, monkeypatch: pytest.Mo
     bucket = Bucket(run, waits.append)
     with bucket.replacing(overwrite=True) as place:
         entry = place.write("model.safetensors", [b"abc", b"def"])
-    assert (entry["size"], bytes(bucket.content("model.safetensors", 6)), waits) == (6, b"abcdef", [0.1])
+    assert (entry["size"], bucket.part("model.safetensors", 0, 6), waits) == (6, b"abcdef", [0.1])
 
 
 def test_damage_is_named(run: str) -> None:
