@@ -84,6 +84,8 @@ from fnlight.optim import GroupRule, Lookahead, Optim, frozen, layer_decay, no_d
 from fnlight.pipe import Phase, Pipe, pipe
 from fnlight.precision import autocast, cast, to_dtype
 from fnlight.protocols import EvalFn, GradFn, Gradients, LossFn, PredictFn, Rule, Schedule, Sink, Step, When
+from fnlight.recompute import recompute
+from fnlight.release import apply_in_backward
 from fnlight.replay import from_torch, plateau
 from fnlight.rng import fold_in, isolated, seed_generators
 from fnlight.rules import diverged, max_epochs, max_steps, max_time, min_epochs, min_steps, nonfinite, patience, reached
@@ -185,6 +187,7 @@ __all__ = [
     "When",
     "accumulate",
     "apply",
+    "apply_in_backward",
     "at_end",
     "autocast",
     "average_checkpoints",
@@ -262,6 +265,7 @@ __all__ = [
     "predict",
     "pure",
     "reached",
+    "recompute",
     "refresh_batch_norm",
     "restore",
     "run",

@@ -39,6 +39,7 @@ class Combinator:
         monitors: Names in the history that it needs.
         yields: Prefixes of the names that it adds to the history.
         fits: Maps all combinators of a finished step to what is wrong with its company, or None.
+        why: What the error of a wrong seam adds: the reason why it takes nothing else.
 
     Example:
         >>> double = Combinator("double", lambda loss_fn: lambda model, batch: 2 * loss_fn(model, batch), "loss", "loss")
@@ -62,6 +63,7 @@ class Combinator:
     monitors: tuple[str, ...] = attrs.field(default=(), kw_only=True)
     yields: tuple[str, ...] = attrs.field(default=(), kw_only=True)
     fits: Callable[[tuple["Combinator", ...]], str | None] | None = attrs.field(default=None, kw_only=True)
+    why: str = attrs.field(default="", kw_only=True)
 
     def __call__(self, fn: Any) -> Any:
         """Wrap one function, outside of any pipe."""

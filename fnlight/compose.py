@@ -18,6 +18,8 @@ from fnlight.loop import evaluate_every, log_to, stop_when
 from fnlight.microbatch import microbatch
 from fnlight.pipe import Pipe, pipe
 from fnlight.precision import autocast, cast
+from fnlight.recompute import recompute
+from fnlight.release import apply_in_backward
 from fnlight.saving import checkpoint_every
 from fnlight.scale import loss_scale
 from fnlight.signals import Signals
@@ -57,6 +59,7 @@ def compose(task: Task, config: FitConfig, loaders: Any = None, signals: Signals
     whole = compile(config.compile, unroll=config.unroll) if config.compile is not None else None  # pyright: ignore[reportArgumentType]  # a validated text
     parts: list[Combinator | None] = [
         whole if config.compile == "model" else None,
+        recompute(*config.recompute) if config.recompute else None,
         _precision(config),
         grad(),
         accumulate(config.accumulate) if config.accumulate != 1 else None,
@@ -65,7 +68,7 @@ def compose(task: Task, config: FitConfig, loaders: Any = None, signals: Signals
         skip_nonfinite() if config.nonfinite == "skip" and config.precision != "fp16" else None,
         clip_value(config.clip_value) if config.clip_value else None,
         clip_norm(config.clip_norm) if config.clip_norm else None,
-        apply(),
+        apply_in_backward() if config.apply_in_backward else apply(),
         ema(config.ema) if config.ema is not None else None,
         whole if config.compile != "model" else None,
         check_finite(every=_looked_at(config)) if config.nonfinite == "raise" else None,

@@ -350,4 +350,4 @@ def _seam(c: Combinator, kind: Kind, before: Combinator | None, fn: Any) -> str:
         last = "apply()" if kind != "loss" else "grad() and apply()"
         need = {"kernel": "", "loss": "", "sum": "grad()", "grad": "grad()", "step": last}[c.takes]
         what = f"put {need} in front of {c}"
-    return f"{c} takes {_SAYS[c.takes]}, but {whom} it is given {_SAYS[kind]}; {what}"
+    return f"{c} takes {_SAYS[c.takes]}, but {whom} it is given {_SAYS[kind]}; {what}" + (f" ({c.why})" if c.why else "")

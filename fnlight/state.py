@@ -305,7 +305,7 @@ class TrainState:
         version, resources, times = store.version + 2, store.resources, store.times  # as a step does
         store.module.to(device)
         for optim in store.optims.values():
-            to_device(optim.optimizer)
+            to_device(optim)
         store.memory = {key: tree if key == "loader" else _moved(tree, torch.device(device)) for key, tree in store.memory.items()}
         store.__init__(store.module, store.optims if store.phases else store.optim, store.memory, store.place)
         store.version, store.resources, store.times = version, resources, times

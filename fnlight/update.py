@@ -18,7 +18,7 @@ from fnlight.errors import ConfigError, NonFiniteError, OptimizerError, StepErro
 from fnlight.gradients import Around, Part, mean_of_group
 from fnlight.mask import step_where
 from fnlight.metrics import Mean
-from fnlight.optim import set_lr, take_step
+from fnlight.optim import set_lr, take_step, take_step_on_host
 from fnlight.pipe import Pipe, Turn, pipe
 from fnlight.protocols import Gradients
 from fnlight.rng import SKIPPED, TRAIN, fold_in, isolated
@@ -269,9 +269,11 @@ def _optimize(grad_fn: Callable[..., Gradients], store: Store, batches: Any, key
     if optimizer is not None:
         _put(store, found)
         if found.finite is None:
-            take_step(optimizer, store.optim.bound)
+            take_step_on_host(optimizer) if store.optim.offload else take_step(optimizer, store.optim.bound)
         elif found.finite is False:
             store.skipped = True
+        elif store.optim.offload:
+            take_step_on_host(optimizer) if found.finite else None
         else:
             step_where(optimizer, found.finite, store.optim.bound)
     elif store.params:

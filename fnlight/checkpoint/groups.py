@@ -13,7 +13,7 @@ from fnlight.checkpoint.manifest import OPTIMIZER
 from fnlight.checkpoint.places import Opened
 from fnlight.checkpoint.twin import fitted
 from fnlight.errors import MismatchError
-from fnlight.optim import OTHER, RAW, Optim, class_name, named_groups, place_slot
+from fnlight.optim import HOST, OTHER, RAW, Optim, class_name, named_groups, place_slot
 from fnlight.tree import equal, map_tensors
 
 _ABSENT = object()
@@ -121,7 +121,8 @@ def _place_slots(
                 p.data.copy_(raw)
                 if not slots:
                     continue
-            state[p] = {slot: _like(slot, _of_dtype(value, loaded[name], p), p, groups[id(p)]) for slot, value in slots.items()}
+            group = groups[id(p)]
+            state[p] = {slot: _like(slot, _of_dtype(value, loaded[name], p), p, group, optim.offload) for slot, value in slots.items()}
     for key, value in decode(section["slots"].get(OTHER, {}), tensors.pop).items():
         state[key] = value
 
@@ -132,13 +133,13 @@ def _of_dtype(value: Any, saved: torch.dtype | None, p: Tensor) -> Any:
     return value.to(p.dtype) if same else value
 
 
-def _like(slot: str, value: Any, p: Tensor, group: Mapping[str, Any]) -> Any:
+def _like(slot: str, value: Any, p: Tensor, group: Mapping[str, Any], offload: bool) -> Any:
     """A slot's value in live memory; one of the parameter's shape gets its strides too, which fused kernels take for granted."""
     if not isinstance(value, Tensor):
-        return map_tensors(lambda t: t.to(p.device), value)
+        return map_tensors(lambda t: t.to(HOST if offload else p.device), value)
     if group.get("fused") and not _kernel_may_read(slot, value, p):
         raise ValueError(f"the slot {slot!r} of a parameter of shape {list(p.shape)} is {value.dtype} {list(value.shape)}")
-    value = place_slot(slot, value, p, group)
+    value = place_slot(slot, value, p, group, offload)
     return value if value.shape != p.shape else fitted(value, p, same_kind=False)
 
 

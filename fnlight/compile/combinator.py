@@ -183,7 +183,7 @@ class Compiled:
             lowers = level == "step"
             began = time.perf_counter()
             try:
-                _check_schedules(store)
+                _check_optimizer(store)
                 tensors = held(store, self.update.reads)
                 takes = [[isinstance(lr, float) for lr in each] for each in rates]
                 call = Call(self.update.kernel, store, self.update.reads, tensors, takes, updates, _FOR_COMPILERS if lowers else {})
@@ -200,7 +200,9 @@ class Compiled:
         return None
 
 
-def _check_schedules(store: Store) -> None:
+def _check_optimizer(store: Store) -> None:
+    if store.optim.offload:
+        raise UntraceableError("the optimizer takes its step on the host")
     keys = sorted({course.key for course in store.optim.courses} - {"lr"})
     if keys:
         raise UntraceableError(f"a schedule changes {', '.join(keys)}, which a graph would freeze")

@@ -5,22 +5,25 @@ beside it (`Optim.configured`), so that a value that was changed in the code win
 """
 
 from fnlight.optim.groups import GroupRule, frozen, layer_decay, matches, meant, no_decay, param_groups
+from fnlight.optim.host import HOST, take_step_on_host
 from fnlight.optim.kernels import take_step
 from fnlight.optim.lookahead import Lookahead
 from fnlight.optim.memory import OTHER, RAW, class_name, named_groups, named_state, place_slot, to_device, weights_to_use
 from fnlight.optim.names import optimizer, optimizer_class, optimizer_classes
-from fnlight.optim.needs import UNFIT, public_name
+from fnlight.optim.needs import UNFIT, by_itself, public_name
 from fnlight.optim.prepare import prepare, prepare_each
 from fnlight.optim.rates import ends, monitored, reported, set_lr
 from fnlight.optim.spec import Optim, copy_optimizer
 
 __all__ = [
+    "HOST",
     "OTHER",
     "RAW",
     "UNFIT",
     "GroupRule",
     "Lookahead",
     "Optim",
+    "by_itself",
     "class_name",
     "copy_optimizer",
     "ends",
@@ -43,6 +46,7 @@ __all__ = [
     "reported",
     "set_lr",
     "take_step",
+    "take_step_on_host",
     "to_device",
     "weights_to_use",
 ]

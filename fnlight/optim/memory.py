@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fnlight.optim.host import HOST
 from fnlight.optim.spec import Optim, copy_optimizer
 
 OTHER = "*"  # the name under which memory lies that belongs to no parameter
@@ -65,7 +66,7 @@ def named_groups(optim: Optim, module: nn.Module) -> list[dict[str, Any]]:
     return [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optim.optimizer.param_groups]
 
 
-def place_slot(slot: str, value: Any, param: Tensor, group: Mapping[str, Any]) -> Any:
+def place_slot(slot: str, value: Any, param: Tensor, group: Mapping[str, Any], offload: bool = False) -> Any:
     """Put a slot's tensor where the optimizer wants it: step counts stay on the CPU unless the kernel is fused or captured.
 
     Args:
@@ -73,6 +74,7 @@ def place_slot(slot: str, value: Any, param: Tensor, group: Mapping[str, Any]) -
         value: The slot's value.
         param: The parameter it belongs to.
         group: The parameter's group.
+        offload: Whether the optimizer keeps its memory on the host.
 
     Returns:
         The value on its device.
@@ -86,25 +88,26 @@ def place_slot(slot: str, value: Any, param: Tensor, group: Mapping[str, Any]) -
         return value
     if slot == "step" and value.dim() == 0 and not group.get("capturable") and not group.get("fused"):
         return value.cpu()
-    return value.to(param.device)
+    return value.to(HOST if offload else param.device)
 
 
-def to_device(optimizer: Any) -> None:
-    """Move the memory of an optimizer to where its parameters are now, in place.
+def to_device(optim: Optim) -> None:
+    """Move the memory of an optimizer to where its parameters are now, or to the host, in place.
 
     Args:
-        optimizer: Any optimizer, or None.
+        optim: A prepared optimizer, or none.
 
     Example:
-        >>> to_device(None)
+        >>> to_device(Optim(None))
     """
+    optimizer = optim.optimizer
     if optimizer is None:
         return
     for group in optimizer.param_groups:
         for param in group["params"]:
             slots = optimizer.state.get(param)
             for slot, value in (slots or {}).items():
-                slots[slot] = place_slot(slot, value, param, group)
+                slots[slot] = place_slot(slot, value, param, group, optim.offload)
 
 
 def class_name(optimizer: Any) -> str:

@@ -46,6 +46,25 @@ def wants_closure(optimizer: Any) -> bool:
     return demanded or public_name(type(optimizer)) in _CLOSURES
 
 
+def by_itself(optim: Any) -> bool:
+    """Say whether an optimizer treats each parameter by itself: updating them one by one is updating them all.
+
+    Args:
+        optim: A prepared `Optim`.
+
+    Returns:
+        True for the classes of torch.optim but LBFGS; others may keep what parameters share, such as a count, in their groups.
+
+    Example:
+        >>> import torch
+        >>> from fnlight.optim.prepare import prepare
+        >>> model = torch.nn.Linear(1, 1)
+        >>> by_itself(prepare(torch.optim.SGD(model.parameters(), lr=0.1), model))
+        True
+    """
+    return public_name(type(optim.optimizer)).startswith("torch.optim.") and not optim.closure and not optim.create_graph
+
+
 def public_name(kind: type) -> str:
     """The name of a class of optimizers, without the module inside its package.
 
@@ -60,7 +79,7 @@ def public_name(kind: type) -> str:
         >>> public_name(torch.optim.AdamW)
         'torch.optim.AdamW'
     """
-    root = "torch.optim" if kind.__module__.startswith("torch.optim.") else kind.__module__.partition(".")[0]
+    root = "torch.optim" if f"{kind.__module__}.".startswith("torch.optim.") else kind.__module__.partition(".")[0]
     return f"{root}.{kind.__name__}"
 
 

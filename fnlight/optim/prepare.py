@@ -122,8 +122,18 @@ def _completed(optim: Optim, module: nn.Module) -> Optim:
     configured = [{k: copy.deepcopy(v) for k, v in g.items() if k != "params"} for g in optim.optimizer.param_groups]
     graph = is_second_order(optim.optimizer) if optim.create_graph is None else optim.create_graph
     closure = wants_closure(optim.optimizer) if optim.closure is None else optim.closure
+    if optim.offload and (closure or graph or callable(train)):
+        raise OptimizerError(
+            f"{public_name(type(optim.optimizer))} cannot step on the host: it {_wants(closure, graph)}; leave offload=True out, or take another one"
+        )
     optim = attrs.evolve(optim, configured=configured, create_graph=graph, closure=closure)
     return attrs.evolve(optim, courses=courses_of(optim))
+
+
+def _wants(closure: bool, graph: bool) -> str:
+    if closure or graph:
+        return "computes the loss itself" if closure else "differentiates the gradients once more"
+    return "keeps other weights beside those that are trained"
 
 
 def _check_groups(optimizer: Optimizer) -> None:

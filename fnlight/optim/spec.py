@@ -51,6 +51,7 @@ class Optim:
         schedules: The same for other options, such as ``{"weight_decay": linear(1, 0, 1000)}``: factors of what the groups were
             made with. ``"momentum"`` is the first of the ``betas`` where an optimizer has those.
         create_graph: True computes gradients that can be differentiated again, as optimizers of second order need; None finds out.
+        offload: True keeps the optimizer's memory on the host and takes its step there; see `fnlight.optim.host`.
         closure: True lets the optimizer compute the loss itself, several times a step, as LBFGS does; None finds out.
         configured: The groups as `configure_optimizers` made them; filled by `prepare`.
         courses: Which option of which group follows which schedule; filled by `prepare`.
@@ -73,6 +74,7 @@ class Optim:
     schedules: Mapping[str, Any] = attrs.field(factory=dict, kw_only=True)
     create_graph: bool | None = attrs.field(default=None, kw_only=True)
     closure: bool | None = attrs.field(default=None, kw_only=True)
+    offload: bool = attrs.field(default=False, kw_only=True)
     configured: Sequence[Mapping[str, Any]] = attrs.field(default=(), kw_only=True)
     courses: Sequence[Course] = attrs.field(default=(), kw_only=True)
     scheduled: bool = attrs.field(init=False, default=attrs.Factory(_is_scheduled, takes_self=True))
@@ -82,6 +84,8 @@ class Optim:
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.frequency, int) or isinstance(self.frequency, bool) or self.frequency < 1:
             raise OptimizerError(f"frequency must be a whole number of at least 1, but got {self.frequency!r}")
+        if not isinstance(self.offload, bool):
+            raise OptimizerError(f"offload must be True or False, but got {self.offload!r}")
         if not isinstance(self.schedules, Mapping):
             raise OptimizerError(f"schedules must map options to schedules, as in {{'weight_decay': fn}}, but got {self.schedules!r:.80}")
         if "lr" in self.schedules:

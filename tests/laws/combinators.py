@@ -15,6 +15,7 @@ from fnlight import (
     Task,
     accumulate,
     apply,
+    apply_in_backward,
     autocast,
     carry,
     cast,
@@ -43,6 +44,7 @@ from fnlight import (
     max_epochs,
     microbatch,
     pipe,
+    recompute,
     skip_nonfinite,
     skip_spikes,
     steps,
@@ -112,6 +114,7 @@ def decaying(train_step: Any) -> Any:
 
 
 ENTRIES = {
+    "recompute": Entry(recompute, lambda folder, val: recompute("*")),
     "autocast": Entry(autocast, lambda folder, val: autocast(torch.bfloat16)),
     "autocast fp16": Entry(autocast, lambda folder, val: autocast(torch.float16), needs=("loss_scale",)),
     "cast": Entry(cast, lambda folder, val: cast(torch.float64)),
@@ -135,6 +138,7 @@ ENTRIES = {
     "clip_value": Entry(clip_value, lambda folder, val: clip_value(0.01)),
     "clip_norm": Entry(clip_norm, lambda folder, val: clip_norm(0.1)),
     "apply": Entry(apply, lambda folder, val: apply()),
+    "apply_in_backward": Entry(apply_in_backward, lambda folder, val: apply_in_backward(), instead=("apply",)),
     "freeze": Entry(freeze, lambda folder, val: freeze("*a*", eval_mode=True)),
     "unfreeze_at": Entry(unfreeze_at, lambda folder, val: unfreeze_at({"*t": 1}, eval_mode=True)),
     "manual": Entry(manual, lambda folder, val: manual(lambda store: {"factor": torch.ones(())})),
@@ -156,14 +160,25 @@ ENTRIES = {
 }
 EVERYTHING = "all of them"
 CHOICES = [*ENTRIES, EVERYTHING]
-OTHERS = ("carry", "grad_cache", "cast", "autocast fp16", "loss_scale", "accumulate", "microbatch auto", "manual", "compile")
+OTHERS = (
+    "apply_in_backward",
+    "carry",
+    "grad_cache",
+    "cast",
+    "autocast fp16",
+    "loss_scale",
+    "accumulate",
+    "microbatch auto",
+    "manual",
+    "compile",
+)
 """Not in the full pipe: other arguments of a combinator that it holds already, what contradicts one, what makes a step in
 another way, and what takes long."""
 
 
 def _fits(choice: str, case: Case) -> bool:
     """A whole step takes what stands behind a step only. What is no update by one optimizer is no graph; the task of two draws noise in fp32."""
-    if (case.kind == "phases" and choice == "cast") or (case.kind != "loss" and choice == "compile"):
+    if (case.kind == "phases" and choice == "cast") or (case.kind != "loss" and choice in ("compile", "apply_in_backward")):
         return False
     return case.kind != "whole" or choice in (EVERYTHING, "manual") or ENTRIES[choice].build(Path(), None).takes == "step"
 
