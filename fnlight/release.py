@@ -66,7 +66,7 @@ def _check(store: Store) -> None:
             f"{type(optim.optimizer).__name__} cannot update one parameter at a time: only the classes of torch.optim but LBFGS are known to treat "
             "each by itself; use apply(), or another optimizer"
         )
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    if store.place is not None:
         raise ConfigError(
             "apply_in_backward updates parameters before their gradients are joined with those of other processes; use apply() in several"
         )

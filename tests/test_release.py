@@ -200,6 +200,10 @@ def test_several_optimizers_several_batches_and_none_are_refused():
         step(TrainState.create(tiny_task()), Item(tuple(batches[:2]), 0, 2, last=False, samples=12))
     with pytest.raises(OptimizerError, match=r"apply_in_backward needs an optimizer, but the task has no configure_optimizers"):
         step(TrainState.create(attrs.evolve(tiny_task(), configure_optimizers=None)), batches[0])
+    state = TrainState.create(tiny_task())
+    state.store.place = object()  # how tensors lie on several processes
+    with pytest.raises(ConfigError, match=r"before their gradients are joined with those of other processes; use apply\(\) in several"):
+        step.start(state)
 
 
 def test_an_error_in_the_backward_pass_leaves_no_hook():
