@@ -3,6 +3,7 @@
 import warnings
 from itertools import islice
 from pathlib import Path
+from typing import Self
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ class Waits(TorchFunctionMode):
         self.found: list[str] = []
         self._below = _Below(self.found)
 
-    def __enter__(self) -> "Waits":
+    def __enter__(self) -> Self:
         self._below.__enter__()
         TorchFunctionMode.__enter__(self)
         return self
@@ -97,8 +98,12 @@ def make(train_step=None):
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.1), nn.Linear(6, 3))
-    adamw = lambda model: torch.optim.AdamW(model.parameters(), lr=0.01)  # noqa: E731  # one line
-    return Task(model, train_step or loss_of, lambda model, batch: {"loss": loss_of(model, batch)}, configure_optimizers=adamw)
+    return Task(
+        model,
+        train_step or loss_of,
+        lambda model, batch: {"loss": loss_of(model, batch)},
+        configure_optimizers=lambda model: torch.optim.AdamW(model.parameters(), lr=0.01),
+    )
 
 
 def batches(n):
