@@ -72,6 +72,7 @@ from fnlight.errors import (
 from fnlight.evaluate import collect, evaluate, predict
 from fnlight.fit import fit
 from fnlight.freezing import freeze, unfreeze_at
+from fnlight.garbage import collect_garbage
 from fnlight.history import History, Record
 from fnlight.loop import evaluate_every, log_to, run, stop_when
 from fnlight.losses import carry, grad_cache, weighted
@@ -206,6 +207,7 @@ __all__ = [
     "clip_quantile",
     "clip_value",
     "collect",
+    "collect_garbage",
     "compile",
     "compose",
     "concat",

@@ -14,6 +14,7 @@ from fnlight.compile import compile  # noqa: A004  # what everybody in this fiel
 from fnlight.config import FitConfig
 from fnlight.data import Loaders, Source, group_at
 from fnlight.errors import ConfigError, LoaderError
+from fnlight.garbage import collect_garbage
 from fnlight.loop import evaluate_every, log_to, stop_when
 from fnlight.microbatch import microbatch
 from fnlight.pipe import Pipe, pipe
@@ -82,6 +83,7 @@ def compose(task: Task, config: FitConfig, loaders: Any = None, signals: Signals
         checkpoint_every(config.dir, config.save_every, config.keep, permanent=config.permanent, background=config.save_in_background)
         if config.dir
         else None,
+        collect_garbage() if config.gc == "managed" else None,
         stop_when(config.bounds),
     ]
     return pipe(task.train_step, *_fitting(task, [part for part in parts if part is not None]))

@@ -162,6 +162,7 @@ class FitConfig:
         deterministic: True lets torch use deterministic algorithms only.
         detect_anomaly: True lets autograd name the operation that made a NaN, slowly.
         donate: True trains on the very tensors of the state that is passed in.
+        gc: ``"auto"`` leaves the collection of garbage to Python; ``"managed"`` does it between steps, see `collect_garbage`.
         compile: ``"trace"``, ``"step"`` or ``"model"``: how much of a step becomes one graph, see `fnlight.compile`; None: nothing.
         unroll: Updates in one call of a compiled step.
         parallel: ``"auto"`` or None: one process; others are refused by this version.
@@ -216,6 +217,7 @@ class FitConfig:
     deterministic: bool = attrs.field(default=False, validator=_one_of(True, False))
     detect_anomaly: bool = attrs.field(default=False, validator=_one_of(True, False))
     donate: bool = attrs.field(default=False, validator=_one_of(True, False))
+    gc: str = attrs.field(default="auto", validator=_one_of("auto", "managed"))
     compile: str | None = attrs.field(default=None, validator=_one_of(None, "trace", "step", "model"))
     unroll: int = attrs.field(default=1, validator=_count(1, optional=False))
     parallel: str | None = attrs.field(default="auto", validator=_not_yet("auto", None))

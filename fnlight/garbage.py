@@ -68,7 +68,7 @@ class _Kept:
         gc.set_threshold(max(before[0], _SELDOM) if before[0] else 0, *before[1:])  # 0 means never
         return cls(before, froze)
 
-    def close(self, error: BaseException | None) -> None:
+    def close(self, error: BaseException | None) -> None:  # noqa: ARG002  # what every resource of a run takes
         """Put it back."""
         if self.froze:
             gc.unfreeze()

@@ -26,6 +26,7 @@ from fnlight import (
     clip_norm,
     clip_quantile,
     clip_value,
+    collect_garbage,
     compile,  # noqa: A004  # what everybody in this field calls it
     debug_bundle,
     ema,
@@ -156,6 +157,7 @@ ENTRIES = {
         lambda folder, val: checkpoint_every(folder / "other", every=steps(2), keep=last(9), background=False, name="foreground"),
     ),
     "checkpoint_every": Entry(checkpoint_every, lambda folder, val: checkpoint_every(folder / "run", every=steps(3), keep=last(2))),
+    "collect_garbage": Entry(collect_garbage, lambda folder, val: collect_garbage(every=steps(2))),
     "stop_when": Entry(stop_when, lambda folder, val: stop_when(max_epochs(100))),
 }
 EVERYTHING = "all of them"

@@ -13,7 +13,7 @@ FLOORS = {
     4: {"state", "gradients", "mask"},
     5: {"combinator", "checkpoint", "data", "when", "rules", "sinks"},
     6: {"pipe", "parse"},
-    7: {"precision", "scale", "clip", "noise", "skip", "microbatch", "recompute", "update", "manual", "evaluate", "watch"},
+    7: {"precision", "scale", "clip", "noise", "skip", "microbatch", "recompute", "update", "manual", "evaluate", "watch", "garbage"},
     8: {"averages", "release", "freezing", "losses", "bundle", "compile", "parallel", "saving", "loop", "config"},
     9: {"compose", "main"},
     10: {"preflight"},
