@@ -84,6 +84,7 @@ from fnlight.noise import grad_noise
 from fnlight.optim import GroupRule, Lookahead, Optim, frozen, layer_decay, no_decay, optimizer, param_groups
 from fnlight.pipe import Phase, Pipe, pipe
 from fnlight.precision import autocast, cast, to_dtype
+from fnlight.profile import profile
 from fnlight.protocols import EvalFn, GradFn, Gradients, LossFn, PredictFn, Rule, Schedule, Sink, Step, When
 from fnlight.recompute import recompute
 from fnlight.release import apply_in_backward
@@ -265,6 +266,7 @@ __all__ = [
     "plateau",
     "polynomial",
     "predict",
+    "profile",
     "pure",
     "reached",
     "recompute",

@@ -45,6 +45,7 @@ from fnlight import (
     max_epochs,
     microbatch,
     pipe,
+    profile,
     recompute,
     skip_nonfinite,
     skip_spikes,
@@ -158,6 +159,7 @@ ENTRIES = {
     ),
     "checkpoint_every": Entry(checkpoint_every, lambda folder, val: checkpoint_every(folder / "run", every=steps(3), keep=last(2))),
     "collect_garbage": Entry(collect_garbage, lambda folder, val: collect_garbage(every=steps(2))),
+    "profile": Entry(profile, lambda folder, val: profile(folder / "traces", range(2, 4))),
     "stop_when": Entry(stop_when, lambda folder, val: stop_when(max_epochs(100))),
 }
 EVERYTHING = "all of them"
@@ -173,9 +175,10 @@ OTHERS = (
     "microbatch auto",
     "manual",
     "compile",
+    "profile",
 )
 """Not in the full pipe: other arguments of a combinator that it holds already, what contradicts one, what makes a step in
-another way, and what takes long."""
+another way, what takes long, and what only one run of a process can have at a time."""
 
 
 def _fits(choice: str, case: Case) -> bool:

@@ -14,7 +14,7 @@ FLOORS = {
     5: {"combinator", "checkpoint", "data", "when", "rules", "sinks"},
     6: {"pipe", "parse"},
     7: {"precision", "scale", "clip", "noise", "skip", "microbatch", "recompute", "update", "manual", "evaluate", "watch", "garbage"},
-    8: {"averages", "release", "freezing", "losses", "bundle", "compile", "parallel", "saving", "loop", "config"},
+    8: {"averages", "release", "freezing", "losses", "bundle", "compile", "parallel", "profile", "saving", "loop", "config"},
     9: {"compose", "main"},
     10: {"preflight"},
     11: {"fit"},
