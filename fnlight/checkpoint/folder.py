@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -20,6 +21,7 @@ from fnlight.checkpoint.tensors import fetch
 from fnlight.errors import CheckpointError
 
 _PIECE = 1 << 20  # bytes hashed and written at a time: they are still in the processor's cache when they are written
+_AHEAD = 1 << 24  # bytes after which the system is asked to begin with the disk, so that the last flush has little left to wait for
 _HINTS = {
     errno.ENOSPC: "free some space and save again",
     errno.EDQUOT: "raise the quota or free some space, and save again",
@@ -122,16 +124,19 @@ class Folder:
 
     def write(self, name: str, chunks: Iterable[memoryview | bytes]) -> dict[str, Any]:
         """Write a new file and flush it to disk; its size and digest are taken on the way."""
-        size, digest = 0, Digest()
+        size, begun, digest = 0, 0, Digest()
         file = os.open(os.path.join(self.path, name), os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
         try:
             for chunk in chunks:
-                size += len(chunk)
                 for start in range(0, len(chunk), _PIECE):
                     piece = memoryview(chunk)[start : start + _PIECE]
+                    size += len(piece)
                     digest.update(piece)
                     while piece:
                         piece = piece[os.write(file, piece) :]
+                    if size - begun >= _AHEAD:
+                        _begin(file, begun, size - begun)
+                        begun = size
             os.fsync(file)
         finally:
             os.close(file)
@@ -253,6 +258,13 @@ def make(folder: Folder) -> None:
         if not os.path.isdir(folder.path):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder.path) from None
     _sync(folder.parent().path)
+
+
+def _begin(file: int, start: int, count: int) -> None:
+    """Let the system begin to write a part of a file to disk; nobody waits, and what cannot be begun is done by the flush in the end."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.posix_fadvise(file, start, count, os.POSIX_FADV_DONTNEED)  # pages are written first, and not dropped before they are
 
 
 def _sync(path: str) -> None:

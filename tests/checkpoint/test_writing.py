@@ -331,3 +331,22 @@ def test_relative_paths_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """A bare name means a directory here."""
     monkeypatch.chdir(tmp_path)
     assert unlike(load(save(TrainState.create(TASK), "state"), TASK), TrainState.create(TASK)) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can be told")
+@pytest.mark.parametrize("error", [None, OSError(errno.EINVAL, "no such advice here")], ids=["taken", "refused"])
+def test_the_disk_begins_while_a_large_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError | None) -> None:
+    """What was written is handed on part by part, without gap or overlap, so that the flush in the end has little to wait for."""
+    parts: list[tuple[int, int]] = []
+
+    def advise(file: int, start: int, count: int, advice: int) -> None:
+        parts.append((start, count))
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    entry = folder.Folder(str(tmp_path)).write("large", [bytes(5), memoryview(bytes(40 << 20))])
+    assert entry["size"] == (tmp_path / "large").stat().st_size == 5 + (40 << 20)
+    assert len(parts) == 2
+    assert parts[0][0] == 0
+    assert parts[1][0] == parts[0][1]
