@@ -43,7 +43,7 @@ from fnlight.combinator import Combinator
 from fnlight.compile import compile  # noqa: A004  # what everybody in this field calls it
 from fnlight.compose import compose, total_steps
 from fnlight.config import FitConfig
-from fnlight.data import Item, Loaders, Source, TensorLoader, batches, concat, zip_longest, zip_shortest
+from fnlight.data import Item, LengthBuckets, Loaders, Source, TensorLoader, batches, concat, zip_longest, zip_shortest
 from fnlight.errors import (
     BrokenCheckpointError,
     CheckpointError,
@@ -143,6 +143,7 @@ __all__ = [
     "Item",
     "JSONL",
     "Last",
+    "LengthBuckets",
     "LoadReport",
     "LoaderError",
     "LoaderWarning",

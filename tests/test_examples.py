@@ -121,6 +121,12 @@ def test_an_actor_balances_a_pole(tmp_path: Path) -> None:
     assert number_in(lines[-1], r"a greedy actor balances the pole for (\d+\.\d) of 200 steps") > 190
 
 
+def test_a_recurrent_net_learns_what_follows_what(tmp_path: Path) -> None:
+    """After one pass over the text a further character takes far fewer bits than the five of its frequency."""
+    lines = lines_of("characters", tmp_path, "--epochs", "1")
+    assert number_in(lines[-1], r"bits a character of unseen text: (\d\.\d\d) \(bz2 \d\.\d\d, lzma \d\.\d\d\)") < 2.8
+
+
 def test_expectation_maximisation_finds_the_species(tmp_path: Path) -> None:
     """Clusters that were never shown the species are the species, and a run of two halves ends in the same bits."""
     lines = lines_of("em", tmp_path)

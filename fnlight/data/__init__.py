@@ -1,9 +1,10 @@
 """Data as a function of (seed, epoch).
 
 `Source` reads any loader in keyed order and from any batch on; `batches` makes of it the endless stream of `Item`s that a run
-consumes; `TensorLoader` cuts batches out of tensors that lie in memory; `Loaders` holds the loaders of a run; `zip_shortest`, `zip_longest` and `concat` join several into one.
+consumes; `TensorLoader` cuts batches out of tensors that lie in memory; `LengthBuckets` makes batches of about equally long samples; `Loaders` holds the loaders of a run; `zip_shortest`, `zip_longest` and `concat` join several into one.
 """
 
+from fnlight.data.buckets import LengthBuckets
 from fnlight.data.combine import Combined, concat, zip_longest, zip_shortest
 from fnlight.data.item import Item, Loaders, batches, group_at
 from fnlight.data.place import placed
@@ -14,6 +15,7 @@ from fnlight.data.tensor_loader import TensorLoader
 __all__ = [
     "Combined",
     "Item",
+    "LengthBuckets",
     "Loaders",
     "Source",
     "TensorLoader",

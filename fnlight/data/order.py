@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
+from fnlight.data.buckets import LengthBuckets
 from fnlight.errors import LoaderError
 from fnlight.rng import SAMPLE, fold_in, isolated, seed_generators
 
@@ -108,7 +109,7 @@ def tasks(loader: DataLoader[Any], span: Span, shuffle: bool = True) -> Iterator
     """The tasks of a part of an epoch.
 
     A ``SequentialSampler`` and a ``RandomSampler`` over all of the data are understood: their order is a keyed permutation, of which
-    any part is a slice. Any other sampler is kept: a copy of it is drawn from the start, which costs its indices but loads nothing.
+    any part is a slice. So are `LengthBuckets`. Any other sampler is kept: a copy of it is drawn from the start, which costs its indices but loads nothing.
     It is told the epoch if it has ``set_epoch``; one that counts epochs in itself always counts from where the user left it.
 
     Args:
@@ -127,6 +128,8 @@ def tasks(loader: DataLoader[Any], span: Span, shuffle: bool = True) -> Iterator
         >>> [indices for key, ids, indices in found]
         [[2, 3], [4]]
     """
+    if isinstance(loader.batch_sampler, LengthBuckets):
+        return _bucket_tasks(loader.batch_sampler, loader, span, shuffle)
     collated, known = loader.batch_sampler is not None, _known(loader)
     if known is None:
         return _drawn_tasks(loader, span, span.epoch if shuffle else 0)
@@ -184,6 +187,18 @@ def _sliced_tasks(order: Tensor | None, count: int, size: int, numbers: range, k
         for low in range(0, end - begin, size):
             indices = chunk[low : low + size]
             yield key, indices, indices if collated else indices[0]
+
+
+def _bucket_tasks(buckets: LengthBuckets, loader: DataLoader[Any], span: Span, shuffle: bool) -> Iterator[Task]:
+    size = _len(loader.dataset)
+    if size is not None and size != len(buckets.lengths):
+        raise LoaderError(
+            f"LengthBuckets was given {len(buckets.lengths)} lengths, but the dataset has {size} samples; give the length of each of its samples"
+        )
+    end = len(buckets) if span.stop is None else min(len(buckets), span.stop)
+    check_start(span, end, loader)
+    order = buckets.order(_generator(fold_in(span.seed, span.stream, span.epoch)) if shuffle else None)
+    return ((span.key(SAMPLE), indices, indices) for indices in order[span.start : end])
 
 
 def _drawn_tasks(loader: DataLoader[Any], span: Span, epoch: int) -> Iterator[Task]:
