@@ -231,3 +231,38 @@ def test_a_dataset_of_tuples_is_evaluated_as_it_is():
     """Batches keep the structure that the loader gives them."""
     state = created(lambda m, b: {"n": Mean(len(b[1]), 1)})
     assert evaluate(state, DataLoader(TensorDataset(rows(), rows()), batch_size=7)) == {"n": 7.0}
+
+
+class Cached(nn.Module):
+    """A model that computes a table when it is first called and keeps it, as rotary embeddings do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.table = nn.Linear(3, 3), None
+
+    def forward(self, x):
+        self.table = torch.linspace(0, 1, 3) if self.table is None else self.table
+        return self.layer(x) * self.table
+
+
+def test_what_an_evaluation_has_cached_can_be_trained_on():
+    """A table that a model made during an evaluation takes part in the next training step."""
+    state = created(model=Cached())
+    evaluate(state, [rows()])
+    assert state.store.module.table is not None
+    after, _ = pipe(train_step, grad(), apply())(state, rows())
+    assert after.progress.step == 1
+
+
+def test_predictions_can_be_trained_on():
+    """Outputs are ordinary tensors: they may be inputs and targets of another training."""
+    out = collect(predict(created(), [rows()]))[0]
+    weight = torch.ones(3, requires_grad=True)
+    (out * weight).sum().backward()
+    assert torch.equal(weight.grad, out.sum(0))
+
+
+def test_a_step_in_inference_mode_is_evaluated_all_the_same():
+    """Who wants inference mode decorates the step; the metrics are the same."""
+    state = created()
+    assert evaluate(state, [rows(), rows(3)], eval_step=torch.inference_mode()(eval_step)) == evaluate(state, [rows(), rows(3)])

@@ -7,15 +7,14 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fnlight.data.combine import Combined, Triple
 from fnlight.data.order import Span, check_start, length_of
 from fnlight.data.readers import Stateful, reader_of
+from fnlight.data.transfer import transferred
 from fnlight.errors import LoaderError
 from fnlight.rng import ORDER
-from fnlight.tree import map_tensors
 
 
 def check_loader(loader: Any, what: str) -> None:
@@ -138,7 +137,7 @@ class Source:
         found = self._reader.epoch(Span(seed, epoch, start, limited, stream, position))
         if self.device is None or self.device.type == "cpu":
             return found
-        return _transferred(found, self.device)
+        return transferred(found, self.device)
 
 
 def _check_limit(limit: Any, length: int | None, loader: Any) -> None:
@@ -164,25 +163,6 @@ def _why_empty(loader: Any) -> str:
             return f"its {samples} samples do not fill one of batch_size={loader.batch_size} and drop_last is True; make batches smaller"
         return f"its dataset {type(loader.dataset).__name__} has {samples} samples; check where the data is read"
     return "it yields nothing; check where the data is read"
-
-
-def _transferred(found: Iterator[Triple], device: torch.device) -> Iterator[Triple]:
-    for batch, samples, last in found:
-        yield _move(batch, device), samples, last
-        batch = None
-
-
-def _move(node: Any, device: torch.device) -> Any:
-    """A tree on another device; what has a ``to`` of its own is moved by it."""
-    to = getattr(node, "to", None)
-    if callable(to):
-        return to(device, non_blocking=True) if isinstance(node, Tensor | PackedSequence) else to(device)
-    kind = node.__class__
-    if kind is dict:
-        return {key: _move(value, device) for key, value in node.items()}
-    if kind is tuple or kind is list:
-        return kind([_move(value, device) for value in node])
-    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), node)
 
 
 def _reader_of(loader: Any, shuffle: bool) -> Any:
