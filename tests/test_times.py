@@ -166,6 +166,15 @@ def test_a_broken_section_is_a_broken_checkpoint(tmp_path, monkeypatch):
         load(tmp_path / "a", created().task)
 
 
+def test_a_clock_that_is_set_back_takes_nothing_away():
+    """No cause ever has less than before, and none more than all."""
+    hours = Hours()
+    data, fn = Slow(list(loader(shuffle=False)), -1.0), hours.taking(-2.0, train_step)
+    step = pipe(fn, grad(), apply(), log_to(hours.taking(-3.0, print), every=steps(2)), stop_when(max_steps(5)))
+    *_, (state, _) = run(step, created(fn), data, clock=lambda: hours.now + data.now)
+    assert set(state.times.seconds().values()) == {0.0}
+
+
 def test_a_run_that_fails_leaves_no_clock_running():
     """However a run ends, what its state counts has ended with it."""
     hours, state = Hours(), created(broken)

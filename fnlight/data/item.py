@@ -215,7 +215,7 @@ def _items(source: Source, state: Any, group: int | Mapping[int, int], clock: Ca
                 found, taken = tuple(taken), []
             now, batch = clock(), None  # nothing is kept of what is handed out
             passed = max(0.0, now - then)  # a clock that is set back takes no time back
-            if asked is not None and times is not None:
+            if asked is not None and times is not None and now > asked:
                 times.data += now - asked
             yield Item(found, epoch, done, last, samples, passed, _at(source, epoch, done, last) if keeps else None, size)
             found, samples, then = None, 0, now
