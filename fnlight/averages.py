@@ -20,6 +20,7 @@ from fnlight.errors import CheckpointError, ConfigError
 from fnlight.evaluate import average_of, inference, named_tensors
 from fnlight.optim import Optim
 from fnlight.rng import EVALUATE, fold_in, isolated, seed_generators
+from fnlight.shards import assign, local_parts
 from fnlight.state import Store, TrainState
 from fnlight.update import Update
 from fnlight.when import Tick, condition, epochs, steps
@@ -181,7 +182,7 @@ def _towards(averages: Mapping[str, Tensor], named: Mapping[str, Tensor], fracti
     except KeyError:  # refresh_batch_norm has put statistics beside the weights
         values, targets = [v for n, v in averages.items() if n in named], [named[n] for n in averages if n in named]
     with torch.no_grad():
-        torch._foreach_lerp_(values, targets, fraction)
+        torch._foreach_lerp_(local_parts(values), local_parts(targets), fraction)
 
 
 def _check_decay(who: str, decay: Any) -> None:
@@ -213,7 +214,7 @@ def averaged(state: TrainState, weights: str = "ema") -> TrainState:
     targets = named_tensors(state.store.module)
     with torch.no_grad():
         for name, value in average_of(state.store, weights).items():
-            targets[name].copy_(value)
+            assign(targets[name], value)
     return state
 
 
@@ -327,5 +328,5 @@ def average_checkpoints(state: TrainState, paths: Any, *, last: int | None = Non
     state, found = state.copy(), named_tensors(part.store.module)
     with torch.no_grad():
         for name, tensor in named_tensors(state.store.module).items():
-            tensor.copy_(sums[name] / len(chosen) if name in sums else found[name])
+            assign(tensor, sums[name] / len(chosen) if name in sums else found[name].detach())
     return state

@@ -11,6 +11,7 @@ from torch import Tensor
 from fnlight.combinator import Combinator
 from fnlight.errors import ConfigError
 from fnlight.protocols import Gradients
+from fnlight.shards import local_parts
 from fnlight.state import Store
 
 
@@ -39,9 +40,9 @@ def clip_norm(max_norm: float) -> Combinator:
         def clipped(store: Store, batches: Any, key: int) -> Gradients:
             found: Gradients = grad_fn(store, batches, key)
             held = [v for v in found.values if v is not None]
-            norm = torch.nn.utils.get_total_norm(held)
+            norm = _joint_norm(store, held)
             if held:
-                torch._foreach_mul_(held, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+                torch._foreach_mul_(local_parts(held), torch.clamp(max_norm / (norm + 1e-6), max=1.0))
             found.metrics["grad_norm"] = norm
             return found
 
@@ -73,6 +74,7 @@ def clip_value(max_value: float) -> Combinator:
             found: Gradients = grad_fn(store, batches, key)
             held = [v for v in found.values if v is not None]
             if held:
+                held = local_parts(held)
                 torch._foreach_clamp_min_(held, -max_value)
                 torch._foreach_clamp_max_(held, max_value)
             return found
@@ -80,6 +82,10 @@ def clip_value(max_value: float) -> Combinator:
         return clipped
 
     return Combinator("clip_value", wrap, "grad", "grad", args=str(max_value))
+
+
+def _joint_norm(store: Store, held: list[Tensor]) -> Tensor:
+    return torch.nn.utils.get_total_norm(held) if store.place is None else store.place.norm(held)
 
 
 def _positive(name: str, value: Any) -> None:
@@ -108,12 +114,12 @@ def clip_each(max_norm: float) -> Combinator:
     def clip(store: Store, values: Sequence[Tensor | None]) -> None:
         held = [v for v in values if v is not None]
         if held:
-            norms = torch._foreach_norm(held)
+            norms = torch._foreach_norm(held) if store.place is None else list(store.place.norms(held).unbind())
             torch._foreach_add_(norms, 1e-6)
             torch._foreach_reciprocal_(norms)
             torch._foreach_mul_(norms, max_norm)
             torch._foreach_clamp_max_(norms, 1.0)
-            torch._foreach_mul_(held, norms)
+            torch._foreach_mul_(local_parts(held), norms)
 
     return Combinator("clip_each", _changed(clip), "grad", "grad", args=str(max_norm))
 
@@ -155,8 +161,9 @@ def clip_adaptive(clipping: float = 0.01, eps: float = 1e-3, exclude: Sequence[s
         ]
         if not both:
             return
-        weights, held = [_unit_norms(p) for p, _ in both], [v for _, v in both]
-        norms = [_unit_norms(v) for v in held]
+        unit_norms = _unit_norms if store.place is None else store.place.unit_norms
+        weights, held = [unit_norms(p) for p, _ in both], local_parts([v for _, v in both])
+        norms = [unit_norms(v) for _, v in both]
         torch._foreach_clamp_min_(weights, eps)
         torch._foreach_mul_(weights, clipping)
         torch._foreach_clamp_min_(norms, 1e-6)
@@ -207,13 +214,13 @@ def clip_quantile(quantile: float = 0.1, window: int = 1000) -> Combinator:
         def clipped(store: Store, batches: Any, key: int) -> Gradients:
             found: Gradients = grad_fn(store, batches, key)
             held, tree = [v for v in found.values if v is not None], store.memory["clip_quantile"]
-            norm = torch.nn.utils.get_total_norm(held)
+            norm = _joint_norm(store, held)
             tree["norms"][tree["seen"] % window] = torch.where(torch.isfinite(norm), norm, torch.nan)
             tree["seen"] += 1
             limit = torch.nanquantile(tree["norms"], quantile)
             if held:
                 ratio = torch.clamp(limit / (norm + 1e-6), max=1.0)
-                torch._foreach_mul_(held, torch.where(torch.isnan(limit), 1.0, ratio))
+                torch._foreach_mul_(local_parts(held), torch.where(torch.isnan(limit), 1.0, ratio))
             found.metrics["grad_norm"] = norm
             return found
 

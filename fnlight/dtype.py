@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fnlight.shards import is_sharded
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 """What a state may be cast to, by the name that its memory keeps under ``cast``."""
 
@@ -28,8 +30,10 @@ def convert(module: nn.Module, optimizers: Iterable[Any], dtype: torch.dtype) ->
         for name, buffer in inner._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 inner._buffers[name] = buffer.to(dtype)
+    if any(map(is_sharded, module.parameters())):
+        module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)  # torch keeps the addresses of parts, and looks them up anew
     for parameter in module.parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and not is_sharded(parameter):
             parameter.data = parameter.data.to(dtype)
     for owner, slots in (pair for optimizer in optimizers if optimizer is not None for pair in optimizer.state.items()):
         for slot, value in slots.items() if isinstance(owner, Tensor) else ():

@@ -12,6 +12,7 @@ from fnlight.errors import ConfigError, StepError
 from fnlight.metrics import MEDIA, Tally
 from fnlight.optim import weights_to_use
 from fnlight.rng import EVALUATE, PREDICT, fold_in, isolated, seed_generators
+from fnlight.shards import is_sharded, local
 from fnlight.signals import Signals
 from fnlight.state import Store, TrainState
 from fnlight.tree import map_tensors
@@ -177,18 +178,29 @@ def inference(store: Store, weights: str | None = None) -> Iterator[nn.Module]:
     module, modes = store.module, [(m, m.training) for m in store.module.modules()]
     average = weights_to_use(store.optims.values(), module) if weights is None else average_of(store, weights)
     targets = named_tensors(module) if average else {}
-    raw = {name: targets[name].data for name in average}
+    raw = {name: local(targets[name]).clone() if is_sharded(targets[name]) else targets[name].data for name in average}
     module.eval()
     try:
         with torch.no_grad():
             for name, value in average.items():
-                targets[name].data = value
+                _put(targets[name], value)
             yield module
     finally:
+        if store.place is not None:
+            store.place.rest(module)
         for name, value in raw.items():
-            targets[name].data = value
+            _put(targets[name], value)
         for m, training in modes:
             m.training = training
+
+
+def _put(target: Tensor, value: Tensor) -> None:
+    """Let a tensor have the memory of another one; where torch keeps the address of a part, its values."""
+    if is_sharded(target):
+        with torch.no_grad():
+            local(target).copy_(local(value))
+    else:
+        target.data = value
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:

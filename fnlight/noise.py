@@ -4,11 +4,13 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fnlight.combinator import Combinator
 from fnlight.errors import ConfigError
 from fnlight.protocols import Gradients
 from fnlight.rng import fold_in
+from fnlight.shards import is_sharded, local_parts, own_part
 from fnlight.state import Store
 
 _NOISE = (1 << 32) - 1  # beyond every number of a micro-batch, so that the noise shares no random numbers with the model
@@ -46,10 +48,17 @@ def grad_noise(eta: float = 0.3, gamma: float = 0.55) -> Combinator:
             store.seed(fold_in(key, _NOISE))
             if held:
                 sigma = math.sqrt(eta / (1 + tree["steps"]) ** gamma)
-                torch._foreach_add_(held, [torch.randn_like(v) for v in held], alpha=sigma)
+                torch._foreach_add_(local_parts(held), [_drawn(v) for v in held], alpha=sigma)
             tree["steps"] += 1
             return found
 
         return noisy
 
     return Combinator("grad_noise", wrap, "grad", "grad", args=f"{eta}, gamma={gamma}", init=lambda store: {"steps": 0})
+
+
+def _drawn(like: Tensor) -> Tensor:
+    """Noise for the part of a gradient that lies here, cut from that of the whole, so that it is the same however it is cut."""
+    if not is_sharded(like):
+        return torch.randn_like(like)
+    return own_part(torch.randn(like.shape, dtype=like.dtype, device=like.device), like)

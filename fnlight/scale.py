@@ -11,6 +11,7 @@ from fnlight.errors import ConfigError, NonFiniteError
 from fnlight.mask import buffers_before, uncounted
 from fnlight.metrics import Last, Sum
 from fnlight.protocols import Gradients
+from fnlight.shards import local_parts
 from fnlight.state import Store, TrainState
 
 
@@ -60,7 +61,9 @@ def loss_scale(
                 found: Gradients = grad_fn(store, batches, key)
             finally:
                 store.scale = None
-            bad = unscale([v for v in found.values if v is not None], used)
+            bad = unscale(local_parts(v for v in found.values if v is not None), used)
+            if store.place is not None:
+                bad = store.place.anywhere(bad)
             torch._amp_update_scale_(tree["scale"], tree["good"], bad, growth, backoff, interval)
             if tree["buffers"] is None:
                 tree["buffers"] = buffers.changing()

@@ -171,7 +171,9 @@ def _finite_each(store: Store, found: Gradients) -> Tensor:
     every = torch.ones(len(store.named), dtype=torch.bool, device=store.device)
     if not given:
         return every
-    fine = torch.isfinite(torch.stack([n.to(store.device, torch.float32) for n in torch._foreach_norm([v for _, v in given])]))
+    held = [v for _, v in given]
+    each = torch._foreach_norm(held) if store.place is None else store.place.norms(held).unbind()
+    fine = torch.isfinite(torch.stack([n.to(store.device, torch.float32) for n in each]))
     if len(given) == len(every):
         return fine
     every[[i for i, _ in given]] = fine

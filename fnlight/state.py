@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fnlight.errors import DonatedStateError, OptimizerError
+from fnlight.errors import DonatedStateError, OptimizerError, ParallelError
 from fnlight.history import History, Record
 from fnlight.metrics import Tally
 from fnlight.optim import Optim, named_state, prepare, prepare_each, reported, to_device, weights_to_use
@@ -142,7 +142,9 @@ class Store:
                 p.grad = None
 
     def settle(self) -> None:
-        """Bring to rest what waits to be read: pending metrics, and the place of a loader that keeps its own."""
+        """Bring to rest what waits to be read: pending metrics, the place of a loader that keeps its own, and parts that came together."""
+        if self.place is not None:
+            self.place.rest(self.module)
         for tree in self.memory.values():
             if isinstance(tree, Tally):
                 tree.settle()
@@ -159,7 +161,7 @@ class Store:
         """An independent store with the same values; the optimizer follows the copied parameters."""
         self.settle()
         memo: dict[int, Any] = {}
-        module = copy.deepcopy(self.module, memo)
+        module = copy.deepcopy(self.module, memo) if self.place is None else self.place.copy(self.module, memo)
         optim = copy.deepcopy(self.optims if self.phases else self.optim, memo)
         twin = Store(module, optim, copy.deepcopy(self.memory, memo), self.place)
         twin.times = self.times.copy()
@@ -285,9 +287,10 @@ class TrainState:
 
     def module(self) -> nn.Module:
         """A module of its own with these weights, in the modes of the live one; of a schedule-free optimizer, with the averaged ones."""
-        module = copy.deepcopy(self.live.module)
+        store = self.live
+        module = copy.deepcopy(store.module) if store.place is None else store.place.plain(store.module)
         for name, value in weights_to_use(self.store.optims.values(), self.store.module).items():
-            module.get_parameter(name).data.copy_(value)
+            module.get_parameter(name).data.copy_(value if store.place is None else store.place.full({name: value})[name])
         return module
 
     def copy(self) -> "TrainState":
@@ -301,6 +304,11 @@ class TrainState:
     def moved(self, device: torch.device | str) -> "TrainState":
         """This very state, its tensors moved in place; it donates its input."""
         store = self.live
+        if store.place is not None and torch.device(device) != store.device:
+            raise ParallelError(
+                f"a state that is placed on several processes stays on {store.device}, but was to be moved to {device}; make it there, with "
+                "TrainState.create(task, device=..., place=...)"
+            )
         store.settle()
         version, resources, times = store.version + 2, store.resources, store.times  # as a step does
         store.module.to(device)

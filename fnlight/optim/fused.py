@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fnlight.shards import is_sharded, local, local_parts
+
 _SPARSE = attrgetter("is_sparse")
 _DENSE = {Tensor}
 _NUMBERS = (float, int)
@@ -28,21 +30,28 @@ class Group:
         options: The group itself.
         given: Its list of parameters.
         params: What that list held.
+        parts: What lies here of each.
         slots: The memory of each; empty where there is none yet.
         device: Where they are.
         one: What is added to step counts on the CPU.
 
     Example:
-        >>> Group({}, [], (), (), torch.device("cpu"), torch.ones(())).params
+        >>> Group({}, [], (), (), (), torch.device("cpu"), torch.ones(())).params
         ()
     """
 
     options: Mapping[str, Any]
     given: list[Tensor]
     params: tuple[Tensor, ...]
+    parts: tuple[Tensor, ...]
     slots: tuple[Mapping[str, Any], ...]
     device: torch.device
     one: Tensor
+
+    @property
+    def cut(self) -> bool:
+        """Whether other processes hold parts of the parameters."""
+        return self.parts[0] is not self.params[0]
 
     def count(self, steps: list[Tensor]) -> None:
         """Add one to the step counts, as torch does."""
@@ -102,7 +111,9 @@ class Bound:
         if scale is not None:
             return None
         for group in self.groups:
-            grads, params, slots = [p.grad for p in group.params], group.params, group.slots
+            grads, params, slots = [p.grad for p in group.params], group.parts, group.slots
+            if group.cut:
+                grads, slots = local_parts(grads), [_local(tree) for tree in slots]
             if set(map(type, grads)) != _DENSE:
                 held = [i for i, g in enumerate(grads) if g is not None]
                 grads, params, slots = [grads[i] for i in held], [params[i] for i in held], [slots[i] for i in held]
@@ -144,15 +155,19 @@ def bind(optimizer: Optimizer) -> Bound | None:
     for options in optimizer.param_groups:
         params = options["params"]
         kinds = {(p.device, p.dtype) for p in params}
-        plain = all(type(p) is nn.Parameter and p.is_floating_point() for p in params)
+        plain = all((type(p) is nn.Parameter or is_sharded(p)) and p.is_floating_point() for p in params)
         if options.get("fused") is not True or options.get("differentiable") or len(kinds) != 1 or not plain:
             return None
         device = params[0].device
         if device.type not in ("cpu", "cuda") or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return None
         slots = tuple([optimizer.state.get(p, {}) for p in params])
-        groups.append(Group(options, params, tuple(params), slots, device, torch.ones((), device="cpu")))
+        groups.append(Group(options, params, tuple(params), tuple(local_parts(params)), slots, device, torch.ones((), device="cpu")))
     return Bound(optimizer, type(optimizer), step, optimizer.state, list(optimizer.state.values()), tuple(groups), kernel)
+
+
+def _local(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {slot: local(value) for slot, value in tree.items()}
 
 
 def _is_torchs(step: Any) -> bool:

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fnlight.optim.fused import fused_step
+from fnlight.shards import is_sharded
 
 
 def choose_fused(optimizer: Optimizer, module: nn.Module) -> None:
@@ -33,7 +34,7 @@ def choose_fused(optimizer: Optimizer, module: nn.Module) -> None:
         if type(optimizer) is torch.optim.SGD and group["momentum"]:
             return  # torch's fused kernel fails where a parameter gets its first gradient later than others
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    if not all(p.is_floating_point() and p.device.type in ("cpu", "cuda") and type(p) is nn.Parameter for p in params):
+    if not all(p.is_floating_point() and p.device.type in ("cpu", "cuda") and (type(p) is nn.Parameter or is_sharded(p)) for p in params):
         return
     if len({p.device.type for p in params}) != 1 or (type(optimizer) is torch.optim.Adagrad and params[0].device.type != "cpu"):
         return

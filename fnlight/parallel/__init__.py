@@ -1,6 +1,7 @@
 """Beyond one process: a placement says how a state lies on several processes, given to ``TrainState.create(task, place=...)``.
 
-The processes are started by others: torchrun, SLURM, Ray. `join` brings them together, `ddp` gives every rank the whole model.
+The processes are started by others: torchrun, SLURM, Ray. `join` brings them together, `ddp` gives every rank the whole model,
+`fsdp` a part of it.
 
 Example:
     >>> import torch, fnlight as fl
@@ -13,7 +14,8 @@ Example:
 """
 
 from fnlight.parallel.ddp import Replicated, ddp
+from fnlight.parallel.fsdp import Sharded, fsdp, hsdp
 from fnlight.parallel.placement import Placement
 from fnlight.parallel.world import World, first_host, join, named_world, world
 
-__all__ = ["Placement", "Replicated", "World", "ddp", "first_host", "join", "named_world", "world"]
+__all__ = ["Placement", "Replicated", "Sharded", "World", "ddp", "first_host", "fsdp", "hsdp", "join", "named_world", "world"]

@@ -1,7 +1,8 @@
 """Data parallel: every rank holds the whole model, and gradients are averaged by torch's ``DistributedDataParallel`` as they come."""
 
+import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -138,6 +139,29 @@ class Replicated:
     def norm(self, values: list[Tensor]) -> Tensor:
         """The joint 2-norm."""
         return torch.nn.utils.get_total_norm(values)
+
+    def norms(self, values: Sequence[Tensor]) -> Tensor:
+        """The 2-norm of each."""
+        return torch.stack([n.float() for n in torch._foreach_norm(list(values))])
+
+    def unit_norms(self, tensor: Tensor) -> Tensor:
+        """The 2-norm of each unit."""
+        return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.dim())), keepdim=True) if tensor.dim() > 1 else tensor.norm()
+
+    def anywhere(self, flag: Tensor) -> Tensor:
+        """Every rank has seen all of the gradients."""
+        return flag
+
+    def rest(self, module: nn.Module) -> None:
+        """Nothing comes together."""
+
+    def copy(self, module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        """An independent module."""
+        return copy.deepcopy(module, memo)
+
+    def plain(self, module: nn.Module) -> nn.Module:
+        """An independent module."""
+        return copy.deepcopy(module)
 
     def full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every rank has the whole tensors."""

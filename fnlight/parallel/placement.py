@@ -1,6 +1,6 @@
 """What the rest of fnlight asks of a placement: how tensors lie on several processes, and how gradients come together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -51,6 +51,30 @@ class Placement(Protocol):
 
     def norm(self, values: list[Tensor]) -> Tensor:
         """The joint 2-norm of gradients, over all shards, shape []."""
+        ...
+
+    def norms(self, values: Sequence[Tensor]) -> Tensor:
+        """The 2-norm of each gradient, over all of its shards, shape [values]."""
+        ...
+
+    def unit_norms(self, tensor: Tensor) -> Tensor:
+        """The 2-norm of each row of a tensor, or of a vector as one, over all shards, in a shape that multiplies what lies here."""
+        ...
+
+    def anywhere(self, flag: Tensor) -> Tensor:
+        """The largest value, over all processes, of a number that each has found in its shards; what is whole was seen by all."""
+        ...
+
+    def rest(self, module: nn.Module) -> None:
+        """Free what a forward pass without a backward pass has brought together."""
+        ...
+
+    def copy(self, module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        """An independent module that is placed likewise; `memo` is that of ``copy.deepcopy``, and leads from its parameters to those of the copy."""
+        ...
+
+    def plain(self, module: nn.Module) -> nn.Module:
+        """A copy with whole parameters, which needs no other process."""
         ...
 
     def full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

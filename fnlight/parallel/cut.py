@@ -1,0 +1,138 @@
+"""How a model is cut: which modules come together on their own, in which precision, and which layers are cut for tensor parallel."""
+
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from fnlight.errors import ConfigError, ParallelError
+from fnlight.parallel.mesh import TENSOR
+
+Policy = Callable[[str, nn.Module], bool] | tuple[type[nn.Module], ...] | None
+"""Which modules bring their parameters together on their own."""
+
+
+def dtype_of(given: Any) -> torch.dtype | None:
+    """The dtype that a name of a mixed precision means.
+
+    Args:
+        given: ``"bf16"``, ``"fp16"``, one of these dtypes, a ``MixedPrecisionPolicy`` of torch, or None.
+
+    Returns:
+        The dtype; None where nothing was given, or a policy that says more.
+
+    Raises:
+        ConfigError: If it is something else.
+
+    Example:
+        >>> dtype_of("bf16")
+        torch.bfloat16
+    """
+    names = {"bf16": torch.bfloat16, "fp16": torch.float16, torch.bfloat16: torch.bfloat16, torch.float16: torch.float16}
+    if given is None or type(given).__name__ == "MixedPrecisionPolicy":
+        return None
+    if not isinstance(given, str | torch.dtype) or given not in names:
+        raise ConfigError(f"fsdp(mixed_precision=...) must be 'bf16', 'fp16' or a MixedPrecisionPolicy of torch, but got {given!r}")
+    return names[given]
+
+
+def precision_policy(given: Any) -> Any:
+    """The policy of torch for a mixed precision: parameters in its dtype, gradients summed in fp32.
+
+    Args:
+        given: As for `dtype_of`.
+
+    Returns:
+        A ``MixedPrecisionPolicy``.
+
+    Example:
+        >>> precision_policy("bf16").reduce_dtype
+        torch.float32
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    dtype = dtype_of(given)
+    if dtype is not None:
+        return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    return MixedPrecisionPolicy() if given is None else given
+
+
+def offload_policy(given: Any) -> Any:
+    """The policy of torch for parts that lie on the CPU.
+
+    Args:
+        given: True, False, or a policy of torch.
+
+    Returns:
+        An ``OffloadPolicy``.
+
+    Example:
+        >>> type(offload_policy(False)).__name__
+        'OffloadPolicy'
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+
+    if given is True:
+        return CPUOffloadPolicy(pin_memory=torch.accelerator.is_available())
+    return OffloadPolicy() if given is False else given
+
+
+def chosen(module: nn.Module, policy: Policy) -> list[nn.Module]:
+    """The inner modules that come together on their own, innermost first.
+
+    Args:
+        module: The model.
+        policy: Classes; a function of name and module; or None for the blocks in each ``nn.ModuleList``.
+
+    Returns:
+        The modules that have parameters; never the model itself.
+
+    Example:
+        >>> chosen(nn.Sequential(nn.Linear(1, 1), nn.ReLU()), (nn.Linear, nn.ReLU))
+        [Linear(in_features=1, out_features=1, bias=True)]
+    """
+    if policy is None:
+        blocks = {id(block) for inner in module.modules() if isinstance(inner, nn.ModuleList) for block in inner}
+        found = [inner for inner in module.modules() if id(inner) in blocks]
+    elif isinstance(policy, tuple):
+        found = [inner for inner in module.modules() if isinstance(inner, policy)]
+    else:
+        found = [inner for name, inner in module.named_modules() if policy(name, inner)]
+    return [inner for inner in reversed(found) if inner is not module and next(inner.parameters(), None) is not None]
+
+
+def cut_layers(module: nn.Module, mesh: Any, plan: Mapping[str, Any]) -> None:
+    """Cut layers for tensor parallel, as a plan of the user says.
+
+    Args:
+        module: The model, which is changed in place.
+        mesh: Its mesh, which has a dimension for it.
+        plan: Names of modules, ``*`` standing for any part of one, to styles of torch.
+
+    Raises:
+        ParallelError: If the mesh has no such dimension, or the model no such modules.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> cut_layers(nn.Linear(1, 1), SimpleNamespace(mesh_dim_names=("tensor",)), {"up": None})
+        Traceback (most recent call last):
+        fnlight.errors.ParallelError: tensor_parallel= names ['up'], but the model has no such modules, only []
+    """
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    if TENSOR not in (mesh.mesh_dim_names or ()):
+        raise ParallelError(
+            f"tensor_parallel= needs a mesh with a dimension called {TENSOR!r}, but it has {mesh.mesh_dim_names}; "
+            f"give fsdp({{'data': 2, {TENSOR!r}: 2}}, tensor_parallel=...)"
+        )
+    names = [name.split(".") for name, _ in module.named_modules()]
+    unknown = [
+        path for path in plan if not any(len(n) == len(path.split(".")) and all(map(fnmatchcase, n, path.split("."))) for n in names)
+    ]
+    if unknown:
+        raise ParallelError(
+            f"tensor_parallel= names {unknown[:5]}, but the model has no such modules, only {['.'.join(n) for n in names[1:9]]}"
+        )
+    parallelize_module(module, mesh[TENSOR], dict(plan))
