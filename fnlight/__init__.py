@@ -71,6 +71,7 @@ from fnlight.errors import (
 )
 from fnlight.evaluate import collect, evaluate, predict
 from fnlight.fit import fit
+from fnlight.fp8 import to_fp8
 from fnlight.freezing import freeze, unfreeze_at
 from fnlight.garbage import collect_garbage
 from fnlight.history import History, Record
@@ -284,6 +285,7 @@ __all__ = [
     "stop_when",
     "swa",
     "to_dtype",
+    "to_fp8",
     "total_steps",
     "unfreeze_at",
     "update",

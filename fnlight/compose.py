@@ -31,7 +31,7 @@ from fnlight.update import accumulate, apply, grad
 from fnlight.watch import check_finite, epoch_means
 from fnlight.when import epochs, seconds, steps
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}  # fp8 is a matter of layers, see fnlight.fp8
 TRUE = {"bf16-true": torch.bfloat16, "fp16-true": torch.float16, "fp64": torch.float64}
 _EVERY_TICK = seconds(0.1)  # how often the console is given numbers; it draws when it likes
 

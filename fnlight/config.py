@@ -132,7 +132,8 @@ class FitConfig:
         microbatch: Samples that are computed at a time at most, or ``"auto"``: whole batches until one does not fit into memory.
         recompute: Patterns of modules whose activations are computed again in the backward pass, see `fnlight.recompute`.
         apply_in_backward: True updates each parameter as soon as its gradient is there, and frees it; see `fnlight.release`.
-        precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` (autocast; fp16 with a loss scale); ``"bf16-true"``, ``"fp16-true"`` or ``"fp64"``
+        precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` (autocast; fp16 with a loss scale); ``"fp8"`` (bf16 with linear
+            layers in fp8, see `fnlight.fp8`); ``"bf16-true"``, ``"fp16-true"`` or ``"fp64"``
             (weights and batches are cast).
         matmul_precision: ``"highest"``, ``"high"`` or ``"medium"``: what fp32 matrix products may be computed in while the run lasts; None
             leaves torch's setting as it is.
@@ -190,7 +191,7 @@ class FitConfig:
     microbatch: int | str | None = attrs.field(default=None, validator=_part)
     recompute: tuple[str, ...] = attrs.field(default=(), converter=_names)
     apply_in_backward: bool = attrs.field(default=False, validator=_one_of(True, False))
-    precision: str = attrs.field(default="fp32", validator=_one_of("fp32", "bf16", "fp16", "bf16-true", "fp16-true", "fp64"))
+    precision: str = attrs.field(default="fp32", validator=_one_of("fp32", "bf16", "fp16", "fp8", "bf16-true", "fp16-true", "fp64"))
     matmul_precision: str | None = attrs.field(default=None, validator=_one_of(None, "highest", "high", "medium"))
     clip_norm: float | None = attrs.field(default=None, validator=_above_zero)
     clip_value: float | None = attrs.field(default=None, validator=_above_zero)

@@ -17,6 +17,7 @@ from fnlight.compose import compose, loaders_of, settings, text_of, train_source
 from fnlight.config import FitConfig
 from fnlight.data import Source, placed
 from fnlight.errors import BrokenCheckpointError, CheckpointWarning, ConfigError
+from fnlight.fp8 import to_fp8
 from fnlight.loop import run
 from fnlight.preflight import preflight
 from fnlight.signals import Signals
@@ -56,6 +57,7 @@ def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
     with Signals(deadline=config.signals_deadline) if config.signals else nullcontext() as signals, held(config.dir) as locks:
         state = _placed(_counted(_resumed(state, config), train, config), config)
         with settings(config):
+            state = _converted(state, config)
             step = compose(state.task, config, given, signals)
             preflight(state, given, config, step, signals)
             _write_config(config)
@@ -124,6 +126,20 @@ def _placed(state: TrainState, config: FitConfig) -> TrainState:
     if device.type == state.device.type and device.index in (None, state.device.index):
         return state
     return state.moved(device)
+
+
+def _converted(state: TrainState, config: FitConfig) -> TrainState:
+    """This very state; where fp8 is asked for, its linear layers compute in it."""
+    if config.precision == "fp8":
+        store = state.store
+        store.module = to_fp8(store.module)
+        if store.device.type != "cuda":
+            raise ConfigError(
+                f"FitConfig(precision='fp8') needs a GPU, but the state is trained on {store.device}; leave device out, or take 'bf16'"
+            )
+        for phase in store.phases.values():
+            phase.module = store.module
+    return state
 
 
 def _auto_device() -> str:

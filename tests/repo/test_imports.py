@@ -10,7 +10,7 @@ FLOORS = {
     1: {"rng", "shards", "signals", "tree"},
     2: {"metrics", "schedules", "replay", "dtype", "history", "task", "times"},
     3: {"optim"},
-    4: {"state", "gradients", "mask"},
+    4: {"state", "gradients", "mask", "fp8"},
     5: {"combinator", "checkpoint", "data", "when", "rules", "sinks"},
     6: {"pipe", "parse"},
     7: {"precision", "scale", "clip", "noise", "skip", "microbatch", "recompute", "update", "manual", "evaluate", "watch", "garbage"},
