@@ -43,6 +43,7 @@ def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
 
     Example:
         >>> from torch import nn
+        >>> from fnlight.task import Task
         >>> task = Task(nn.Linear(1, 1), lambda model, batch: (model(batch) - batch).square().mean(),
         ...             configure_optimizers=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
         >>> data = [torch.ones(2, 1), torch.zeros(2, 1)]
