@@ -229,8 +229,9 @@ def train_source(loaders: Loaders, config: FitConfig) -> Source:
     """
     if loaders.train is None:
         raise LoaderError("fit needs training data, but there is none; give fl.Loaders(train=...)")
-    overfit = config.overfit_batches
-    return Source(loaders.train, limit=overfit or config.limit_train, shuffle=not overfit)
+    overfit, most = config.overfit_batches, config.max_epochs
+    ahead = False if not config.workers_ahead else True if most is None else most
+    return Source(loaders.train, limit=overfit or config.limit_train, shuffle=not overfit, ahead=ahead)
 
 
 def text_of(config: FitConfig) -> str | None:

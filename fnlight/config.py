@@ -155,6 +155,7 @@ class FitConfig:
         log_times: True tells the sinks what time went to as well: ``samples/s``, and the shares ``time/step``, ``time/data`` and so on.
         sinks: Where records go.
         progress: A progress bar on a terminal, else a line every few seconds.
+        workers_ahead: True starts the workers of the next epoch before one ends, so that its first batch need not be waited for.
         limit_train: Batches an epoch at most (int), or a fraction of them (float).
         limit_eval: The same for evaluations.
         fast_dev_run: True or n: one epoch of n batches of everything, no files.
@@ -210,6 +211,7 @@ class FitConfig:
     log_times: bool = attrs.field(default=False, validator=_one_of(True, False))
     sinks: tuple[Any, ...] = attrs.field(default=(), converter=_sinks, eq=repr)
     progress: bool = attrs.field(default=True, validator=_one_of(True, False))
+    workers_ahead: bool = attrs.field(default=True, validator=_one_of(True, False))
     limit_train: int | float | None = attrs.field(default=None, validator=_limit)
     limit_eval: int | float | None = attrs.field(default=None, validator=_limit)
     fast_dev_run: bool | int = attrs.field(default=False, validator=_flag_or_count)

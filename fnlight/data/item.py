@@ -203,7 +203,7 @@ def _items(source: Source, state: Any, group: int | Mapping[int, int], clock: Ca
     then, asked = clock(), None  # when the item before was handed out, and when this one was asked for: at the first one, nobody counts
     while True:
         size, done, samples, taken = group_at(group, epoch), start, 0, []
-        for batch, count, last in source.epoch(seed, epoch, start, position=position):
+        for batch, count, last in source.epoch(seed, epoch, start, position=position, follows=True):
             done += 1
             samples += count
             if size == 1:

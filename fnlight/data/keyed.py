@@ -7,6 +7,7 @@ hands to them are tasks (`fnlight.data.order`): before sample ``indices[j]`` is 
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import attrs
@@ -60,14 +61,16 @@ class KeyedLoader:
     loader: DataLoader[Any]
     shuffle: bool = True
     _kept: dict[str, DataLoader[Any]] = attrs.field(factory=dict, init=False, repr=False)
+    _ahead: list["_Begun"] = attrs.field(factory=list, init=False, repr=False)  # the next epoch, if its workers are at it already
 
     def epoch(self, span: Span) -> Iterator[tuple[Any, int | None, bool]]:
         """A part of an epoch as ``(batch, samples, last)``; samples is None where the dataset makes the batches itself.
 
         Samples that are read in this process draw from the global generators, which are seeded for each; the caller puts them back.
         """
-        todo = tasks(self.loader, span, self.shuffle)
-        return self._here(todo) if self.loader.num_workers == 0 and not self.loader.pin_memory else self._elsewhere(span, todo)
+        if self.loader.num_workers or self.loader.pin_memory:
+            return self._elsewhere(span)
+        return self._here(tasks(self.loader, span, self.shuffle))
 
     def _here(self, todo: Iterator[Task]) -> Iterator[tuple[Any, int | None, bool]]:
         """Batches read in this process, without a loader of ours: nothing of it would be needed."""
@@ -79,12 +82,31 @@ class KeyedLoader:
             yield collate(read(task)), len(task[1]) if collated else None, after is None
             task = after
 
-    def _elsewhere(self, span: Span, todo: Iterator[Task]) -> Iterator[tuple[Any, int | None, bool]]:
-        """Batches read by workers, or put into pinned memory."""
+    def _elsewhere(self, span: Span) -> Iterator[tuple[Any, int | None, bool]]:
+        """Batches read by workers, or put into pinned memory; those of the next epoch start as soon as these have no more to begin."""
+        begun = self._ahead.pop() if self._ahead else None
+        if begun is None or not begun.is_of(span):
+            begun = self._begin(span)
+        follows = span.ahead and self.loader.num_workers > 0 and not self.loader.persistent_workers
+        try:
+            for batch in begun.batches:
+                if follows and begun.marks[-1][1]:
+                    follows = False
+                    self._begin_ahead(attrs.evolve(span, epoch=span.epoch + 1, start=0, position=None))
+                yield batch, *begun.marks.popleft()
+                batch = None  # not kept while the next one is fetched
+        except BaseException:  # the run is over, or broken
+            self._ahead.clear()
+            raise
+
+    def _begin(self, span: Span) -> "_Begun":
         marks: deque[tuple[int | None, bool]] = deque()
-        for batch in _Started(self._inner(span, _marked(todo, marks, self.loader.batch_sampler is not None))):
-            yield batch, *marks.popleft()
-            batch = None  # not kept while the next one is fetched
+        todo = _marked(tasks(self.loader, span, self.shuffle), marks, self.loader.batch_sampler is not None)
+        return _Begun(span, iter(_Started(self._inner(span, todo))), marks)
+
+    def _begin_ahead(self, span: Span) -> None:
+        with suppress(Exception):  # what is wrong with the next epoch is said when it is its turn, and it comes to that
+            self._ahead.append(self._begin(span))
 
     def _inner(self, span: Span, todo: Iterator[Task]) -> DataLoader[Any]:
         """A loader of ours that goes over the tasks; one for all epochs where the workers persist."""
@@ -100,6 +122,20 @@ class KeyedLoader:
         feed: Any = inner.sampler if inner.batch_sampler is None else inner.batch_sampler
         feed.tasks = todo
         return inner
+
+
+@attrs.frozen(eq=False)
+class _Begun:
+    """An epoch whose workers have started: its batches, and what is noted of those that were handed out."""
+
+    span: Span
+    batches: Iterator[Any]
+    marks: deque[tuple[int | None, bool]]
+
+    def is_of(self, span: Span) -> bool:
+        """Say whether it is this part of this epoch."""
+        a, b = self.span, span
+        return (a.seed, a.epoch, a.start, a.stop, a.stream) == (b.seed, b.epoch, b.start, b.stop, b.stream)
 
 
 def _marked(todo: Iterator[Task], marks: deque[tuple[int | None, bool]], collated: bool) -> Iterator[Task]:
@@ -225,15 +261,19 @@ class _Started:
     def __iter__(self) -> Iterator[Any]:
         with held_back():
             found = iter(self.loader)
-        try:
-            yield from found
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker (pid"):
-                raise
-            raise LoaderError(
-                f"{str(error.__cause__ or error).strip().rstrip('.')}: this process read data for the run and died, most often for want of memory; use fewer "
-                "workers or smaller batches and resume: the order of the data does not depend on the number of workers"
-            ) from error
+        return _named(found)
+
+
+def _named(found: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from found
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise LoaderError(
+            f"{str(error.__cause__ or error).strip().rstrip('.')}: this process read data for the run and died, most often for want of memory; use fewer "
+            "workers or smaller batches and resume: the order of the data does not depend on the number of workers"
+        ) from error
 
 
 class _Sown(IterableDataset[Any]):

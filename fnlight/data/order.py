@@ -37,6 +37,7 @@ class Span:
         stop: The batch before which the epoch ends early; None goes on to the end of the data.
         stream: What the data is for; another stream has another order.
         position: Where a loader that keeps its own place stood behind batch `start`.
+        ahead: Whether the epoch behind this one is going to be read as well, so that its workers may be started early.
 
     Example:
         >>> Span(seed=0, epoch=1).start
@@ -49,6 +50,7 @@ class Span:
     stop: int | None = None
     stream: int = 0
     position: Any = None
+    ahead: bool = False
 
     def key(self, purpose: int) -> int:
         """The key of this epoch for a purpose, such as ``rng.SAMPLE``."""

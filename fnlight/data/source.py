@@ -65,6 +65,9 @@ class Source:
         limit: Batches an epoch at most (int), or a fraction of them in 0..1 (float).
         shuffle: False takes a shuffled dataset in its own order, and anything random as in epoch 0.
         device: Where batches are moved to, without waiting; None or the CPU leaves them as they are.
+        ahead: True starts the workers of the next epoch when those of the one before have no more to begin, so that its first batch need not
+            be waited for; a number does so for epochs below it only, False for none. It changes no batch. Only a map-style ``DataLoader``
+            whose workers do not persist has such.
 
     Raises:
         TypeError: If the loader is no iterable of batches.
@@ -80,6 +83,7 @@ class Source:
     limit: int | float | None = attrs.field(default=None, kw_only=True)
     shuffle: bool = attrs.field(default=True, kw_only=True)
     device: torch.device | None = attrs.field(default=None, kw_only=True, converter=attrs.converters.optional(torch.device))
+    ahead: bool | int = attrs.field(default=True, kw_only=True)
     _reader: Any = attrs.field(init=False, repr=False)
 
     @_reader.default
@@ -117,7 +121,9 @@ class Source:
         length = self._reader.length()
         return self.limit is not None and batch == self.num_batches and (length is None or batch < length)
 
-    def epoch(self, seed: int, epoch: int, start: int = 0, stream: int = ORDER, *, position: Any = None) -> Iterator[Triple]:
+    def epoch(
+        self, seed: int, epoch: int, start: int = 0, stream: int = ORDER, *, position: Any = None, follows: bool = False
+    ) -> Iterator[Triple]:
         """The batches of an epoch.
 
         Args:
@@ -126,6 +132,7 @@ class Source:
             start: The batch to begin with; nothing is yielded if it is the number of batches in the epoch.
             stream: What the data is for; another stream has another order and other random numbers.
             position: Where a loader that keeps its own place stood behind batch `start`; it is put there rather than read up to there.
+            follows: Whether the next epoch is going to be read from its beginning, as far as the caller knows.
 
         Returns:
             An iterator of ``(batch, samples, last)``.
@@ -134,7 +141,8 @@ class Source:
             LoaderError: If there is no batch, the start lies beyond the end, or an iterator was used up before.
         """
         limited = None if self.limit is None else self.num_batches
-        found = self._reader.epoch(Span(seed, epoch, start, limited, stream, position))
+        early = follows and (self.ahead is True or epoch + 1 < self.ahead)
+        found = self._reader.epoch(Span(seed, epoch, start, limited, stream, position, early))
         if self.device is None or self.device.type == "cpu":
             return found
         return transferred(found, self.device)
