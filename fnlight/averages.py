@@ -6,6 +6,7 @@ statistics that belong to it.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import attrs
@@ -96,19 +97,23 @@ def ema(decay: Decay, name: str = "ema", *, every: Callable[[Tick], bool] = step
         _check_decay("ema", decay)
     due, always = condition(every), every == steps(1)
 
-    def average(store: Store, decay: float) -> None:
-        _towards(store.memory[name], store.named, 1 - decay)
+    def rest(decay: Callable[[int], float], live: Store) -> float:
+        return 1 - decay(live.progress.step + 1)
+
+    def average(store: Store) -> None:
+        share = store.host.number(store, partial(rest, decay)) if callable(decay) else 1 - decay
+        _towards(store.memory[name], store.named, share)
 
     def wrap(step: Any) -> Any:
-        if isinstance(step, Update) and always and not callable(decay):
-            fixed = decay
-            return step.then(lambda store: average(store, fixed), name)
+        if isinstance(step, Update) and always:
+            return step.then(average, name)
 
         def averaging(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
             before = state.progress
             state, metrics = step(state, batch)
             if due(Tick(before, state.progress)):
-                average(state.store, decay(state.progress.step) if callable(decay) else decay)
+                share = 1 - (decay(state.progress.step) if callable(decay) else decay)
+                _towards(state.store.memory[name], state.store.named, share)
             return state, metrics
 
         return averaging
@@ -172,7 +177,7 @@ def _floating(store: Store) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in store.named.items() if p.is_floating_point()}
 
 
-def _towards(averages: Mapping[str, Tensor], named: Mapping[str, Tensor], fraction: float) -> None:
+def _towards(averages: Mapping[str, Tensor], named: Mapping[str, Tensor], fraction: float | Tensor) -> None:
     """Move averages a part of the way to the parameters; by name, since files do not keep an order."""
     values = list(averages.values())
     if not values:
@@ -182,7 +187,10 @@ def _towards(averages: Mapping[str, Tensor], named: Mapping[str, Tensor], fracti
     except KeyError:  # refresh_batch_norm has put statistics beside the weights
         values, targets = [v for n, v in averages.items() if n in named], [named[n] for n in averages if n in named]
     with torch.no_grad():
-        torch._foreach_lerp_(local_parts(values), local_parts(targets), fraction)
+        if isinstance(fraction, Tensor):  # a number of a graph
+            torch._foreach_lerp_(values, targets, [fraction.to(v.dtype) for v in values])
+        else:
+            torch._foreach_lerp_(local_parts(values), local_parts(targets), fraction)
 
 
 def _check_decay(who: str, decay: Any) -> None:

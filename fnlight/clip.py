@@ -208,14 +208,17 @@ def clip_quantile(quantile: float = 0.1, window: int = 1000) -> Combinator:
         raise ConfigError(f"clip_quantile(window=...) must be a whole number of at least 1, but got {window!r}")
 
     def init(store: Store) -> dict[str, Any]:
-        return {"norms": torch.full((window,), torch.nan, device=store.device), "seen": 0}
+        seen = torch.zeros(1, dtype=torch.int64, device=store.device)
+        return {"norms": torch.full((window,), torch.nan, device=store.device), "seen": seen}
 
     def wrap(grad_fn: Any) -> Any:
         def clipped(store: Store, batches: Any, key: int) -> Gradients:
             found: Gradients = grad_fn(store, batches, key)
             held, tree = [v for v in found.values if v is not None], store.memory["clip_quantile"]
             norm = _joint_norm(store, held)
-            tree["norms"][tree["seen"] % window] = torch.where(torch.isfinite(norm), norm, torch.nan)
+            if isinstance(tree["seen"], int):  # of a state that was saved when the count was a number
+                tree["seen"] = torch.tensor([tree["seen"]], device=store.device)
+            tree["norms"].scatter_(0, tree["seen"] % window, torch.where(torch.isfinite(norm), norm, torch.nan)[None])
             tree["seen"] += 1
             limit = torch.nanquantile(tree["norms"], quantile)
             if held:

@@ -47,14 +47,17 @@ def weighted(weights: Mapping[str, Weight]) -> Combinator:
 
     def wrap(grad_fn: Any) -> Any:
         def weighing(store: Store, batch: Any, key: int) -> Gradients:
-            step = store.progress.step
-            now = {name: weight(step) if callable(weight) else weight for name, weight in weights.items()}
+            now = {name: store.host.number(store, _at_step(weight)) if callable(weight) else weight for name, weight in weights.items()}
             return grad_fn(store, Around(batch, lambda loss_fn: _summed(loss_fn, now)), key)
 
         return weighing
 
     label = ", ".join(f"{name}={weight!r}" for name, weight in weights.items())
     return Combinator("weighted", wrap, "sum", "sum", args=label)
+
+
+def _at_step(weight: Callable[[int], float]) -> Callable[[Store], float]:
+    return lambda store: weight(store.progress.step)
 
 
 def _summed(loss_fn: Any, weights: Mapping[str, float]) -> Any:
@@ -205,12 +208,19 @@ def carry(init: Callable[[Any, Any], Any]) -> Combinator:
                 raise StepError(
                     "carry goes from one batch to the next, but microbatch has parted this one by its samples; leave microbatch out"
                 )
-            return grad_fn(store, Around(batch, lambda loss_fn: _carried(loss_fn, init, store.memory["carry"], store.progress.epoch)), key)
+            store.host.only_if(store, _goes_on)
+            epoch = store.memory["carry"]["epoch"] if store.host.traced else store.progress.epoch
+            return grad_fn(store, Around(batch, lambda loss_fn: _carried(loss_fn, init, store.memory["carry"], epoch)), key)
 
         return carrying
 
     empty: Callable[[Store], Any] = lambda store: {"epoch": None, "value": None}  # noqa: E731  # too short for a name
     return Combinator("carry", wrap, "sum", "sum", args=getattr(init, "__name__", repr(init)), init=empty)
+
+
+def _goes_on(store: Store) -> bool:
+    """Whether what is carried belongs to the epoch that is under way."""
+    return store.memory["carry"]["epoch"] == store.progress.epoch
 
 
 def _carried(loss_fn: Any, init: Any, tree: dict[str, Any], epoch: int) -> Any:

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from fnlight.metrics import Max, Mean, Min, Sum
 from fnlight.optim import take_step
+from fnlight.tree import leaves
 
 _NEUTRAL: Mapping[type, Mapping[str, float]] = {
     Mean: {"total": 0.0, "weight": 0.0}, Sum: {"value": 0.0}, Max: {"value": -math.inf}, Min: {"value": math.inf},
 }  # fmt: skip
 
 
-def step_where(optimizer: Any, finite: Tensor | bool, memo: dict[str, Any] | None = None) -> None:
+def step_where(optimizer: Any, finite: Tensor | bool, memo: dict[str, Any] | None = None, *, blind: bool = False) -> None:
     """Let an optimizer step if `finite` is True, and else leave parameters and memory as they are.
 
     A fused optimizer of torch decides on the device, in its kernel, as it does for ``torch.amp.GradScaler``; so does no other, and
@@ -26,6 +27,7 @@ def step_where(optimizer: Any, finite: Tensor | bool, memo: dict[str, Any] | Non
         optimizer: Any ``torch.optim.Optimizer``; its parameters have their gradients.
         finite: A bool tensor, shape [], or a bool.
         memo: Passed on to `fnlight.optim.take_step`.
+        blind: True never asks the host, as in a graph: an optimizer that cannot decide in its kernel steps, and its step is taken back.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(1))
@@ -33,6 +35,9 @@ def step_where(optimizer: Any, finite: Tensor | bool, memo: dict[str, Any] | Non
         >>> step_where(torch.optim.SGD([weight], lr=0.5, fused=True), torch.tensor(False)); weight.tolist()
         [1.0]
     """
+    if blind and not (masks(optimizer) and all(group.get("fused") for group in optimizer.param_groups)):
+        _step_and_take_back(optimizer, torch.as_tensor(finite))
+        return
     if not masks(optimizer):
         if finite:
             take_step(optimizer, memo)
@@ -43,6 +48,21 @@ def step_where(optimizer: Any, finite: Tensor | bool, memo: dict[str, Any] | Non
         take_step(optimizer, memo)
     finally:
         del held["grad_scale"], held["found_inf"]
+
+
+@torch.no_grad()
+def _step_and_take_back(optimizer: Any, finite: Tensor) -> None:
+    """A step whose results are put aside, on the device, where they do not count."""
+
+    def held() -> dict[str, Tensor]:
+        params = {f"{i}/{j}": p for i, group in enumerate(optimizer.param_groups) for j, p in enumerate(group["params"])}
+        slots = {f"{i}/{path}": t for i, slots in enumerate(optimizer.state.values()) for path, t in leaves(slots, "slot")}
+        return params | {path: t for path, t in slots.items() if isinstance(t, Tensor)}
+
+    before = {path: t.clone() for path, t in held().items()}
+    take_step(optimizer)
+    for path, now in held().items():
+        now.copy_(torch.where(finite, now, before[path]))
 
 
 def masks(optimizer: Any) -> bool:

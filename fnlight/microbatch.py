@@ -62,6 +62,7 @@ def _fitting(grad_fn: Any) -> Any:
     """A gradient function that halves the parts until they fit."""
 
     def fitting(store: Store, batches: Sequence[Any], key: int) -> Gradients:
+        store.host.refuse("microbatch('auto') repeats a step that runs out of memory, so Python must be there; give it a size")
         tree = store.memory["microbatch"]
         if store.place is not None:
             raise ParallelError(

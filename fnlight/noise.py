@@ -9,15 +9,13 @@ from torch import Tensor
 from fnlight.combinator import Combinator
 from fnlight.errors import ConfigError
 from fnlight.protocols import Gradients
-from fnlight.rng import fold_in
+from fnlight.rng import NOISE, fold_in
 from fnlight.shards import is_sharded, local_parts, own_part
 from fnlight.state import Store
 
-_NOISE = (1 << 32) - 1  # beyond every number of a micro-batch, so that the noise shares no random numbers with the model
-
 
 def grad_noise(eta: float = 0.3, gamma: float = 0.55) -> Combinator:
-    """Add noise to the gradients that is annealed: Gaussian, of variance ``eta / (1 + t) ** gamma`` at the t-th step.
+    """Add noise to the gradients that is annealed: Gaussian, of variance ``eta / (1 + t) ** gamma`` where t steps are completed.
 
     Args:
         eta: The variance at first, above 0.
@@ -44,17 +42,18 @@ def grad_noise(eta: float = 0.3, gamma: float = 0.55) -> Combinator:
     def wrap(grad_fn: Any) -> Any:
         def noisy(store: Store, batches: Any, key: int) -> Gradients:
             found: Gradients = grad_fn(store, batches, key)
-            held, tree = [v for v in found.values if v is not None], store.memory["grad_noise"]
-            store.seed(fold_in(key, _NOISE))
+            held = [v for v in found.values if v is not None]
+            sigma = store.host.number(store, lambda live: math.sqrt(eta / (1 + live.progress.step) ** gamma))
+            store.seed(fold_in(key, NOISE))
             if held:
-                sigma = math.sqrt(eta / (1 + tree["steps"]) ** gamma)
-                torch._foreach_add_(local_parts(held), [_drawn(v) for v in held], alpha=sigma)
-            tree["steps"] += 1
+                noise = [_drawn(v) for v in held]
+                torch._foreach_mul_(noise, sigma)
+                torch._foreach_add_(local_parts(held), noise)
             return found
 
         return noisy
 
-    return Combinator("grad_noise", wrap, "grad", "grad", args=f"{eta}, gamma={gamma}", init=lambda store: {"steps": 0})
+    return Combinator("grad_noise", wrap, "grad", "grad", args=f"{eta}, gamma={gamma}")
 
 
 def _drawn(like: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ _seed_python: Any = random.Random.__base__.seed  # pyright: ignore[reportOptiona
 # The first number folded into a seed says what the random numbers are for, so that no two purposes share a stream.
 TRAIN, ORDER, SAMPLE, COLLATE, LOADER, EVALUATE, PREDICT = range(1, 8)
 RANK = 1 << 33  # beyond those as well: rank 0 draws what a single process does
+NOISE = (1 << 32) - 1  # noise in the gradients shares no random numbers with the model either
 SKIPPED = 1 << 32  # beyond every number of a micro-batch: attempts at one step share no random numbers
 
 

@@ -54,6 +54,7 @@ def loss_scale(
 
     def wrap(grad_fn: Any) -> Any:
         def scaled(store: Store, batches: Any, key: int) -> Gradients:
+            store.host.refuse("loss_scale must know after every step whether it counts, which a graph does not say")
             tree, buffers = store.memory["loss_scale"], buffers_before(store.module, store.memory["loss_scale"]["buffers"])
             used = tree["scale"].clone()
             store.scale = used

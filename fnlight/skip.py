@@ -47,10 +47,15 @@ def skip_nonfinite(max_consecutive: int | None = 10) -> Combinator:
             finite = fine.all() & torch.isfinite(found.loss)
             tree["bad"] = torch.where(finite, tree["bad"], ~fine)
             left = _left_out(found, finite, tree, buffers, "skipped")
-            _look(tree, max_consecutive, lambda: _blame(store, tree))
+            store.host.later(store, look)
             return left._replace(metrics={**counted_where(found.metrics, finite), "skipped": left.metrics["skipped"]})
 
         return guarded
+
+    def look(store: Store) -> None:
+        tree = store.memory["skip_nonfinite"]
+        tree["calls"] += 1
+        _look(tree, max_consecutive, lambda: _blame(store, tree))
 
     def finish(before: TrainState, state: TrainState) -> TrainState:
         tree = state.store.memory["skip_nonfinite"]
@@ -93,6 +98,11 @@ def skip_spikes(sigma: float = 6.0, window: int = 100, max_consecutive: int | No
         losses = torch.full((window,), torch.nan, device=store.device)
         return {**_counts(store), "losses": losses, "entered": torch.zeros(1, dtype=torch.int64, device=store.device)}
 
+    def look(store: Store) -> None:
+        tree = store.memory["skip_spikes"]
+        tree["calls"] += 1
+        _look(tree, max_consecutive, blame)
+
     def blame() -> str:
         return (
             f"the loss was more than {sigma:g} standard deviations above its mean for {max_consecutive} steps in a row: it has moved for good; "
@@ -107,7 +117,7 @@ def skip_spikes(sigma: float = 6.0, window: int = 100, max_consecutive: int | No
             loss = found.loss if found.weight.__class__ is float else found.loss / found.weight
             ok = ~_enters(tree, loss.float(), sigma)
             left = _left_out(found, ok, tree, buffers, "spikes")
-            _look(tree, max_consecutive, blame)
+            store.host.later(store, look)
             return left
 
         return guarded
@@ -144,7 +154,6 @@ def _left_out(found: Gradients, ok: Tensor, tree: dict[str, Any], buffers: Any, 
     tree["skipped"] = tree["skipped"] + ~ok
     tree["row"] = torch.where(ok, 0, tree["row"] + 1)
     tree["worst"] = torch.maximum(tree["worst"], tree["row"])
-    tree["calls"] += 1
     finite = False if found.finite is False else ok if found.finite is None or found.finite is True else found.finite & ok
     return found._replace(metrics={**found.metrics, name: Sum((~ok).float())}, finite=finite)
 

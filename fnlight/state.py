@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from fnlight.errors import DonatedStateError, OptimizerError, ParallelError
 from fnlight.history import History, Record
+from fnlight.host import Host
 from fnlight.metrics import Tally
 from fnlight.optim import Optim, named_state, prepare, prepare_each, reported, to_device, weights_to_use
 from fnlight.rng import SKIPPED, TRAIN, fold_in, isolated, seed_generators
@@ -82,7 +83,7 @@ class Store:
     """
 
     __slots__ = (
-        "bound", "device", "media", "memory", "module", "named", "optim", "owner", "params", "phases", "place", "position",
+        "bound", "device", "host", "media", "memory", "module", "named", "optim", "owner", "params", "phases", "place", "position",
         "progress", "resources", "scale", "seed", "skipped", "times", "version",
     )  # fmt: skip
 
@@ -107,6 +108,7 @@ class Store:
         self.seed: Callable[[int], None] = partial(
             seed_generators, device=self.device
         )  # what a kernel seeds the generators with; a trace puts its own here
+        self.host = Host()  # what Python has to say and to look at around a kernel; a trace puts its own here
         self.phases = {name: self._phase(each) for name, each in optim.items()} if isinstance(optim, Mapping) else {}
 
     def _phase(self, optim: Optim) -> "Store":

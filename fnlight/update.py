@@ -275,7 +275,7 @@ def _optimize(grad_fn: Callable[..., Gradients], store: Store, batches: Any, key
         elif store.optim.offload:
             take_step_on_host(optimizer) if found.finite else None
         else:
-            step_where(optimizer, found.finite, store.optim.bound)
+            step_where(optimizer, found.finite, store.optim.bound, blind=store.host.traced)
     elif store.params:
         raise OptimizerError(
             f"this task has an optimizer for each of the phases {', '.join(store.phases)}, so its step starts from a mapping of them to functions, "

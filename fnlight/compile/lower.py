@@ -40,26 +40,48 @@ def lower(graph: fx.GraphModule, example: Sequence[Tensor], cache_dir: str | Non
     fake = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
     inputs = [fake.from_tensor(tensor.detach()) for tensor in example]
     on_cpu = all(tensor.device.type == "cpu" for tensor in example)
-    settings = {"fallback_random": True, "cpp_wrapper": on_cpu, "layout_optimization": not on_cpu}
+    settings = {"fallback_random": True, "cpp_wrapper": on_cpu, "layout_optimization": not on_cpu, "size_asserts": False}
+    _say_what_norms_write(graph)
     with torch.no_grad(), inductor.patch(settings), _cached(cache_dir):
         with fake:
             values = make_fx(
-                torch.func.functionalize(graph, remove="mutations_and_views"),
-                decomposition_table=select_decomp_table(),
+                torch.func.functionalize(graph, remove="mutations"),
+                decomposition_table={**select_decomp_table(), **_EACH},
                 _allow_non_fake_inputs=True,
             )(*inputs)
-        _without_copies(values)
+        _without_aliases(values)
         with tracing(TracingContext(fake)):
             made: Any = compile_fx_inner(values, inputs, cpp_wrapper=on_cpu)
-    return made
+    return getattr(made, "current_callable", made)  # without what is only looked at by profilers
 
 
-_COPIES = {torch.ops.aten.detach_copy.default, torch.ops.aten.alias_copy.default, torch.ops.aten.detach.default}
+def _norms(tensors: Sequence[Tensor], ord: float = 2.0, dtype: torch.dtype | None = None) -> list[Tensor]:
+    return [torch.linalg.vector_norm(tensor, ord, dtype=dtype) for tensor in tensors]
 
 
-def _without_copies(graph: fx.GraphModule) -> None:
+def _towards(tensors: Sequence[Tensor], ends: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.lerp(tensor, end, weight) for tensor, end, weight in zip(tensors, ends, weights, strict=True)]
+
+
+_EACH = {torch.ops.aten._foreach_norm.Scalar: _norms, torch.ops.aten._foreach_lerp.List: _towards}
+"""Operations on lists that torch's compiler would call one by one, through Python."""
+
+
+def _say_what_norms_write(graph: fx.GraphModule) -> None:
+    """Put operations in the place of a normalisation whose signature says that running statistics are written."""
+    aten = torch.ops.aten
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and node.target is aten.native_batch_norm.default and node.args[3] is not None:
+            node.target = aten._native_batch_norm_legit.default
+    graph.recompile()
+
+
+_ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
+
+
+def _without_aliases(graph: fx.GraphModule) -> None:
     for node in list(graph.graph.nodes):
-        if node.op == "call_function" and node.target in _COPIES:
+        if node.op == "call_function" and node.target in _ALIASES:
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()

@@ -1,4 +1,4 @@
-"""Graphs that can be called, and the tensors of a store as they take them."""
+"""Graphs that can be called."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,45 +7,11 @@ import attrs
 import torch
 from torch import Tensor
 
+from fnlight.compile.bound import Bound
 from fnlight.compile.lower import lower
 from fnlight.compile.trace import Traced
 from fnlight.rng import fold_in
-from fnlight.state import Store
-from fnlight.tree import leaves
-
-
-@attrs.define(eq=False)
-class Bound:
-    """The tensors of one store, as graphs take them.
-
-    Args:
-        store: The store.
-        tensors: What `held` gave.
-        version: The version of the store behind which they are valid.
-        rates: Learning rates as tensors, with the numbers that are in them.
-
-    Example:
-        >>> from fnlight.optim import Optim
-        >>> bound = Bound(Store(torch.nn.Linear(1, 1), Optim(None), {}), [])
-        >>> bound.rate(0, 0, 0.5) is bound.rate(0, 0, 0.25), bound.rate(0, 0, 0.25).item()
-        (True, 0.25)
-    """
-
-    store: Store
-    tensors: list[Tensor]
-    version: int = -1
-    rates: dict[tuple[int, int], tuple[Tensor, list[float]]] = attrs.field(factory=dict, init=False)
-    flat: list[Tensor] = attrs.field(init=False, default=attrs.Factory(lambda self: [t.detach() for t in self.tensors], takes_self=True))
-
-    def rate(self, update: int, group: int, value: float) -> Tensor:
-        """A learning rate as a tensor that is written only when it changes."""
-        found = self.rates.get((update, group))
-        if found is None:
-            found = self.rates[update, group] = (torch.tensor(value, dtype=torch.float64), [value])
-        if found[1][0] != value:
-            found[0].fill_(value)
-            found[1][0] = value
-        return found[0]
+from fnlight.state import Progress, Store
 
 
 @attrs.define(eq=False)
@@ -55,13 +21,13 @@ class Program:
     Args:
         traced: The graph.
         takes: By update, one a group: whether its learning rate is an input.
-        lowers: Whether it is compiled.
+        lowers: Whether it is for a compiler: then it is seeded once a call.
 
     Example:
         >>> from torch import fx
-        >>> graph = fx.symbolic_trace(lambda x, keys: [x + 1])
+        >>> graph = fx.symbolic_trace(lambda x: [x + 1])
         >>> program = Program(Traced(graph, {}), [], lowers=False)
-        >>> program.fn(torch.zeros(1), [0])
+        >>> program.fn(torch.zeros(1))
         [tensor([1.])]
     """
 
@@ -69,34 +35,56 @@ class Program:
     takes: list[list[bool]]
     lowers: bool
     fn: Callable[..., Any] = attrs.field(init=False, default=attrs.Factory(lambda self: self.traced.graph.forward, takes_self=True))
+    conditions: list[Callable[[Store], bool]] = attrs.field(init=False)
+    _listed: bool = attrs.field(init=False, default=False)  # whether it takes a list, as compiled code does
+    _numbers: list[Any] = attrs.field(init=False)
+    _looks: list[Any] = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        duties = self.traced.duties
+        self._numbers = [each.numbers for each in duties] if any(each.numbers for each in duties) else []
+        self._looks = [look for each in duties for look in each.looks]
+        self.conditions = [condition for each in duties for condition in each.conditions]
 
     def compile(self, inputs: list[Tensor], cache_dir: str | None) -> None:
         """Put machine code in the place of the graph."""
-        self.fn = lower(self.traced.graph, inputs, cache_dir)
+        self.fn, self._listed = lower(self.traced.graph, inputs, cache_dir), True
 
-    def inputs(self, bound: Bound, rates: Sequence[Sequence[Any]], updates: Sequence[Any]) -> list[Tensor]:
-        """What the graph takes: the tensors of the store, learning rates, and the tensors of the batches."""
-        found = list(bound.flat)
+    def inputs(
+        self, bound: Bound, rates: Sequence[Sequence[Any]], batches: Sequence[Tensor], ahead: Sequence[Progress] = ()
+    ) -> list[Tensor]:
+        """What the graph takes: the tensors of the store, learning rates, numbers of stages, and the tensors of the batches."""
+        found = bound.flat[:]
         for update, (takes, values) in enumerate(zip(self.takes, rates, strict=True)):
-            found += [bound.rate(update, group, lr) for group, (take, lr) in enumerate(zip(takes, values, strict=True)) if take]
-        for batches in updates:
-            found += _tensors(batches)
+            found += [bound.number((update, group), lr) for group, (take, lr) in enumerate(zip(takes, values, strict=True)) if take]
+        if self._numbers:
+            found += self._given(bound, ahead)
+        found += batches
         return found
 
-    def __call__(self, bound: Bound, keys: list[int], rates: Sequence[Sequence[Any]], updates: Sequence[Any]) -> Mapping[str, Any]:
+    def _given(self, bound: Bound, ahead: Sequence[Progress]) -> list[Tensor]:
+        store, found = bound.store, list[Tensor]()
+        before = store.progress
+        for update, fns in enumerate(self._numbers):
+            store.progress = ahead[update] if ahead else before
+            found += [bound.number((update, "number", i), float(fn(store))) for i, fn in enumerate(fns)]
+        store.progress = before
+        return found
+
+    def __call__(
+        self, bound: Bound, keys: Sequence[int], rates: Sequence[Sequence[Any]], batches: Sequence[Tensor], ahead: Sequence[Progress] = ()
+    ) -> Mapping[str, Any]:
         """Take the updates; their metrics are merged."""
-        inputs = self.inputs(bound, rates, updates)
-        with torch.no_grad():
-            if self.lowers:
+        inputs, traced = self.inputs(bound, rates, batches, ahead), self.traced
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # a context manager would cost as much as the rest of this function
+        try:
+            if traced.draws and self.lowers:
                 bound.store.seed(fold_in(keys[0], 0))
-                return self.traced.results(self.fn(inputs))
-            return self.traced.results(self.fn(*inputs, keys))
-
-
-def _tensors(node: Any) -> list[Tensor]:
-    kind = node.__class__
-    if kind is Tensor:
-        return [node]
-    if kind is tuple or kind is list:
-        return [tensor for each in node for tensor in _tensors(each)]
-    return [leaf for _, leaf in leaves(node) if isinstance(leaf, Tensor)]
+            given = (inputs,) if self._listed else (*inputs, keys) if traced.draws and not self.lowers else inputs
+            tensors = self.fn(*given)
+        finally:
+            torch._C._set_grad_enabled(before)
+        for look in self._looks:
+            look(bound.store)
+        return traced.results(tensors)

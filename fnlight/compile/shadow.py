@@ -21,6 +21,14 @@ class UntraceableError(FnlightError):
     """A kernel that cannot become one graph; the message says which part and why. It never leaves `fnlight.compile`."""
 
 
+class UnsettledError(UntraceableError):
+    """There is memory that is made in this very step, or a condition does not hold: this step is taken without a graph."""
+
+
+class WantedError(FnlightError):
+    """A trace that has to begin anew, with another tree of the memory, or with one more number. It never leaves `fnlight.compile`."""
+
+
 def held(store: Store, reads: Sequence[str]) -> list[Tensor]:
     """The tensors of a store that its kernel may read or change, each once, in an order that follows from the store's structure.
 
@@ -97,17 +105,26 @@ def shadow(store: Store, reads: Sequence[str], new: Mapping[int, Tensor], rates:
     twin.named = {name: new[id(p)] for name, p in store.named.items()}  # pyright: ignore[reportAttributeAccessIssue]  # tensors stand in
     twin.params = [new[id(p)] for p in store.params]  # pyright: ignore[reportAttributeAccessIssue]  # as above
     twin.memory = _Memory({name: _replaced(store.memory[name], new) for name in reads})
+    twin.progress = _Hidden()  # pyright: ignore[reportAttributeAccessIssue]  # as above
     if store.optim.optimizer is not None:
         twin.optim = copy.copy(store.optim)
+        object.__setattr__(twin.optim, "bound", None)
         object.__setattr__(twin.optim, "optimizer", _optimizer(store.optim.optimizer, new, rates, options))
     return twin
 
 
 class _Memory(dict[str, Any]):
-    """The trees that a kernel may use; what asks for another one is told so."""
+    """The trees that a kernel is known to use; what asks for another one gets it in the next attempt."""
 
     def __missing__(self, key: str) -> Any:
-        raise UntraceableError(f"what keeps its memory under {key!r} cannot be a part of a graph")
+        raise WantedError(key)
+
+
+class _Hidden:
+    """What stands for the progress: a kernel that reads it there would freeze it."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise UntraceableError(f"it reads progress.{name} of the store, which a graph would freeze; store.host.number makes it an input")
 
 
 def _optimizer(optimizer: Any, new: Mapping[int, Tensor], rates: Sequence[Any], options: Mapping[str, Any]) -> Any:
@@ -196,10 +213,6 @@ def changes(before: Store, after: Store, tables: Sequence[tuple[Any, Any]]) -> l
     for old, now in tables:
         moved += _compare(old, now, "the model changes its buffer {}")
     return moved
-
-
-class UnsettledError(UntraceableError):
-    """The optimizer has no memory yet: this step is taken without a graph."""
 
 
 def _compare(old: Any, now: Any, says: str) -> list[tuple[Tensor, Tensor]]:

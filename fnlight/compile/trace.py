@@ -16,16 +16,22 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import has_side_effect
 
-from fnlight.compile.shadow import UnsettledError, UntraceableError, changes, shadow, swapped
+from fnlight.compile.recorder import Duties, Recorder
+from fnlight.compile.shadow import UnsettledError, UntraceableError, WantedError, changes, shadow, swapped
 from fnlight.gradients import join_metrics
-from fnlight.metrics import Mean
-from fnlight.rng import fold_in, seed_generators
+from fnlight.metrics import Last, Max, Mean, Min, Sum
+from fnlight.rng import NOISE, fold_in, seed_generators
 from fnlight.state import Store
 from fnlight.tree import leaves, map_tensors
 
 Kernel = Callable[[Store, Any, int], Mapping[str, Any]]
 """``(store, batches, key) -> metrics``"""
 
+_KEY = fold_in(0, 0)  # what a kernel is given while it is traced
+_FOLDED = {fold_in(_KEY, part): (part,) for part in (*range(4096), NOISE)} | {_KEY: ()}
+"""What a kernel may make of its key, by what has come out."""
+
+_MONOIDS = (Mean, Sum, Max, Min, Last)
 _TORCH = os.path.dirname(torch.__file__)
 _ALIASES = {
     torch.ops.aten.detach.default,
@@ -35,21 +41,21 @@ _ALIASES = {
 }
 
 
-def reseed(keys: Sequence[int], update: int, number: int, device: torch.device) -> None:
+def reseed(keys: Sequence[int], update: int, parts: Sequence[int], device: torch.device) -> None:
     """Seed the generators within a graph, as the kernel does before a micro-batch.
 
     Args:
         keys: One an update of the call.
         update: Which update of the call it is.
-        number: Which micro-batch of the update it is.
+        parts: What the kernel folds into its key, such as the number of a micro-batch.
         device: The device of the store.
 
     Example:
         >>> from fnlight.rng import isolated
         >>> with isolated():
-        ...     reseed([1], 0, 0, torch.device("cpu"))
+        ...     reseed([1], 0, [0], torch.device("cpu"))
     """
-    seed_generators(fold_in(keys[update], number), device)
+    seed_generators(fold_in(keys[update], *parts), device)
 
 
 @attrs.frozen(eq=False)
@@ -57,8 +63,10 @@ class Traced:
     """A graph with what is needed to call it.
 
     Args:
-        graph: Takes the tensors of the store, the learning rates, the tensors of the batches and, last, the keys; gives tensors.
+        graph: Takes the tensors of the store, learning rates, numbers of stages, the tensors of the batches and, last, the keys; gives tensors.
         metrics: Names to values, with the places of the graph's results in the place of tensors.
+        duties: By update, what the host has to do before and behind it.
+        draws: Whether random numbers are drawn in it.
 
     Example:
         >>> Traced(fx.symbolic_trace(lambda x: [x]), {"n": 3}).results([])
@@ -67,6 +75,8 @@ class Traced:
 
     graph: fx.GraphModule
     metrics: dict[str, Any]
+    duties: Sequence[Duties] = ()
+    draws: bool = True
 
     def results(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
         """The metrics of all updates of the call, merged, from what the graph gave."""
@@ -83,8 +93,8 @@ class _Place:
 def _filled(value: Any, tensors: Sequence[Tensor]) -> Any:
     if value.__class__ is _Place:
         return tensors[value.number]
-    if value.__class__ is Mean:
-        return Mean(_filled(value.total, tensors), _filled(value.weight, tensors))
+    if value.__class__ in _MONOIDS:
+        return value.__class__(*(_filled(getattr(value, field.name), tensors) for field in attrs.fields(value.__class__)))
     return value
 
 
@@ -100,6 +110,7 @@ class Call:
         rates: By update, one a group: whether the learning rate is an input of the graph.
         updates: By update, the batches of a group.
         options: What is set in the optimizer's groups.
+        numbers: How many numbers the stages of one update ask for.
 
     Example:
         >>> from fnlight.optim import Optim
@@ -114,6 +125,7 @@ class Call:
     rates: Sequence[Sequence[bool]]
     updates: Sequence[Any]
     options: Mapping[str, Any]
+    numbers: int = 0
 
 
 def trace(call: Call, lowers: bool) -> Traced:
@@ -128,6 +140,7 @@ def trace(call: Call, lowers: bool) -> Traced:
 
     Raises:
         UntraceableError: If it is not the same graph each time, or changes what a graph would not change again.
+        WantedError: If a stage asks for a tree of the memory that is not in `reads`, or for one more number.
 
     Example:
         >>> from fnlight.compile.shadow import held
@@ -162,33 +175,46 @@ def _trace(call: Call, lowers: bool) -> Traced:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     metrics: dict[str, Any] = {}
+    hosts: list[Recorder] = []
     flat = [leaf for batches in call.updates for _, leaf in leaves(batches) if isinstance(leaf, Tensor)]
-    given = [*call.held, *(torch.zeros((), dtype=torch.float64) for rates in call.rates for takes in rates if takes), *flat]
+    scalars = sum(sum(rates) for rates in call.rates) + call.numbers * len(call.updates)
+    device = call.store.device if call.store.device.type == "cuda" and lowers else None
+    given = [*call.held, *(torch.zeros((), dtype=torch.float64, device=device) for _ in range(scalars)), *flat]
     twins = [t.detach().requires_grad_(t.requires_grad) for t in given]
     has_side_effect(reseed)
 
     def fn(*tensors: Tensor) -> list[Tensor]:
         out: list[Tensor] = []
-        for name, value in reduce(join_metrics, _run(call, list(tensors))).items():
+        hosts.clear()
+        for name, value in reduce(join_metrics, _run(call, list(tensors), hosts, lowers)).items():
             metrics[name] = _placed(value, out)
         return out
 
     with _compiling(lowers), _explained():
         graph = make_fx(fn, tracing_mode="fake", _allow_non_fake_inputs=True)(*twins)
-    return Traced(_finished(graph, lowers), metrics)
+    draws = any(_draws(node.target) for node in graph.graph.nodes if node.op == "call_function")
+    return Traced(_finished(graph, draws and not lowers), metrics, [host.duties for host in hosts], draws)
 
 
-def _run(call: Call, tensors: list[Tensor]) -> list[Mapping[str, Any]]:
+def _draws(target: Any) -> bool:
+    """Whether an operation draws random numbers; of one that is not torch's own nobody knows."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return torch.Tag.nondeterministic_seeded in target.tags or target.namespace not in ("aten", "prims")
+
+
+def _run(call: Call, tensors: list[Tensor], hosts: list[Recorder], lowers: bool) -> list[Mapping[str, Any]]:
     """What the traced function does: every update of the call, on stand-ins."""
     num = len(call.held)
     new = {id(old): tensor for old, tensor in zip(call.held, tensors, strict=False)}
     rest = iter(tensors[num:])
     rates = [[next(rest) if takes else None for takes in each] for each in call.rates]
+    hosts += [Recorder(call.store, [next(rest) for _ in range(call.numbers)], lowers) for _ in call.updates]
     updates = [map_tensors(lambda _: next(rest), batches) for batches in call.updates]
     found: list[Mapping[str, Any]] = []
     with swapped(call.store.module, new):
         for number, (batches, lrs) in enumerate(zip(updates, rates, strict=True)):
-            found.append(_update(call, new, _given(call, lrs), batches, number))
+            found.append(_update(call, new, _given(call, lrs), batches, number, hosts[number]))
     return found
 
 
@@ -199,13 +225,13 @@ def _given(call: Call, rates: Sequence[Any]) -> list[Any]:
     return [rate if rate is None or tensor else rate.item() for rate, tensor in zip(rates, takes, strict=True)]
 
 
-def _update(call: Call, new: Mapping[int, Tensor], lrs: Sequence[Any], batches: Any, number: int) -> Mapping[str, Any]:
+def _update(call: Call, new: Mapping[int, Tensor], lrs: Sequence[Any], batches: Any, number: int, host: Any) -> Mapping[str, Any]:
     before, after = (shadow(call.store, call.reads, new, lrs, call.options) for _ in range(2))
-    after.seed = _seeding(number, call.store.device)
+    after.seed, after.host = _seeding(number, call.store.device), host
     tables = [m._buffers for m in call.store.module.modules()]
     were = [dict(table) for table in tables]
     try:
-        metrics = call.kernel(after, batches, 0)
+        metrics = call.kernel(after, batches, _KEY)
         moved = changes(before, after, list(zip(were, tables, strict=True)))
     finally:
         for p in after.params:
@@ -219,16 +245,15 @@ def _update(call: Call, new: Mapping[int, Tensor], lrs: Sequence[Any], batches: 
 
 
 def _seeding(update: int, device: torch.device) -> Callable[[int], None]:
-    """What a kernel calls to seed: it writes down that the graph shall do so, once a micro-batch."""
+    """What a kernel calls to seed: it writes down that the graph shall do so, with the key of each call."""
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-    done = [0]
-
     def seed(key: int) -> None:
+        if key not in _FOLDED:
+            raise UntraceableError("it seeds the generators with something else than its key and the number of a micro-batch")
         mode = get_proxy_mode()
         if mode is not None:
-            mode.tracer.create_proxy("call_function", reseed, (0, update, done[0], device), {})
-        done[0] += 1
+            mode.tracer.create_proxy("call_function", reseed, (0, update, _FOLDED[key], device), {})
 
     return seed
 
@@ -237,11 +262,13 @@ def _placed(value: Any, out: list[Tensor]) -> Any:
     if isinstance(value, Tensor):
         out.append(value.detach())
         return _Place(len(out) - 1)
-    if value.__class__ is Mean:
-        return Mean(_placed(value.total, out), _placed(value.weight, out))
+    if value.__class__ in _MONOIDS:
+        return value.__class__(*(_placed(getattr(value, field.name), out) for field in attrs.fields(value.__class__)))
     if isinstance(value, int | float):
         return value
-    raise UntraceableError(f"it returns a metric of type {type(value).__name__}; scalars and Mean are what a graph can give")
+    raise UntraceableError(
+        f"it returns a metric of type {type(value).__name__}; scalars, Mean, Sum, Max, Min and Last are what a graph can give"
+    )
 
 
 @contextmanager
@@ -260,7 +287,7 @@ def _explained() -> Iterator[None]:
     """Say of what broke the graph where it stands and why."""
     try:
         yield
-    except UntraceableError:
+    except (UntraceableError, WantedError):
         raise
     except Exception as error:
         ours = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_TORCH, "<"))]
@@ -271,8 +298,8 @@ def _explained() -> Iterator[None]:
         raise UntraceableError(f"{where}: {text}") from error
 
 
-def _finished(graph: fx.GraphModule, lowers: bool) -> fx.GraphModule:
-    """Without what does nothing, and with the keys as the last input."""
+def _finished(graph: fx.GraphModule, seeds: bool) -> fx.GraphModule:
+    """Without what does nothing, and, where it seeds, with the keys as the last input."""
     nodes = graph.graph
     last = [node for node in nodes.nodes if node.op == "placeholder"][-1]
     with nodes.inserting_after(last):
@@ -283,12 +310,11 @@ def _finished(graph: fx.GraphModule, lowers: bool) -> fx.GraphModule:
         if node.target in _ALIASES:
             node.replace_all_uses_with(node.args[0])
             nodes.erase_node(node)
+        elif node.target is reseed and seeds:
+            node.args = (keys, *node.args[1:])
         elif node.target is reseed:
-            if lowers:
-                nodes.erase_node(node)
-            else:
-                node.args = (keys, *node.args[1:])
-    if lowers:
+            nodes.erase_node(node)
+    if not seeds:
         nodes.erase_node(keys)
     graph.recompile()
     return graph

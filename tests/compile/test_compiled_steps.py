@@ -133,10 +133,9 @@ def test_several_updates_in_one_call_are_those_updates_one_by_one(accumulate: in
 def test_no_graph_is_made_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Epochs, short batches, evaluation and schedules make one graph a shape of batch, however long the run is."""
     made: list[Any] = []
-    trace = sys.modules["fnlight.compile.combinator"].trace
-    monkeypatch.setattr(
-        sys.modules["fnlight.compile.combinator"], "trace", lambda call, lowers: made.append(call.updates) or trace(call, lowers)
-    )
+    module = sys.modules["fnlight.compile.graph"]
+    trace = module.trace
+    monkeypatch.setattr(module, "trace", lambda call, lowers: made.append(call.updates) or trace(call, lowers))
     task = fl.Task(model_of(), train_step, lambda m, b: {"loss": train_step(m, b)[0]}, configure_optimizers=task_of().configure_optimizers)
     config = fl.FitConfig(max_epochs=4, compile="trace", progress=False, eval_every=fl.steps(3))
     fl.fit(fl.TrainState.create(task), fl.Loaders(batches_of(), batches_of()), config)
@@ -231,22 +230,6 @@ def test_a_level_falls_back_to_the_next_below() -> None:
     with pytest.warns(fl.CompileWarning, match="going on") as found:
         fl.fit(fl.TrainState.create(task_of(fn=decides)), batches_of((6, 6)), fl.FitConfig(max_steps=3, compile="step", progress=False))
     assert ["going on at level 'trace'" in str(w.message) for w in found] == [True, False]
-
-
-def test_a_stage_with_memory_of_its_own_goes_on_without_a_graph() -> None:
-    """The warning names it, and the result is the eager one."""
-    with pytest.warns(
-        fl.CompileWarning, match="what keeps its memory under 'skip_nonfinite' cannot be a part of a graph; going on without"
-    ):
-        one, two = (
-            fl.fit(
-                fl.TrainState.create(task_of()),
-                batches_of((6, 6)),
-                fl.FitConfig(max_steps=4, nonfinite="skip", compile=level, progress=False),
-            )
-            for level in (None, "trace")
-        )
-    assert_trees_equal(dict(one.params), dict(two.params))
 
 
 def test_ever_new_shapes_end_in_one_warning() -> None:

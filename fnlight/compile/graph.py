@@ -1,0 +1,172 @@
+"""A kernel in whose place graphs stand: each is made when its shape of batch is first met."""
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+from fnlight.compile.bound import Bound, described
+from fnlight.compile.program import Program
+from fnlight.compile.shadow import UnsettledError, UntraceableError, WantedError, held
+from fnlight.compile.trace import Call, Traced, trace
+from fnlight.errors import CompileWarning
+from fnlight.state import Progress, Store
+from fnlight.tree import leaves
+
+Kernel = Callable[[Store, Any, int], Mapping[str, Any]]
+
+LEVELS = ("trace", "step")
+_BELOW = {"step": "at level 'trace'", "trace": "without a graph"}
+_MOST = 16  # graphs of one step: who needs more changes something all the time
+_FOR_COMPILERS = {"fused": False, "foreach": False, "capturable": True}
+_ABSENT: Any = object()
+
+
+@attrs.define(eq=False)
+class Graph:
+    """A kernel ``(store, batches, key) -> metrics`` that is one graph where it can be, and the eager kernel where it cannot.
+
+    Args:
+        kernel: The eager kernel.
+        level: The level to begin with.
+        cache_dir: Where compiled code is kept.
+
+    Example:
+        >>> Graph(lambda store, batches, key: {}, "trace").level
+        'trace'
+    """
+
+    kernel: Kernel
+    level: str
+    cache_dir: str | None = None
+    _reads: list[str] = attrs.field(factory=list, init=False, repr=False)
+    _settled: set[str] = attrs.field(factory=set, init=False, repr=False)  # trees that an eager step has had its turn with
+    _signs: dict[Any, int] = attrs.field(factory=dict, init=False, repr=False)
+    _programs: dict[Any, Program | None] = attrs.field(factory=dict, init=False, repr=False)
+    _bound: Bound | None = attrs.field(default=None, init=False, repr=False)  # the store that is at work
+    _said: set[str] = attrs.field(factory=set, init=False, repr=False)
+
+    def __call__(self, store: Store, batches: Any, key: int) -> Mapping[str, Any]:
+        """Take one update, with a graph or without."""
+        found = self.take(store, (batches,), (key,))
+        return self.eager(store, batches, key) if found is None else found
+
+    def eager(self, store: Store, batches: Any, key: int) -> Mapping[str, Any]:
+        """Take one update without a graph."""
+        self._bound = None  # an optimizer may put other tensors in the place of its own
+        return self.kernel(store, batches, key)
+
+    def take(
+        self, store: Store, updates: Sequence[Any], keys: Sequence[int], rates: Any = None, ahead: Sequence[Progress] = ()
+    ) -> Mapping[str, Any] | None:
+        """Take some updates by one graph.
+
+        Args:
+            store: The live store.
+            updates: By update, the batches of a group.
+            keys: By update, its key.
+            rates: By update, the learning rate of each group; None takes that of the groups.
+            ahead: By update, the progress before it; empty takes that of the store.
+
+        Returns:
+            The merged metrics; None, and nothing is done, where there is no graph for it.
+        """
+        bound = self._bound
+        if bound is None or bound.store is not store or store.version - bound.version not in (0, 2):
+            try:
+                bound = self._bound = Bound(store, self._reads, store.version, self._signs)
+            except UntraceableError as error:
+                return self._never(error)
+        bound.version = store.version
+        if rates is None:
+            rates = ([group.get("lr") for group in bound.groups],)
+        tensors = list[Tensor]()
+        sign = bound.sign(), described(updates, tensors)
+        program = self._programs.get(sign, _ABSENT)
+        if program is _ABSENT:
+            program = self._new(sign, store, updates, rates)
+            bound = self._bound
+        if program is None or bound is None or not all(holds(store) for holds in program.conditions):
+            return None
+        return program(bound, keys, rates, tensors, ahead)
+
+    def _never(self, error: UntraceableError) -> None:
+        self._warn(f"no graph at level {self.level!r}: {error}; going on without a graph")
+
+    def _new(self, sign: Any, store: Store, updates: Sequence[Any], rates: Sequence[Sequence[Any]]) -> Program | None:
+        if len(self._programs) >= _MOST:
+            if not any("graphs were made" in text for text in self._said):
+                self._warn(f"{_MOST} graphs were made, and the next batch differs from all of them: {sign[-1]}; what is new has none")
+            return None
+        try:
+            program = self._made(store, updates, rates)
+        except UnsettledError:
+            return None  # memory is made in this step
+        if self._bound is not None and self._bound.reads != self._reads:
+            self._bound = Bound(store, self._reads[:], store.version, self._signs)
+            sign = self._bound.sign(), sign[-1]
+        self._programs[sign] = program
+        return program
+
+    def _made(self, store: Store, updates: Sequence[Any], rates: Sequence[Sequence[Any]]) -> Program | None:
+        for level in LEVELS[LEVELS.index(self.level) :: -1]:
+            lowers = level != "trace"
+            began = time.perf_counter()
+            try:
+                _check_store(store)
+                takes = [[isinstance(lr, float | int) for lr in each] for each in rates]
+                program = Program(self._traced(store, updates, takes, lowers), takes, lowers)
+                if lowers:
+                    tensors = [leaf for _, leaf in leaves(updates) if isinstance(leaf, Tensor)]
+                    program.compile(program.inputs(Bound(store, self._reads, 0, {}), rates, tensors), self.cache_dir)
+            except UnsettledError:
+                raise
+            except UntraceableError as error:
+                self._warn(f"no graph at level {level!r}: {error}; going on {_BELOW[level]}")
+            else:
+                logging.getLogger("fnlight").info("compile(%r): %d updates in %.1f s", level, len(updates), time.perf_counter() - began)
+                return program
+        return None
+
+    def _traced(self, store: Store, updates: Sequence[Any], takes: Any, lowers: bool) -> Traced:
+        """Trace, as often as it takes to know what the kernel reads."""
+        reads, numbers, options = list(self._reads), 0, _FOR_COMPILERS if lowers else {}
+        while True:
+            try:
+                found = trace(Call(self.kernel, store, reads, held(store, reads), takes, updates, options, numbers), lowers)
+            except WantedError as wanted:
+                if not wanted.args:
+                    numbers += 1
+                else:
+                    reads += wanted.args
+                    self._check_settled(store, wanted.args[0])
+            else:
+                self._reads = reads
+                return found
+
+    def _warn(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(f"compile: {text}", CompileWarning, stacklevel=7)
+
+    def _check_settled(self, store: Store, name: str) -> None:
+        """Memory that is not made yet is made by an eager step first."""
+        if name not in store.memory:
+            raise UntraceableError(f"there is no memory called {name!r}")
+        if name not in self._settled and any(leaf is None for _, leaf in leaves(store.memory[name])):
+            self._settled.add(name)
+            raise UnsettledError(f"{name} makes its memory in this step")
+
+
+def _check_store(store: Store) -> None:
+    if store.place is not None:
+        raise UntraceableError("several processes train together, of which a graph knows nothing")
+    if store.optim.offload:
+        raise UntraceableError("the optimizer takes its step on the host")
+    keys = sorted({course.key for course in store.optim.courses} - {"lr"})
+    if keys:
+        raise UntraceableError(f"a schedule changes {', '.join(keys)}, which a graph would freeze")
