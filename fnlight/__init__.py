@@ -43,7 +43,7 @@ from fnlight.combinator import Combinator
 from fnlight.compile import compile  # noqa: A004  # what everybody in this field calls it
 from fnlight.compose import compose, total_steps
 from fnlight.config import FitConfig
-from fnlight.data import Item, LengthBuckets, Loaders, Source, TensorLoader, batches, concat, zip_longest, zip_shortest
+from fnlight.data import Item, LengthBuckets, Loaders, Source, TensorLoader, batches, concat, sharded, zip_longest, zip_shortest
 from fnlight.errors import (
     BrokenCheckpointError,
     CheckpointError,
@@ -278,6 +278,7 @@ __all__ = [
     "save",
     "seconds",
     "seed_generators",
+    "sharded",
     "skip_nonfinite",
     "skip_spikes",
     "step_decay",
@@ -300,7 +301,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_LATER = ("parallel", "report", "testing")  # modules that not everybody uses, imported when somebody asks for them
+_LATER = ("report", "testing")  # modules of the top floor, imported when somebody asks for them
 
 
 def __getattr__(name: str) -> _Any:

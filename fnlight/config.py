@@ -82,14 +82,6 @@ def _one_of(*allowed: Any) -> Any:
     return check
 
 
-def _not_yet(*allowed: Any) -> Any:
-    def check(_: Any, field: Any, value: Any) -> None:
-        if value not in allowed:
-            raise ConfigError(f"FitConfig({field.name}={value!r}) is not supported by this version; use {' or '.join(map(repr, allowed))}")
-
-    return check
-
-
 def _callable(_: Any, field: Any, value: Any) -> None:
     if value is not None and not callable(value):
         example = {"stop": 'patience("val/loss", 3)', "keep": "last(1)"}.get(field.name, "steps(50)")
@@ -223,7 +215,7 @@ class FitConfig:
     gc: str = attrs.field(default="auto", validator=_one_of("auto", "managed"))
     compile: str | None = attrs.field(default=None, validator=_one_of(None, "trace", "step", "model"))
     unroll: int = attrs.field(default=1, validator=_count(1, optional=False))
-    parallel: str | None = attrs.field(default="auto", validator=_not_yet("auto", None))
+    parallel: str | None = attrs.field(default="auto", validator=_one_of("auto", None))
     signals: bool = attrs.field(default=False, validator=_one_of(True, False))
     signals_deadline: float | None = attrs.field(default=None, validator=_above_zero)
     debug_bundle: bool = attrs.field(default=False, validator=_one_of(True, False))

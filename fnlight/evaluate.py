@@ -2,20 +2,25 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 
-from fnlight.data import Source
+from fnlight.data import Share, Source
 from fnlight.errors import ConfigError, StepError
 from fnlight.metrics import MEDIA, Tally
+from fnlight.metrics.ranks import read_in_order
 from fnlight.optim import weights_to_use
 from fnlight.rng import EVALUATE, PREDICT, fold_in, isolated, seed_generators
 from fnlight.shards import is_sharded, local
 from fnlight.signals import Signals
 from fnlight.state import Store, TrainState
 from fnlight.tree import map_tensors
+
+_NOTHING: Any = object()
 
 EvalStep = Callable[[Any, Any], Mapping[str, Any]]
 
@@ -30,6 +35,8 @@ def evaluate(
     signals: Signals | None = None,
 ) -> dict[str, float]:
     """Evaluate a state on a loader: metrics are exact over uneven batches where `eval_step` returns `Mean`s.
+
+    Where a state is placed on several ranks, all of them call it, each batch is evaluated by one of them, and all get the result of one process.
 
     Args:
         state: Where training stands; it is left as it was.
@@ -59,17 +66,18 @@ def evaluate(
     """
     fn = step_of(state, "eval_step", eval_step)
     with isolated(state.device):
-        found = evaluate_sources(state, sources_of(loader, state.device, limit), fn, weights, signals)
+        found = evaluate_sources(state, sources_of(loader, state.device, limit, state.store.place), fn, weights, signals)
     return {name: value for name, value in found.items() if not isinstance(value, MEDIA)}
 
 
-def sources_of(loader: Any, device: torch.device, limit: int | float | None = None) -> dict[str, Source]:
+def sources_of(loader: Any, device: torch.device, limit: int | float | None = None, place: Any = None) -> dict[str, Source]:
     """Prepare the loaders of an evaluation, once for many evaluations.
 
     Args:
         loader: A loader, or a mapping of named loaders.
         device: Where batches are moved to.
         limit: Batches at most (int), or a fraction of them (float).
+        place: How the state lies on several ranks; each then has its share of the batches.
 
     Returns:
         Names to sources; a single loader has the name ``""``.
@@ -79,7 +87,8 @@ def sources_of(loader: Any, device: torch.device, limit: int | float | None = No
         ['a', 'b']
     """
     loaders = loader if isinstance(loader, Mapping) else {"": loader}
-    return {name: Source(each, limit=limit, device=device) for name, each in loaders.items()}
+    share = None if place is None else Share(place.world, whole=True)
+    return {name: Source(each, limit=limit, device=device, share=share) for name, each in loaders.items()}
 
 
 def evaluate_sources(
@@ -109,6 +118,8 @@ def evaluate_sources(
     """
     found: dict[str, Any] = {}
     with inference(state.live, weights) as module:
+        if state.store.place is not None:
+            state.store.place.sync(state.store)
         for name, source in sources.items():
             prefix = f"{name}/" if name else ""
             found |= {prefix + metric: value for metric, value in _one_source(state, module, source, fn, signals).items()}
@@ -118,7 +129,10 @@ def evaluate_sources(
 def _one_source(state: TrainState, module: nn.Module, source: Source, fn: EvalStep, signals: Signals | None) -> dict[str, Any]:
     key, tally = fold_in(state.seed, EVALUATE), Tally()
     found = source.epoch(key, 0)
-    for i, (batch, _, _) in enumerate(found if signals is None else signals.until(found), 1):
+    place = state.store.place
+    first, every = (1, 1) if place is None else (1 + place.world.rank, place.world.size)
+    for turn, (batch, _, _) in enumerate(found if signals is None else signals.until(found)):
+        i = first + turn * every
         seed_generators(fold_in(key, i), state.device)
         metrics = fn(module, batch)
         if not isinstance(metrics, Mapping) or not metrics:
@@ -127,7 +141,7 @@ def _one_source(state: TrainState, module: nn.Module, source: Source, fn: EvalSt
         tally.add(i, metrics)
     if signals is not None:
         signals.check()
-    return tally.read()
+    return tally.read() if place is None else read_in_order(tally, place.world.gather)
 
 
 def step_of(state: TrainState, name: str, given: Any) -> Any:
@@ -271,6 +285,9 @@ def predict(
 ) -> Iterator[Any]:
     """Predict on a loader, one batch at a time: a generator that holds no more than the batch it works on.
 
+    Where a state is placed on several ranks, each of them gets the outputs of its share of the batches: rank 1 of 4 those of the second, the
+    sixth and so on. `collect` brings them together.
+
     Args:
         state: Where training stands; it is left as it was, and may train on while predictions are read.
         loader: A loader; call it once for each of several.
@@ -301,15 +318,50 @@ def predict(
     if not donate or weights_to_use(store.optims.values(), store.module):  # averaged weights are computed once, not for each batch
         store = Store(state.module(), type(store.optim)(None), {weights: store.memory[weights]} if weights in store.memory else {})
     average_of(store, weights)
-    return _predictions(store, fold_in(state.seed, PREDICT), Source(loader, limit=limit, device=state.device), fn, weights, signals)
+    place = state.store.place
+    if place is not None:
+        place.sync(store)
+    source = sources_of(loader, state.device, limit, place)[""]
+    world = None if place is None else place.world
+    return Outputs(_predictions(store, fold_in(state.seed, PREDICT), source, fn, weights, signals, world), world)
+
+
+@attrs.frozen(eq=False)
+class Outputs:
+    """What `predict` gives: an iterator of the outputs of this process.
+
+    Args:
+        found: The outputs, in the order of the loader.
+        world: The ranks of which each has its share; None where this process is alone.
+
+    Example:
+        >>> list(Outputs(iter([1, 2])))
+        [1, 2]
+    """
+
+    found: Iterator[Any]
+    world: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        """This iterator."""
+        return self
+
+    def __next__(self) -> Any:
+        """The output of the next batch."""
+        return next(self.found)
+
+    def close(self) -> None:
+        """Let go of the loader, and of its workers."""
+        close = getattr(self.found, "close", None)
+        close() if close is not None else None
 
 
 def _predictions(
-    store: Store, key: int, source: Source, fn: Callable[[Any, Any], Any], weights: str | None, signals: Signals | None
+    store: Store, key: int, source: Source, fn: Callable[[Any, Any], Any], weights: str | None, signals: Signals | None, world: Any
 ) -> Iterator[Any]:
     found = source.epoch(key, 0)
     batches = found if signals is None else signals.until(found)
-    i = 0
+    i, every = (0, 1) if world is None else (1 + world.rank - world.size, world.size)
     while True:
         with isolated(store.device):  # around each batch: the caller's code runs in between
             item = next(batches, None)
@@ -317,7 +369,7 @@ def _predictions(
                 signals.check()
             if item is None:
                 return
-            i += 1
+            i += every
             seed_generators(fold_in(key, i), store.device)
             with inference(store, weights) as module:
                 out = fn(module, item[0])
@@ -327,7 +379,7 @@ def _predictions(
 
 
 def collect(outputs: Iterable[Any]) -> list[Any]:
-    """All outputs of `predict` as a list, on the CPU.
+    """All outputs of `predict` as a list, on the CPU; where several ranks have a share each, on all of them and in the order of the loader.
 
     Args:
         outputs: What `predict` gave.
@@ -339,4 +391,8 @@ def collect(outputs: Iterable[Any]) -> list[Any]:
         >>> collect(iter([torch.ones(1)]))
         [tensor([1.])]
     """
-    return [map_tensors(lambda t: t.cpu(), out) for out in outputs]
+    mine = [map_tensors(lambda t: t.cpu(), out) for out in outputs]
+    if not isinstance(outputs, Outputs) or outputs.world is None:
+        return mine
+    turns = zip_longest(*outputs.world.gather(mine), fillvalue=_NOTHING)
+    return [out for turn in turns for out in turn if out is not _NOTHING]

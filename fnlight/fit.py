@@ -4,7 +4,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import attrs
@@ -15,10 +15,11 @@ from fnlight.checkpoint.lock import held
 from fnlight.checkpoint.manifest import STATE
 from fnlight.compose import compose, loaders_of, settings, text_of, train_source
 from fnlight.config import FitConfig
-from fnlight.data import Source, placed
+from fnlight.data import Sharded, Source, placed
 from fnlight.errors import BrokenCheckpointError, CheckpointWarning, ConfigError
 from fnlight.fp8 import to_fp8
 from fnlight.loop import run
+from fnlight.parallel import alone, check_same, ddp, join, placed_on
 from fnlight.preflight import preflight
 from fnlight.signals import Signals
 from fnlight.state import TrainState
@@ -54,17 +55,43 @@ def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
     began = time.perf_counter()
     given = loaders_of(loaders)
     config = _dev_run(state, config) if config.fast_dev_run else config
-    train = train_source(given, config)
-    with Signals(deadline=config.signals_deadline) if config.signals else nullcontext() as signals, held(config.dir) as locks:
-        state = _placed(_counted(_resumed(state, config), train, config), config)
-        with settings(config):
-            state = _converted(state, config)
-            step = compose(state.task, config, given, signals)
-            preflight(state, given, config, step, signals)
-            _write_config(config)
-            state.store.resources.update(locks)
-            state.store.times.begin(time.perf_counter, began)
-            return _drain(run(step, state, train, donate=True, signals=signals))
+    train, given_place = train_source(given, config), state.store.place
+    with _together(state, config, train) as (state, place, donate):
+        writes = place is None or place.writes
+        with _listening(config, place) as signals, held(config.dir if writes else None) as locks:
+            state = _placed(_counted(_resumed(state, config, donate), train, config), config)
+            with settings(config):
+                state = _converted(state, config)
+                step = compose(state.task, config, given, signals)
+                preflight(state, given, config, step, signals)
+                if writes:
+                    _write_config(config)
+                state.store.resources.update(locks)
+                state.store.times.begin(time.perf_counter, began)
+                state = _drain(run(step, state, train, donate=True, signals=signals))
+        return state if place is None or given_place is not None else alone(state)
+
+
+@contextmanager
+def _together(state: TrainState, config: FitConfig, train: Source) -> Iterator[tuple[TrainState, Any, bool]]:
+    """The state on all ranks that train together, the placement, and whether the state may be donated."""
+    place, donate = state.store.place, config.donate
+    with join() if config.parallel == "auto" and place is None else nullcontext() as world:
+        world = world if place is None else place.world
+        if world is not None and world.size > 1:
+            check_same(world, state, batches=None if isinstance(train.loader, Sharded) else train.num_batches, config=text_of(config))
+        if place is None and world is not None and world.size > 1:
+            state, donate = placed_on(ddp(), state if donate else state.copy()), True
+        yield state, state.store.place, donate
+
+
+@contextmanager
+def _listening(config: FitConfig, place: Any) -> Iterator[Signals | None]:
+    """What listens for signals, if anything does; those of all ranks, where there are several."""
+    with Signals(deadline=config.signals_deadline) if config.signals else nullcontext() as signals:
+        if signals is not None and place is not None:
+            signals.shared = True
+        yield signals
 
 
 def _dev_run(state: TrainState, config: FitConfig) -> FitConfig:
@@ -76,9 +103,12 @@ def _dev_run(state: TrainState, config: FitConfig) -> FitConfig:
     )  # fmt: skip
 
 
-def _resumed(state: TrainState, config: FitConfig) -> TrainState:
+def _resumed(state: TrainState, config: FitConfig, donate: bool) -> TrainState:
     """The state to go on from; whatever it is, it may be donated."""
-    found = newest(config.dir) if config.dir is not None else None
+    place = state.store.place
+    found = newest(config.dir) if config.dir is not None and (place is None or place.writes) else None
+    if place is not None:
+        found = place.world.gather(found)[0]  # one of them looks, so that all go on from the same
     if found is not None and not config.resume:
         raise ConfigError(
             f"{config.dir} holds a run already, up to {os.path.basename(found)}; go on from it with FitConfig(resume=True), or give another dir"
@@ -94,13 +124,13 @@ def _resumed(state: TrainState, config: FitConfig) -> TrainState:
         if resumed.stopped is None:
             resumed.store.times.lose(_age(found))
         return resumed
-    broken = checkpoints(config.dir) if config.dir is not None else []
+    broken = checkpoints(config.dir) if config.dir is not None and (place is None or place.writes) else []
     if broken:
         raise BrokenCheckpointError(
             f"none of the {len(broken)} checkpoints of {config.dir} is sound, so there is nothing to go on from, and starting afresh there would "
             "overwrite them; look at fl.verify(path), restore them from a copy, or give another dir"
         )
-    return state if config.donate else state.copy()
+    return state if donate else state.copy()
 
 
 def _age(path: str) -> float:

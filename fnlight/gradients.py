@@ -54,6 +54,27 @@ def _of_all_ranks(grad_fn: Any, store: Any, batches: Any, key: int) -> Gradients
     return found if weight.__class__ is float and weight == 1.0 else _divide(found, weight)
 
 
+def loss_of_all(store: Any, found: Gradients) -> Tensor:
+    """The mean loss of a group, over all ranks where there are several; for stages that decide by it, which must decide alike.
+
+    Args:
+        store: The live store.
+        found: Gradients of the group.
+
+    Returns:
+        A scalar tensor, shape [].
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> loss_of_all(SimpleNamespace(place=None), Gradients([], torch.tensor(6.0), torch.tensor(3.0), {}))
+        tensor(2.)
+    """
+    loss, weight = found.loss, found.weight
+    if store.place is not None:
+        loss, weight = store.place.world.mean(loss, weight)
+    return loss if weight.__class__ is float else loss / weight
+
+
 class Around(NamedTuple):
     """A batch with what is put around the loss function for it, which a `GradFn` may be given in the place of a batch.
 
@@ -80,7 +101,8 @@ class Part(NamedTuple):
 
     Args:
         batch: Some of the samples of a batch.
-        share: Which fraction of its samples they are, in 0..1; the parts of one batch come to 1.
+        share: What a plain loss of them counts: which fraction of the samples they are, so that the parts of one batch come to 1 (or those of
+            all ranks to their number). With 0 they are stand-ins, of which nothing counts.
 
     Example:
         >>> loss_fn, batch = Part(torch.tensor([1.0, 3.0]), 0.5).taken(lambda model, batch: batch.mean())
@@ -96,6 +118,8 @@ class Part(NamedTuple):
 
         def shared(model: Any, batch: Any) -> Any:
             out = loss_fn(model, batch)
+            if not self.share:
+                return _uncounted(out)
             if out.__class__ is tuple and len(out) == 2 and isinstance(out[1], Mapping):
                 return _shared(out[0], self.share), {name: _shared(value, self.share) for name, value in out[1].items()}
             return _shared(out, self.share)
@@ -106,6 +130,20 @@ class Part(NamedTuple):
 def _shared(value: Any, share: float) -> Any:
     number = not value.dim() if isinstance(value, Tensor) else isinstance(value, int | float)
     return Mean(value * share, share) if number else value
+
+
+def _uncounted(out: Any) -> Any:
+    """A loss that every parameter still has a gradient of, and metrics that change nothing."""
+    if out.__class__ is tuple and len(out) == 2 and isinstance(out[1], Mapping):
+        return _uncounted(out[0]), {name: _empty(value) for name, value in out[1].items()}
+    return Mean((out.total if isinstance(out, Mean) else out) * 0.0, 0.0)
+
+
+def _empty(value: Any) -> Any:
+    if isinstance(value, Tensor | int | float):
+        return Mean(value * 0.0, 0.0)
+    make = getattr(type(value), "empty", None)
+    return value if make is None else make()
 
 
 def _add(a: Gradients, b: Gradients) -> Gradients:

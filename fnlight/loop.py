@@ -19,6 +19,7 @@ from fnlight.errors import ConfigError, Interrupted
 from fnlight.evaluate import evaluate_sources, sources_of, step_of
 from fnlight.history import Record
 from fnlight.metrics import MEDIA, Tally
+from fnlight.metrics.ranks import read_all
 from fnlight.pipe import Pipe, pipe
 from fnlight.rng import isolated
 from fnlight.rules import StopRule
@@ -73,6 +74,7 @@ def run(
     """
     whole = step if isinstance(step, Pipe) else pipe(step)
     state = state if donate else state.copy()
+    beat = None if state.store.place is None else state.store.place.world.pulse(clock, signals)
     source = (
         Source(loader, limit=limit, shuffle=shuffle, device=state.device)
         if signals is not None and not isinstance(loader, Source)
@@ -80,7 +82,9 @@ def run(
     )
 
     def items(state: TrainState) -> Iterator[Item]:
-        found = batches(source, state, whole.group, limit=limit, shuffle=shuffle, device=state.device, clock=clock, times=state.store.times)
+        found = batches(
+            source, state, whole.group, limit=limit, shuffle=shuffle, device=state.device, clock=clock, times=state.store.times, beat=beat
+        )
         if signals is None:
             return found
         # a loader that keeps its own place would not know it any more if it were left in the middle of a batch
@@ -172,7 +176,7 @@ def evaluate_every(
 
     def sources(state: TrainState) -> Any:
         if state.device not in opened:
-            opened[state.device] = sources_of(loader, state.device, limit)
+            opened[state.device] = sources_of(loader, state.device, limit, state.store.place)
         return opened[state.device]
 
     def evaluated_now(state: TrainState) -> TrainState:
@@ -254,14 +258,16 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
     is_due, told = condition(every), set[str]()
 
     def send(state: TrainState, metrics: dict[str, Any]) -> None:
-        deliver(sinks, Record(state.progress.step, state.progress.epoch, metrics), state.store.memory, told)
+        if state.store.place is None or state.store.place.writes:
+            deliver(sinks, Record(state.progress.step, state.progress.epoch, metrics), state.store.memory, told)
 
     def logged_now(state: TrainState, due: bool, old: tuple[Record, ...]) -> None:
         with state.store.times.taken("log"):
             metrics = _news(state, old)
             if due:
-                tally: Tally = state.store.memory[name]
-                metrics |= {f"train/{k}": v for k, v in tally.read().items()} | state.store.reported()
+                tally, place = state.store.memory[name], state.store.place
+                read = tally.read() if place is None else read_all(tally, place.world.gather)
+                metrics |= {f"train/{k}": v for k, v in read.items()} | state.store.reported()
                 metrics |= state.store.times.window(name, state.progress.samples) if times else {}
                 tally.clear()
             if metrics:

@@ -6,6 +6,7 @@ from typing import Any
 from fnlight.combinator import Combinator
 from fnlight.data import Item
 from fnlight.errors import StepError
+from fnlight.gradients import Part
 from fnlight.optim import set_lr
 from fnlight.state import Store, TrainState
 
@@ -50,7 +51,8 @@ def manual(init: Callable[[Store], Any] | None = None, *, key: str = "manual", g
             store = state.donated()
             store.seed(state.key)
             try:
-                metrics = fn(store, item.batches, state.key)
+                bare = tuple([batch.batch if batch.__class__ is Part else batch for batch in item.batches])
+                metrics = fn(store, bare, state.key)
             finally:
                 for p in store.params:
                     p.grad = None

@@ -7,15 +7,15 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fnlight.combinator import Combinator
 from fnlight.data.readers import num_samples
-from fnlight.errors import ConfigError, FaultWarning, ParallelError, StepError
+from fnlight.data.share import cut
+from fnlight.errors import ConfigError, FaultWarning, ParallelError
 from fnlight.gradients import Part
 from fnlight.protocols import Gradients
 from fnlight.state import Store
-from fnlight.tree import leaves, map_nodes
 
 _SAYS_SO = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "RESOURCE_EXHAUSTED")
 
@@ -87,33 +87,15 @@ def _parts(batches: Sequence[Any], size: Any) -> tuple[Any, ...]:
     """The batches of a step, those of more than `size` samples in parts."""
     found: list[Any] = []
     for batch in batches:
+        batch, counts = batch if batch.__class__ is Part else (batch, None)  # of a rank whose part differs from others'
         count = num_samples(batch)
         if size is None or count <= size:
-            found.append(batch)
+            found.append(batch if counts is None else Part(batch, counts))
             continue
         number = -(-count // size)
         ends = [count * i // number for i in range(number + 1)]
-        found += [Part(_cut(batch, a, b, count), (b - a) / count) for a, b in pairwise(ends)]
+        found += [Part(cut(batch, a, b, count), (b - a) / count * (1.0 if counts is None else counts)) for a, b in pairwise(ends)]
     return tuple(found)
-
-
-def _cut(batch: Any, start: int, stop: int, count: int) -> Any:
-    """The samples from `start` to `stop` of a batch."""
-
-    def cut(node: Any) -> Any:
-        shape = getattr(node, "shape", None)  # tensors, and arrays of NumPy
-        if shape is not None and len(shape) and shape[0] != count:
-            raise StepError(
-                f"a batch of {count} samples cannot be parted: it holds a tensor of shape {list(shape)}, whose first dimension is not the samples; "
-                "leave microbatch out, or bring every tensor of the batch to shape [samples, ...] or [] in collate_fn"
-            )
-        if shape is not None:
-            return node[start:stop] if len(shape) else node
-        if isinstance(node, list) and len(node) == count and not any(isinstance(leaf, Tensor) for _, leaf in leaves(node)):
-            return node[start:stop]  # texts and other things, one a sample
-        return NotImplemented
-
-    return map_nodes(cut, batch)
 
 
 def _smaller(parts: Sequence[Any], error: Exception) -> int:

@@ -1,10 +1,8 @@
 """What can be known to be wrong before the first step of a run."""
 
-import os
 import warnings
 
 import attrs
-import torch
 
 from fnlight.checkpoint import writable
 from fnlight.compose import TRUE, eval_step_of, known_steps
@@ -42,7 +40,6 @@ def preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pipe
         >>> config = FitConfig(max_steps=1, progress=False)
         >>> preflight(TrainState.create(task), Loaders(train=[1]), config, compose(task, config))
     """
-    _check_alone(config)
     _check_precision(state, config, step)
     for name, optim in state.store.optims.items():
         if (
@@ -84,17 +81,6 @@ def _check_precision(state: TrainState, config: FitConfig, step: Pipe) -> None:
         dtype = held[0]["dtype"]
         wrong = f"the state was trained with weights in {dtype}, but FitConfig(precision={config.precision!r}) computes otherwise"
         raise ConfigError(f"{wrong}; give the precision that it had, or convert it with fl.to_dtype(state, torch.float32)")
-
-
-def _check_alone(config: FitConfig) -> None:
-    """Several processes would each train a model of their own, and nobody would notice."""
-    started = torch.distributed.is_available() and torch.distributed.is_initialized()
-    world = torch.distributed.get_world_size() if started else int(os.environ.get("WORLD_SIZE", "1"))
-    if config.parallel == "auto" and world > 1:
-        raise ConfigError(
-            f"this process is one of {world}, but this version of fnlight trains in one; start one process, "
-            "or let each train for itself with FitConfig(parallel=None)"
-        )
 
 
 def _check_reachable(config: FitConfig, wanted: list[str]) -> None:

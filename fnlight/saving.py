@@ -102,12 +102,16 @@ def _alone(path: str, name: str, keep: Retention) -> "Saver":
 
 def _open(state: TrainState, saver: "Saver") -> None:
     """Begin a run; the lock comes first, so that nobody else's files are touched."""
-    resources, lock = state.store.resources, name_of(saver.dir)
-    if lock not in resources:  # `fit` has it already
-        resources[lock] = hold(saver.dir)
-    writable(saver.dir)
+    resources, lock, place = state.store.resources, name_of(saver.dir), state.store.place
+    if place is None or place.writes:
+        if lock not in resources:  # `fit` has it already
+            resources[lock] = hold(saver.dir)
+        writable(saver.dir)
+        saver.tidy(state)
     resources[saver.key] = saver
-    saver.tidy(state)
+    if place is not None:
+        tree = state.store.memory[saver.key]
+        tree.update(place.world.gather(tree)[0])  # what is there is known to the rank that writes
 
 
 def _label(path: str, every: Any, keep: Retention, permanent: Any, background: bool, on_exception: bool) -> str:
@@ -161,11 +165,16 @@ class Saver:
             self.settle()
         self.last = state
 
-    def save(self, state: TrainState, forever: bool = False, wait: bool = False) -> None:
-        """Save a state, after the save that may be under way; in the background, return as soon as its tensors are copied."""
+    def save(self, state: TrainState, forever: bool = False, wait: bool = False, together: bool = True) -> None:
+        """Save a state, after the save that may be under way; in the background, return as soon as its tensors are copied.
+
+        Where several ranks train together, all of them call it, and one writes; unless one saves what it can, `together` being False.
+        """
         self._let_end(state)
         with state.store.times.taken("save"):
-            write = self._prepared(state, forever, staged=self.background and not wait)
+            write = self._prepared(state, forever, staged=self.background and not wait, together=together)
+            if state.store.place is not None and not state.store.place.writes:
+                return
             if self.background and not wait:
                 self.thread.begin(write)
             else:
@@ -190,6 +199,8 @@ class Saver:
                 amend(state, step_path(self.dir, state.progress.step))
         else:
             self.save(state, wait=True)
+        if state.store.place is not None:
+            state.store.place.world.gather(None)  # once it is there, it is there for all ranks
 
     def close(self, error: BaseException | None) -> None:
         """At the end of a run, however it ended: nothing is left half done, and no error is swallowed."""
@@ -212,18 +223,18 @@ class Saver:
             return
         doubt = _doubt(state)
         if doubt is None:
-            self.save(state, wait=True)
+            self.save(state, wait=True, together=False)
             error.add_note(f"The state of step {step}, the last one that was completed, is saved in {step_path(self.dir, step)}.")
         else:
             error.add_note(f"The state of step {step}, the last one that was completed, was not saved: {doubt}. Older checkpoints stand.")
 
-    def _prepared(self, state: TrainState, forever: bool, staged: bool) -> Callable[[], None]:
+    def _prepared(self, state: TrainState, forever: bool, staged: bool, together: bool) -> Callable[[], None]:
         """What writes this version of the state, and then deletes what need not stay."""
         tree, path = state.store.memory[self.key], step_path(self.dir, state.progress.step)
         gone = _enlist(tree, state.progress, forever, self.keep, state.history)
-        body, tensors = describe_state(state)
+        body, tensors = describe_state(state, together)
         filled: Callable[[], None] = _nothing
-        if staged:
+        if staged and (state.store.place is None or state.store.place.writes):
             tensors, filled = self.buffers.stage(tensors)
 
         def writing() -> None:

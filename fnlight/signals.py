@@ -45,7 +45,7 @@ class Signals:
         'SIGTERM'
     """
 
-    __slots__ = ("_pid", "_pipe", "_previous", "_waiting", "_watcher", "deadline", "names", "received")
+    __slots__ = ("_pid", "_pipe", "_previous", "_waiting", "_watcher", "deadline", "names", "noted", "received", "shared")
 
     def __init__(self, *names: str, deadline: float | None = None) -> None:
         for name in names:
@@ -56,6 +56,8 @@ class Signals:
         self.names = names or tuple(name for name in _USUAL if name in signal.Signals.__members__)
         self.deadline = deadline
         self.received: str | None = None
+        self.noted: str | None = None  # what this process has been sent; it is received once all that train together know of it
+        self.shared = False  # whether others train together with this process
         self._previous: dict[int, Any] = {}
         self._waiting, self._pid = False, 0
         self._pipe: tuple[int, int] | None = None
@@ -73,7 +75,7 @@ class Signals:
             )
         if self._previous or self._pipe is not None:
             raise ConfigError("this Signals is open already; open another one, which begins with what this one has received")
-        self._pid, self.received = os.getpid(), None
+        self._pid, self.received, self.noted = os.getpid(), None, None
         if self.deadline is not None:
             self._watch(self.deadline)
         for name in self.names:
@@ -81,7 +83,7 @@ class Signals:
             previous = signal.getsignal(number)
             outer = getattr(previous, "__self__", None)
             if isinstance(outer, Signals):
-                self.received = self.received or outer.received
+                self.received = self.noted = self.received or outer.received
             if previous not in (signal.SIG_IGN, None):  # None: a handler that Python did not install and could not put back
                 self._previous[number] = previous
                 signal.signal(number, self._note)
@@ -140,8 +142,9 @@ class Signals:
         if os.getpid() != self._pid:
             _in_a_child(number)
             return
-        again = self.received is not None
-        self.received = self.received or name
+        again = self.noted is not None
+        self.noted = self.noted or name
+        self.received = self.received or (None if self.shared else name)
         previous = self._previous.get(number)
         if self._pipe is not None and not again:
             os.write(self._pipe[1], bytes([number]))
@@ -151,7 +154,7 @@ class Signals:
             raise KeyboardInterrupt
         if name == "SIGINT" and not isinstance(getattr(previous, "__self__", None), Signals):
             os.write(2, _HINT)
-        if self._waiting:
+        if self._waiting and not self.shared:
             self._waiting = False
             raise _Wake
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fnlight.combinator import Combinator
 from fnlight.errors import ConfigError, NonFiniteError
+from fnlight.gradients import loss_of_all
 from fnlight.mask import buffers_before, counted_where
 from fnlight.metrics import Sum
 from fnlight.protocols import Gradients
@@ -44,7 +45,7 @@ def skip_nonfinite(max_consecutive: int | None = 10) -> Combinator:
             buffers = buffers_before(store.module, tree["buffers"])
             found: Gradients = grad_fn(store, batches, key)
             fine = _finite_each(store, found)
-            finite = fine.all() & torch.isfinite(found.loss)
+            finite = fine.all() & torch.isfinite(found.loss if store.place is None else loss_of_all(store, found))
             tree["bad"] = torch.where(finite, tree["bad"], ~fine)
             left = _left_out(found, finite, tree, buffers, "skipped")
             store.host.later(store, look)
@@ -114,7 +115,7 @@ def skip_spikes(sigma: float = 6.0, window: int = 100, max_consecutive: int | No
             tree = store.memory["skip_spikes"]
             buffers = buffers_before(store.module, tree["buffers"])
             found: Gradients = grad_fn(store, batches, key)
-            loss = found.loss if found.weight.__class__ is float else found.loss / found.weight
+            loss = loss_of_all(store, found)
             ok = ~_enters(tree, loss.float(), sigma)
             left = _left_out(found, ok, tree, buffers, "spikes")
             store.host.later(store, look)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fnlight.combinator import Combinator
 from fnlight.data import Item, group_at
 from fnlight.errors import ConfigError, NonFiniteError, OptimizerError, StepError
-from fnlight.gradients import Around, Part, mean_of_group
+from fnlight.gradients import Around, Part, loss_of_all, mean_of_group
 from fnlight.mask import step_where
 from fnlight.metrics import Mean
 from fnlight.optim import set_lr, take_step, take_step_on_host
@@ -308,8 +308,7 @@ def _optimize_closure(store: Store, grad_fn: Callable[..., Gradients], batches: 
             )
         evaluations.append(dict(found.metrics))
         _put(store, found)
-        loss = found.loss
-        return loss if found.weight.__class__ is float else loss / found.weight
+        return loss_of_all(store, found)
 
     store.optim.optimizer.step(closure)
     return evaluations[0]

@@ -13,6 +13,7 @@ from fnlight.combinator import Combinator
 from fnlight.data import Item
 from fnlight.errors import NonFiniteError, StepError
 from fnlight.metrics import MEDIA, Mean, Tally
+from fnlight.metrics.ranks import read_all
 from fnlight.state import TrainState
 from fnlight.when import Tick, condition, steps
 
@@ -38,7 +39,9 @@ def epoch_means() -> Combinator:
             tally: Tally = state.store.memory["epoch_means"]
             tally.add(state.progress.step, metrics)
             if state.progress.epoch != epoch:
-                found = {f"train/{k}": v for k, v in tally.read().items() if not isinstance(v, MEDIA)}
+                place = state.store.place
+                read = tally.read() if place is None else read_all(tally, place.world.gather)
+                found = {f"train/{k}": v for k, v in read.items() if not isinstance(v, MEDIA)}
                 state = state.recorded(found)
                 tally.clear()
             return state, metrics

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from fnlight.errors import ConfigError, MonitorError, TaskWarning
+from fnlight.errors import ConfigError, MonitorError, ParallelError, TaskWarning
 from fnlight.fit import fit
 from fnlight.rules import patience, reached
 from fnlight.when import at_end, epochs, steps
@@ -45,10 +45,11 @@ def test_a_rule_that_can_never_fire_is_refused():
     assert fit(created(), both(), config(max_steps=2, eval_every=steps(100) | at_end, stop=patience("val/loss", 1))).stopped
 
 
-def test_several_processes_are_refused_rather_than_trained_apart(monkeypatch):
-    """Under a launcher each process would train a model of its own; that has to be asked for."""
+def test_several_processes_that_cannot_meet_are_refused_rather_than_trained_apart(monkeypatch):
+    """A process that is one of two, and does not know which, trains alone only if told so."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"this process is one of 2, but this version of fnlight trains in one; .*parallel=None"):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ParallelError, match="does not say which of how many processes this is"):
         fit(created(), both(), config(max_steps=1))
     assert fit(created(), both(), config(max_steps=1, parallel=None)).progress.step == 1
 

@@ -13,6 +13,7 @@ from torch import Size, Tensor
 
 from fnlight.errors import CheckpointError
 from fnlight.metrics import SCALARS, Tally
+from fnlight.metrics.ranks import merged
 
 Put = Callable[[str, Tensor], str]
 """Takes the wanted name of a tensor and the tensor, gives the name under which it lies in the file."""
@@ -51,11 +52,18 @@ def encode(tree: Any, put: Put, path: str) -> Any:
     if type(tree) in (tuple, Size):  # of named ones, only code could make another
         return {"$tuple": [encode(item, put, f"{path}/{i}") for i, item in enumerate(tree)]}
     if isinstance(tree, Tally):
-        return {"$tally": [_mapping(tree.totals, put, path), encode(tree.bad, put, path)]}
+        return {"$tally": _encoded_tally(tree, put, path)}
     raise CheckpointError(
         f"{path} holds {type(tree).__name__}: {tree!r:.60}, but a checkpoint holds dicts, lists, tuples, tensors, numbers, strings, bytes, "
         "bools and None only, so that loading never runs code; keep it in such a form"
     )
+
+
+def _encoded_tally(tally: Tally, put: Put, path: str) -> list[Any]:
+    """Totals and what was bad; where there are parts of several ranks, of all of them, and then the parts."""
+    totals, bad = (tally.totals, tally.bad) if tally.parts is None else merged(tally.parts)
+    head = [_mapping(totals, put, path), encode(bad, put, path)]
+    return head if tally.parts is None else [*head, encode(tally.parts, put, path)]
 
 
 def _scalar(value: Any) -> Any:
@@ -140,7 +148,8 @@ def _no_tensor(name: str) -> Tensor:
     raise ValueError(f"the tensor {name!r} stands where only numbers may")
 
 
-def _tally(totals: Any, bad: Any) -> Tally:
+def _tally(totals: Any, bad: Any, parts: Any = None) -> Tally:
+    held = None if parts is None else [[each.totals, each.bad] for each in (_tally(*part) for part in parts)]
     for name, (kind, *fields) in totals.items():
         if kind not in SCALARS or len(fields) != 1 + (kind == "Mean") or not all(isinstance(f, int | float | None) for f in fields):
             raise ValueError(f"the tally of {name!r} is none: {[kind, *fields]!r:.60}")
@@ -149,4 +158,4 @@ def _tally(totals: Any, bad: Any) -> Tally:
         if type(step) is not int or not isinstance(name, str):
             raise ValueError(f"the step and the name of a tally are {bad!r:.60}")
         bad = (step, name)
-    return Tally(totals, bad)
+    return Tally(totals, bad, parts=held)

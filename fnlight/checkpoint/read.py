@@ -18,6 +18,8 @@ from fnlight.checkpoint.weights import LoadReport, extra_states, place_weights, 
 from fnlight.dtype import DTYPES, convert
 from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning, MismatchError
 from fnlight.history import History, Record
+from fnlight.metrics import Tally
+from fnlight.metrics.ranks import own_part
 from fnlight.state import Progress, Store, TrainState
 from fnlight.task import Task
 from fnlight.times import Times
@@ -135,7 +137,9 @@ def _fill(state: TrainState, lent: Lent, opened: Opened, allowed: frozenset[str]
         lent.own()
         memory = _memory(opened.body["memory"], tensors, store.device)
         fitting = {key: _as_the_model(tree, known, report.left, store.named) for key, tree in memory.items()}
-        store.memory = {key: tree for key, tree in fitting.items() if not _emptied(tree, memory[key])}
+        kept = {key: tree for key, tree in fitting.items() if not _emptied(tree, memory[key])}
+        rank, size = (0, 1) if store.place is None else (store.place.world.rank, store.place.world.size)
+        store.memory = {key: own_part(tree, rank, size) if isinstance(tree, Tally) else tree for key, tree in kept.items()}
         return _head(state, opened.body), notes
     except CheckpointError:
         raise

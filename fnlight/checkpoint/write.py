@@ -17,6 +17,7 @@ from fnlight.checkpoint.places import Path, at, examine
 from fnlight.checkpoint.tensors import chunks, describe
 from fnlight.checkpoint.weights import extra_states, split_buffers
 from fnlight.errors import CheckpointError
+from fnlight.metrics.ranks import with_parts
 from fnlight.optim import RAW, Optim, class_name, named_groups, named_state, weights_to_use
 from fnlight.state import Store, TrainState
 from fnlight.tree import equal
@@ -26,7 +27,7 @@ Tensors = dict[str, dict[str, Tensor]]
 
 
 def save(state: TrainState, path: Path, *, overwrite: bool = True) -> str:
-    """Write a checkpoint; it is there whole or not at all, and what was there before stands until it is.
+    """Write a checkpoint; it is there whole or not at all, and what was there before stands until it is. All ranks call it, one writes.
 
     Files are written into a hidden sibling, flushed to disk and renamed into place. In a remote store, which has no renames, the
     manifest is written last, and one that is replaced is gone from the first byte on. No second copy of tensors on the CPU is made.
@@ -54,9 +55,12 @@ def save(state: TrainState, path: Path, *, overwrite: bool = True) -> str:
         ...     at(path).names()
         ['model.safetensors', 'state.json']
     """
-    folder = at(path)
+    folder, place = at(path), state.store.place
     body, tensors = describe_state(state)
-    write(folder, body, tensors, overwrite)
+    if place is None or place.writes:
+        write(folder, body, tensors, overwrite)
+    if place is not None:
+        place.world.gather(None)  # once it is there, it is there for all ranks
     return folder.path
 
 
@@ -111,10 +115,12 @@ def amend(state: TrainState, path: Path) -> None:
         True
     """
     folder = at(path)
+    body, tensors = describe_state(state)
+    if state.store.place is not None and not state.store.place.writes:
+        return
     old, problems = examine(folder, digests=False)
     if old is None or problems:
         raise CheckpointError(f"cannot amend checkpoint {folder.path}: {'; '.join(problems)}; save the state anew")
-    body, tensors = describe_state(state)
     listed = {name: _listed(held) for name, held in tensors.items()}
     if listed != {name: entry["tensors"] for name, entry in old["files"].items()} or body["progress"]["step"] != old["progress"]["step"]:
         raise CheckpointError(
@@ -123,11 +129,12 @@ def amend(state: TrainState, path: Path) -> None:
     folder.rewrite(STATE, render({**body, "files": old["files"]}))
 
 
-def describe_state(state: TrainState) -> tuple[dict[str, Any], Tensors]:
+def describe_state(state: TrainState, together: bool = True) -> tuple[dict[str, Any], Tensors]:
     """Say a state as data: the sections of the manifest, and by file the tensors, which are not copied.
 
     Args:
         state: Any state.
+        together: Whether all ranks say it at the same time, where there are several; False leaves out what others alone know.
 
     Returns:
         The sections and the tensors.
@@ -144,6 +151,10 @@ def describe_state(state: TrainState) -> tuple[dict[str, Any], Tensors]:
     """
     store = state.live
     store.settle()
+    if store.place is not None and together:
+        with_parts(store.memory.values(), store.place.world.gather)
+    elif store.place is not None:
+        with_parts(store.memory.values(), lambda mine: [mine])
     persistent, derived = split_buffers(store.module)
     params = {name: p.detach() for name, p in store.module.named_parameters()}
     used = weights_to_use(store.optims.values(), store.module)

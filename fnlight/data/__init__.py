@@ -9,6 +9,7 @@ from fnlight.data.combine import Combined, concat, zip_longest, zip_shortest
 from fnlight.data.item import Item, Loaders, batches, group_at
 from fnlight.data.place import placed
 from fnlight.data.readers import num_samples
+from fnlight.data.share import Sharded, Share, sharded
 from fnlight.data.source import Source, check_loader
 from fnlight.data.tensor_loader import TensorLoader
 
@@ -17,6 +18,8 @@ __all__ = [
     "Item",
     "LengthBuckets",
     "Loaders",
+    "Sharded",
+    "Share",
     "Source",
     "TensorLoader",
     "batches",
@@ -25,6 +28,7 @@ __all__ = [
     "group_at",
     "num_samples",
     "placed",
+    "sharded",
     "zip_longest",
     "zip_shortest",
 ]

@@ -9,6 +9,7 @@ import torch
 
 from fnlight.data.place import placed
 from fnlight.data.readers import num_samples
+from fnlight.data.share import Share
 from fnlight.data.source import Source, check_loader
 from fnlight.errors import LoaderError
 from fnlight.times import Times
@@ -152,6 +153,7 @@ def batches(
     device: torch.device | str | None = None,
     clock: Callable[[], float] = time.perf_counter,
     times: Times | None = None,
+    beat: Callable[[], float] | None = None,
 ) -> Iterator[Item]:
     """Items without end, epoch after epoch, from the place where a state stands.
 
@@ -166,6 +168,7 @@ def batches(
         device: Where batches are moved to; None or the CPU leaves them as they are.
         clock: Gives seconds.
         times: Where a run counts how long it waits for data.
+        beat: Gives the seconds of ``progress.seconds``, where they are not simply those of the clock: ranks agree on theirs.
 
     Returns:
         An iterator of items.
@@ -183,24 +186,35 @@ def batches(
         [(('a', 'b'), 0, False), (('c',), 0, True), (('a', 'b'), 1, False)]
     """
     group_at(group, state.progress.epoch)
-    return _items(_source(loader, limit, shuffle, device), state, group, clock, times)
+    place = state.store.place
+    share = None if place is None else Share(place.world)
+    return _items(_source(loader, limit, shuffle, device, share), state, group, clock, times, beat)
 
 
-def _source(loader: Any, limit: int | float | None, shuffle: bool, device: torch.device | str | None) -> Source:
+def _source(loader: Any, limit: int | float | None, shuffle: bool, device: torch.device | str | None, share: Share | None) -> Source:
     if not isinstance(loader, Source):
-        return Source(loader, limit=limit, shuffle=shuffle, device=device)
+        return Source(loader, limit=limit, shuffle=shuffle, device=device, share=share)
     wanted = {"limit": limit} if limit is not None else {}
     wanted |= {} if shuffle else {"shuffle": False}
     wanted |= {} if device is None or torch.device(device).type == "cpu" else {"device": device}
+    wanted |= {} if share is None else {"share": share}
     new = {name: value for name, value in wanted.items() if getattr(loader, name) != value}
     return attrs.evolve(loader, **new) if new else loader
 
 
-def _items(source: Source, state: Any, group: int | Mapping[int, int], clock: Callable[[], float], times: Times | None) -> Iterator[Item]:
+def _items(
+    source: Source,
+    state: Any,
+    group: int | Mapping[int, int],
+    clock: Callable[[], float],
+    times: Times | None,
+    beat: Callable[[], float] | None,
+) -> Iterator[Item]:
     seed, epoch, start = state.seed, state.progress.epoch, placed(source, state.progress).batch
     keeps = source.keeps_position
     position = _position_of(state) if keeps else None
-    then, asked = clock(), None  # when the item before was handed out, and when this one was asked for: at the first one, nobody counts
+    beat = beat or clock
+    then, asked = beat(), None  # when the item before was handed out, and when this one was asked for: at the first one, nobody counts
     while True:
         size, done, samples, taken = group_at(group, epoch), start, 0, []
         for batch, count, last in source.epoch(seed, epoch, start, position=position, follows=True):
@@ -213,10 +227,10 @@ def _items(source: Source, state: Any, group: int | Mapping[int, int], clock: Ca
                 if not last and len(taken) < size:
                     continue
                 found, taken = tuple(taken), []
-            now, batch = clock(), None  # nothing is kept of what is handed out
+            now, batch = beat(), None  # nothing is kept of what is handed out
             passed = max(0.0, now - then)  # a clock that is set back takes no time back
-            if asked is not None and times is not None and now > asked:
-                times.data += now - asked
+            if asked is not None and times is not None:
+                times.data += max(0.0, (now if beat is clock else clock()) - asked)
             yield Item(found, epoch, done, last, samples, passed, _at(source, epoch, done, last) if keeps else None, size)
             found, samples, then = None, 0, now
             if times is not None:

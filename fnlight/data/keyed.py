@@ -28,8 +28,15 @@ from torch.utils.data import (
 
 from fnlight.data.order import Span, Task, tasks
 from fnlight.errors import LoaderError
+from fnlight.gradients import Part
 from fnlight.rng import COLLATE, LOADER, SAMPLE, fold_in, seed_generators
 from fnlight.signals import held_back, leave_to_parent, listening
+
+Todo = tuple[Task, int | None, float | None]
+"""A task, the samples of its batch (None where the dataset makes the batches itself), and what they count (None for 1)."""
+
+Marks = deque[tuple[int | None, float | None, bool]]
+"""Of batches that were handed to workers: their samples, what they count, and whether one is the last."""
 
 _DRAW_NOTHING: frozenset[type] = frozenset({TensorDataset, Tensor, list, tuple, range})
 _OPTIONS = (
@@ -70,17 +77,24 @@ class KeyedLoader:
         """
         if self.loader.num_workers or self.loader.pin_memory:
             return self._elsewhere(span)
-        return self._here(tasks(self.loader, span, self.shuffle))
+        return self._here(self._todo(span))
 
-    def _here(self, todo: Iterator[Task]) -> Iterator[tuple[Any, int | None, bool]]:
+    def _todo(self, span: Span) -> Iterator[Todo]:
+        found, collated = tasks(self.loader, span, self.shuffle), self.loader.batch_sampler is not None
+        if span.share is not None and collated:
+            return span.share.tasks(found)
+        return ((task, len(task[1]) if collated else None, None) for task in found)
+
+    def _here(self, todo: Iterator[Todo]) -> Iterator[tuple[Any, int | None, bool]]:
         """Batches read in this process, without a loader of ours: nothing of it would be needed."""
-        keyed, collate, collated = _Keyed.of(self.loader), self.loader.collate_fn, self.loader.batch_sampler is not None
-        read = keyed.__getitems__ if collated else keyed.__getitem__
-        task = next(todo, None)
-        while task is not None:
-            after = next(todo, None)
-            yield collate(read(task)), len(task[1]) if collated else None, after is None
-            task = after
+        keyed, collate = _Keyed.of(self.loader), self.loader.collate_fn
+        read = keyed.__getitems__ if self.loader.batch_sampler is not None else keyed.__getitem__
+        now = next(todo, None)
+        while now is not None:
+            after, (task, samples, counts) = next(todo, None), now
+            batch = collate(read(task))
+            yield batch if counts is None else Part(batch, counts), samples, after is None
+            now, batch = after, None
 
     def _elsewhere(self, span: Span) -> Iterator[tuple[Any, int | None, bool]]:
         """Batches read by workers, or put into pinned memory; those of the next epoch start as soon as these have no more to begin."""
@@ -90,18 +104,19 @@ class KeyedLoader:
         follows = span.ahead and self.loader.num_workers > 0 and not self.loader.persistent_workers
         try:
             for batch in begun.batches:
-                if follows and begun.marks[-1][1]:
+                if follows and begun.marks[-1][2]:
                     follows = False
                     self._begin_ahead(attrs.evolve(span, epoch=span.epoch + 1, start=0, position=None))
-                yield batch, *begun.marks.popleft()
+                samples, counts, last = begun.marks.popleft()
+                yield batch if counts is None else Part(batch, counts), samples, last
                 batch = None  # not kept while the next one is fetched
         except BaseException:  # the run is over, or broken
             self._ahead.clear()
             raise
 
     def _begin(self, span: Span) -> "_Begun":
-        marks: deque[tuple[int | None, bool]] = deque()
-        todo = _marked(tasks(self.loader, span, self.shuffle), marks, self.loader.batch_sampler is not None)
+        marks: Marks = deque()
+        todo = _marked(self._todo(span), marks)
         return _Begun(span, iter(_Started(self._inner(span, todo))), marks)
 
     def _begin_ahead(self, span: Span) -> None:
@@ -130,7 +145,7 @@ class _Begun:
 
     span: Span
     batches: Iterator[Any]
-    marks: deque[tuple[int | None, bool]]
+    marks: Marks
 
     def is_of(self, span: Span) -> bool:
         """Say whether it is this part of this epoch."""
@@ -138,14 +153,14 @@ class _Begun:
         return (a.seed, a.epoch, a.start, a.stop, a.stream) == (b.seed, b.epoch, b.start, b.stop, b.stream)
 
 
-def _marked(todo: Iterator[Task], marks: deque[tuple[int | None, bool]], collated: bool) -> Iterator[Task]:
-    """Note of every task that is handed out how many samples it has and whether it is the last: a look-ahead on indices only."""
-    task = next(todo, None)
-    while task is not None:
-        after = next(todo, None)
-        marks.append((len(task[1]) if collated else None, after is None))
+def _marked(todo: Iterator[Todo], marks: Marks) -> Iterator[Task]:
+    """Note of every task that is handed out its samples, what they count, and whether it is the last: a look-ahead on indices only."""
+    now = next(todo, None)
+    while now is not None:
+        after, (task, samples, counts) = next(todo, None), now
+        marks.append((samples, counts, after is None))
         yield task
-        task = after
+        now = after
 
 
 @attrs.define(eq=False)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
 from fnlight.data.buckets import LengthBuckets
+from fnlight.data.share import Share
 from fnlight.errors import LoaderError
 from fnlight.rng import SAMPLE, fold_in, isolated, seed_generators
 
@@ -38,6 +39,7 @@ class Span:
         stream: What the data is for; another stream has another order.
         position: Where a loader that keeps its own place stood behind batch `start`.
         ahead: Whether the epoch behind this one is going to be read as well, so that its workers may be started early.
+        share: A rank's share of the data; None where this process is alone.
 
     Example:
         >>> Span(seed=0, epoch=1).start
@@ -51,6 +53,7 @@ class Span:
     stream: int = 0
     position: Any = None
     ahead: bool = False
+    share: Share | None = None
 
     def key(self, purpose: int) -> int:
         """The key of this epoch for a purpose, such as ``rng.SAMPLE``."""

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from fnlight.data.combine import Triple
 from fnlight.data.keyed import KeyedLoader, KeyedStream
 from fnlight.data.order import Span, check_start, length_of
+from fnlight.data.share import Sharded
 from fnlight.data.tensor_loader import Held, TensorLoader
 from fnlight.errors import LoaderError, LoaderWarning
 from fnlight.rng import LOADER, fold_in, seed_generators
@@ -72,6 +73,9 @@ def reader_of(loader: Any, shuffle: bool) -> "Listed | Held | Mapped | Stateful 
         >>> reader_of([1, 2], shuffle=True).length()
         2
     """
+    if isinstance(loader, Sharded):
+        inner = reader_of(loader.loader, shuffle)
+        return Iterated(loader.loader, shuffle) if isinstance(inner, Stateful) else inner  # each rank would keep another place
     if isinstance(loader, list | tuple):
         return Listed(loader)
     if isinstance(loader, TensorLoader):
@@ -157,13 +161,18 @@ class Mapped:
     loader: Any
     keyed: KeyedLoader
 
+    @property
+    def shares(self) -> bool:
+        """Whether a rank reads only its own samples: where it knows which ones make a batch."""
+        return self.loader.batch_sampler is not None
+
     def length(self) -> int | None:
         """Batches in an epoch, if the sampler says."""
         return length_of(self.loader)
 
     def epoch(self, span: Span) -> Iterator[Triple]:
         """A part of an epoch."""
-        empty = span.start == 0
+        empty = span.start == 0 and not (span.share is not None and span.share.whole)  # where a rank may have nothing to evaluate
         for batch, samples, last in self.keyed.epoch(span):
             empty = False
             yield batch, num_samples(batch) if samples is None else samples, last

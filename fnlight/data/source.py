@@ -1,6 +1,7 @@
 """A loader as a function of (seed, epoch): the same batches for any number of workers, from any batch on."""
 
 import itertools
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fnlight.data.combine import Combined, Triple
 from fnlight.data.order import Span, check_start, length_of
-from fnlight.data.readers import Stateful, reader_of
+from fnlight.data.readers import Iterated, Stateful, reader_of
+from fnlight.data.share import Sharded, Share
 from fnlight.data.transfer import transferred
-from fnlight.errors import LoaderError
-from fnlight.rng import ORDER
+from fnlight.errors import LoaderError, LoaderWarning
+from fnlight.gradients import Part
+from fnlight.rng import ORDER, RANK, fold_in
 
 
 def check_loader(loader: Any, what: str) -> None:
@@ -30,7 +33,7 @@ def check_loader(loader: Any, what: str) -> None:
     Example:
         >>> check_loader([torch.zeros(2)], "Loaders(train=...)")
     """
-    if isinstance(loader, Source | Combined | DataLoader | list | tuple):
+    if isinstance(loader, Source | Combined | Sharded | DataLoader | list | tuple):
         return
     kind = type(loader).__name__
     says = f"{what} must be an iterable of batches, such as a DataLoader or a list, but got "
@@ -68,6 +71,7 @@ class Source:
         ahead: True starts the workers of the next epoch when those of the one before have no more to begin, so that its first batch need not
             be waited for; a number does so for epochs below it only, False for none. It changes no batch. Only a map-style ``DataLoader``
             whose workers do not persist has such.
+        share: A rank's share of the data; None reads all of it.
 
     Raises:
         TypeError: If the loader is no iterable of batches.
@@ -84,18 +88,32 @@ class Source:
     shuffle: bool = attrs.field(default=True, kw_only=True)
     device: torch.device | None = attrs.field(default=None, kw_only=True, converter=attrs.converters.optional(torch.device))
     ahead: bool | int = attrs.field(default=True, kw_only=True)
+    share: Share | None = attrs.field(default=None, kw_only=True)
     _reader: Any = attrs.field(init=False, repr=False)
 
     @_reader.default
     def _make_reader(self) -> Any:
         check_loader(self.loader, "a loader")
-        return _reader_of(self.loader, self.shuffle)
+        return _reader_of(self.loader, self.shuffle, self.share)
 
     def __attrs_post_init__(self) -> None:
         length = self._reader.length()
         if length == 0:
             raise LoaderError(f"this {type(self.loader).__name__} has no batch: {_why_empty(self.loader)}")
         _check_limit(self.limit, length, self.loader)
+        _check_share(self.share, self.loader)
+
+    def _shared(self, span: Span) -> Iterator[Triple]:
+        """What of an epoch is this rank's."""
+        share: Any = self.share
+        if isinstance(self.loader, Sharded) and not share.whole:
+            rank = share.world.rank
+            return share.agreed(self._reader.epoch(attrs.evolve(span, seed=fold_in(span.seed, RANK + rank) if rank else span.seed)))
+        if getattr(self._reader, "shares", False):
+            return self._reader.epoch(attrs.evolve(span, share=share))
+        if isinstance(self._reader, Iterated | Stateful) and not share.whole:
+            warnings.warn(_reads_all(self.loader), LoaderWarning, stacklevel=3)
+        return share.cut(self._reader.epoch(span))
 
     @property
     def num_batches(self) -> int | None:
@@ -141,11 +159,46 @@ class Source:
             LoaderError: If there is no batch, the start lies beyond the end, or an iterator was used up before.
         """
         limited = None if self.limit is None else self.num_batches
-        early = follows and (self.ahead is True or epoch + 1 < self.ahead)
-        found = self._reader.epoch(Span(seed, epoch, start, limited, stream, position, early))
+        span = Span(seed, epoch, start, limited, stream, position, follows and (self.ahead is True or epoch + 1 < self.ahead))
+        found = self._reader.epoch(span) if self.share is None else self._shared(span)
         if self.device is None or self.device.type == "cpu":
             return found
         return transferred(found, self.device)
+
+
+def _reads_all(loader: Any) -> str:
+    return (
+        f"every rank reads all batches of this {type(loader).__name__} and keeps its part of each, since nobody knows what is in them; that is right, "
+        "but reads everything as often as there are ranks: if it gives each rank data of its own, say so with fl.sharded(loader)"
+    )
+
+
+def _check_parts(batch: Any) -> None:
+    parts = batch.values() if batch.__class__ is dict else batch if batch.__class__ is tuple else ()
+    if any(part.__class__ is Part for part in parts):
+        raise LoaderError(
+            "ranks would get uneven parts of loaders side by side, and nobody can say what a loss of several counts then; give each of them "
+            "a batch_size that is a multiple of the number of ranks, and drop_last=True"
+        )
+
+
+def _check_share(share: Share | None, loader: Any) -> None:
+    size = getattr(loader, "batch_size", None)
+    if share is None or share.whole or not isinstance(size, int) or isinstance(loader, Sharded):
+        return
+    ranks, kind = share.world.size, type(loader).__name__
+    if size < ranks:
+        raise LoaderError(
+            f"{ranks} ranks share each batch of this {kind}, but batch_size={size} is that of all of them together: some would have nothing to do; "
+            f"give a batch_size of at least {ranks}, use fewer processes, or fl.sharded(loader) if each rank has data of its own"
+        )
+    if size % ranks:
+        warnings.warn(
+            f"{ranks} ranks share each batch of batch_size={size}, so they get {size // ranks} or {size // ranks + 1} samples each: that is exact, but "
+            f"plain losses then travel with their weights, and some ranks wait; a multiple of {ranks} avoids both",
+            LoaderWarning,
+            stacklevel=3,
+        )
 
 
 def _check_limit(limit: Any, length: int | None, loader: Any) -> None:
@@ -173,16 +226,17 @@ def _why_empty(loader: Any) -> str:
     return "it yields nothing; check where the data is read"
 
 
-def _reader_of(loader: Any, shuffle: bool) -> Any:
+def _reader_of(loader: Any, shuffle: bool, share: Share | None) -> Any:
     if not isinstance(loader, Combined):
         return reader_of(loader, shuffle)
-    return _Joined(loader, tuple(_child(each, shuffle) for each in loader.loaders))
+    mine = None if share is not None and share.whole else share  # of an evaluation whole batches are left out behind the join
+    return _Joined(loader, tuple(_child(each, shuffle, mine) for each in loader.loaders))
 
 
-def _child(loader: Any, shuffle: bool) -> Source:
+def _child(loader: Any, shuffle: bool, share: Share | None) -> Source:
     if not isinstance(loader, Source):
-        return Source(loader, shuffle=shuffle)
-    return attrs.evolve(loader, shuffle=False) if loader.shuffle and not shuffle else loader
+        return Source(loader, shuffle=shuffle, share=share)
+    return attrs.evolve(loader, shuffle=loader.shuffle and shuffle, share=share) if loader.share is not share or not shuffle else loader
 
 
 @attrs.frozen(eq=False)
@@ -191,6 +245,10 @@ class _Joined:
 
     loader: Combined
     children: tuple[Source, ...]
+
+    @property
+    def shares(self) -> bool:
+        return any(child.share is not None for child in self.children)
 
     def length(self) -> int | None:
         return self.loader.num_batches(self.children)
@@ -201,5 +259,6 @@ class _Joined:
         left = None if span.stop is None else span.stop - span.start
         found = self.loader.epoch(self.children, span.seed, span.epoch, span.start, span.stream)
         for done, (batch, samples, last) in enumerate(itertools.islice(found, left), 1):
+            _check_parts(batch)
             yield batch, samples, last or done == left
             batch = None

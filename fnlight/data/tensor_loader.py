@@ -1,7 +1,7 @@
 """Batches cut out of tensors that lie in memory, on any device: no dataset, no workers, no collation."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -9,7 +9,9 @@ from torch import Tensor
 
 from fnlight.data.combine import Triple
 from fnlight.data.order import Span, check_start, permutation
+from fnlight.data.share import Share
 from fnlight.errors import LoaderError
+from fnlight.gradients import Part
 from fnlight.tree import leaves, map_tensors
 
 _CHUNK = 64  # batches gathered at a time: one kernel a tensor for all of them, in bounded memory
@@ -73,6 +75,25 @@ class TensorLoader:
         order = torch.randperm(self.num_samples) if self.shuffle else None
         return (batch for batch, _ in self.cut(order, 0, len(self)))
 
+    def share(self, order: Tensor | None, start: int, stop: int, share: Share) -> Iterator[tuple[Any, int]]:
+        """Of the batches those of a rank, or its part of them; with the samples of the whole batch.
+
+        Args:
+            order: As for `cut`.
+            start: The first batch.
+            stop: The batch before which to end.
+            share: Says which part.
+        """
+        size, total = self.batch_size, self.num_samples
+        for number in range(start + share.world.rank, stop, share.world.size) if share.whole else range(start, stop):
+            low, count = number * size, min(total, (number + 1) * size) - number * size
+            a, b, counts = (0, count, None) if share.whole else share.portion(count)
+            rows = slice(low + a, low + b)
+            batch = map_tensors(
+                lambda t, rows=rows: t[rows] if order is None else t.index_select(0, order[rows].to(t.device)), self.tensors
+            )
+            yield batch if counts is None else Part(batch, counts), count
+
     def cut(self, order: Tensor | None, start: int, stop: int) -> Iterator[tuple[Any, int]]:
         """Batches and their numbers of samples.
 
@@ -128,6 +149,7 @@ class Held:
 
     loader: TensorLoader
     shuffle: bool
+    shares: ClassVar[bool] = True
 
     def length(self) -> int:
         """Batches in an epoch."""
@@ -139,5 +161,6 @@ class Held:
         end = len(loader) if span.stop is None else min(len(loader), span.stop)
         check_start(span, end, loader)
         order = permutation(span, loader.num_samples) if self.shuffle and loader.shuffle else None
-        for number, (batch, samples) in enumerate(loader.cut(order, span.start, end), span.start + 1):
+        found = loader.cut(order, span.start, end) if span.share is None else loader.share(order, span.start, end, span.share)
+        for number, (batch, samples) in enumerate(found, span.start + 1):
             yield batch, samples, number == end

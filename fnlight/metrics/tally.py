@@ -40,6 +40,7 @@ class Tally:
     Args:
         totals: Per name the kind of monoid and its merged fields on the host.
         bad: The first ``(step, name)`` whose value was NaN or infinite.
+        parts: By rank, the two of a state that lies on several; for a file only, see `fnlight.metrics.ranks`.
 
     Example:
         >>> tally = Tally()
@@ -51,6 +52,7 @@ class Tally:
 
     totals: dict[str, list[Any]] = attrs.field(factory=dict)
     bad: tuple[int, str] | None = None
+    parts: list[Any] | None = attrs.field(default=None, kw_only=True)
     _names: Any = attrs.field(default=None, init=False)
     _turns: set[frozenset[str]] = attrs.field(factory=set, init=False)  # sets of names that are steps of some phases, but not of all
     _pending: list[tuple[int, Mapping[str, Any]]] = attrs.field(factory=list, init=False)
@@ -102,18 +104,19 @@ class Tally:
             warnings.warn(f"step {step}: the metrics {', '.join(what)}", MemoryWarning, stacklevel=5)
         self.totals = {name: fields for name, fields in self.totals.items() if name in names}
 
-    def settle(self) -> None:
-        """Bring what is pending to the host and merge it; one host sync for all of it."""
+    def settle(self, merge: Callable[[str, str, list[Any], list[int]], None] | None = None) -> None:
+        """Bring what is pending to the host and merge it, here or as it is told; one host sync for all of it."""
+        merge = merge or self.merge_column
         if self._pending:
             self._stack()
         for block, columns in self._stacked:
             if block is not None:
                 for name, values in zip(block.names, block.values.tolist(), strict=True):
-                    self._merge(name, "Mean", [values, len(values)], block.steps)
+                    merge(name, "Mean", [values, len(values)], block.steps)
             hosted = _to_host([column for _, _, fields in columns.values() for column in fields])
             place = iter(hosted)
             for name, (kind, steps, fields) in columns.items():
-                self._merge(name, kind, [next(place) for _ in fields], steps)
+                merge(name, kind, [next(place) for _ in fields], steps)
         self._stacked.clear()
 
     def _stack(self) -> None:
@@ -148,10 +151,11 @@ class Tally:
         else:
             self._objects.setdefault(name, []).extend(values)
 
-    def _merge(self, name: str, kind: str, fields: list[Any], steps: list[int]) -> None:
+    def merge_column(self, name: str, kind: str, fields: list[Any], steps: list[int]) -> None:
+        """Merge the values of several steps: a column for each field of the monoid, or the number of ones in it."""
         merged = self.totals.get(name)
         old = merged[1:] if merged else [None] * len(fields)
-        self.totals[name] = [kind, *(_folded(kind, total, values) for total, values in zip(old, fields, strict=True))]
+        self.totals[name] = [kind, *(folded(kind, total, values) for total, values in zip(old, fields, strict=True))]
         for values in fields:
             if not isinstance(values, int) and not all(map(math.isfinite, values)):
                 self._blame(name, values, steps, _NEUTRAL.get(kind))
@@ -221,8 +225,48 @@ def _columns(kind: str, steps: list[int], values: list[Any]) -> tuple[str, list[
     return kind, steps, [_column(field) for field in _fields(kind, values)]
 
 
-def _folded(kind: str, total: Any, values: Any) -> Any:
-    """Add up one value after the other, so that it does not matter how many come at a time."""
+def columns_of(tally: Tally) -> dict[str, list[Any]]:
+    """What a tally has taken and not merged yet, on the host.
+
+    Args:
+        tally: Not read since it was made; it is settled.
+
+    Returns:
+        Names to the kind of monoid, the steps, and a column for each of its fields.
+
+    Example:
+        >>> tally = Tally()
+        >>> tally.add(1, {"loss": torch.tensor(2.0)})
+        >>> columns_of(tally)
+        {'loss': ['Mean', [1], [2.0], [1]]}
+    """
+    found: dict[str, list[Any]] = {}
+
+    def note(name: str, kind: str, fields: list[Any], steps: list[int]) -> None:
+        columns = [[1] * field if isinstance(field, int) else list(field) for field in fields]
+        held = found.setdefault(name, [kind, [], *([] for _ in columns)])
+        for column, values in zip(held[1:], [steps, *columns], strict=True):
+            column += values
+
+    tally.settle(note)
+    return found
+
+
+def folded(kind: str, total: Any, values: Any) -> Any:
+    """Add up one value after the other, so that it does not matter how many come at a time.
+
+    Args:
+        kind: Of the monoid.
+        total: What there is already; None for nothing.
+        values: Numbers, or how many ones.
+
+    Returns:
+        The total.
+
+    Example:
+        >>> folded("Sum", 1.0, [2.0, 3.0])
+        6.0
+    """
     if isinstance(values, int):
         return values if total is None else total + values
     if not values:

@@ -13,9 +13,31 @@ Example:
     World(rank=0, size=1, local_rank=0)
 """
 
+from fnlight.parallel.agree import check_same, code_digest
 from fnlight.parallel.ddp import Replicated, ddp
 from fnlight.parallel.fsdp import Sharded, fsdp, hsdp
+from fnlight.parallel.moving import alone, placed_on
 from fnlight.parallel.placement import Placement
-from fnlight.parallel.world import World, first_host, join, named_world, world
+from fnlight.parallel.world import Pulse, World, first_host, join, named_world, pack, stream_part, unpack, world
 
-__all__ = ["Placement", "Replicated", "Sharded", "World", "ddp", "first_host", "fsdp", "hsdp", "join", "named_world", "world"]
+__all__ = [
+    "Placement",
+    "Pulse",
+    "Replicated",
+    "Sharded",
+    "World",
+    "alone",
+    "check_same",
+    "code_digest",
+    "ddp",
+    "first_host",
+    "fsdp",
+    "hsdp",
+    "join",
+    "named_world",
+    "pack",
+    "placed_on",
+    "stream_part",
+    "unpack",
+    "world",
+]

@@ -84,7 +84,7 @@ class Replicated:
         return self.world.rank == 0
 
     def place(self, module: nn.Module) -> "Replicated | None":
-        """Nothing is done to the module but looking at it; None where this process is alone."""
+        """All ranks get the tensors of rank 0; None where this process is alone."""
         here, named = self.world, named_world(os.environ)
         if here.size == 1 and named.size > 1:
             raise ParallelError(
@@ -94,7 +94,16 @@ class Replicated:
         devices = {p.device for p in module.parameters()}
         if here.size > 1 and len(devices) > 1:
             raise ParallelError(f"ddp takes a model on one device a rank, but this one lies on {sorted(map(str, devices))}; move it to one")
-        return self if here.size > 1 else None
+        if here.size == 1:
+            return None
+        for tensor in (*module.parameters(), *module.buffers()):
+            distributed.broadcast(tensor.detach(), 0)
+        return self
+
+    def sync(self, store: Any) -> None:
+        """Buffers, which each rank has changed by itself, as rank 0 has them."""
+        for buffer in store.module.buffers():
+            distributed.broadcast(buffer, 0)
 
     def begin(self, store: Any, last: bool) -> None:
         """Before each batch: gradients travel after the last one only."""
@@ -113,7 +122,7 @@ class Replicated:
                 f"{type(store.optim.optimizer).__name__} takes gradients of gradients, which ranks do not bring together; train in one process, "
                 "or take another optimizer"
             )
-        return _Bound(DistributedDataParallel(_Loss(store.module), **_of_torch(self.options)), held)
+        return _Bound(DistributedDataParallel(_Loss(store.module), init_sync=False, **_of_torch(self.options)), held)
 
     def loss(self, store: Any, fn: Any, batch: Any) -> Any:
         """Call a loss function on the live module, within torch's wrapper."""
@@ -132,9 +141,7 @@ class Replicated:
         """The mean over ranks of a weight."""
         if weight.__class__ is float:
             return weight
-        mean = torch.as_tensor(weight).detach().float().clone()
-        distributed.all_reduce(mean)
-        return mean / self.world.size
+        return self.world.mean(weight)[0]
 
     def norm(self, values: list[Tensor]) -> Tensor:
         """The joint 2-norm."""

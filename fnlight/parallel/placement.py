@@ -33,6 +33,10 @@ class Placement(Protocol):
         """Place a module, in place, before its optimizer is built; what the store keeps is returned: None where nothing is to be done later."""
         ...
 
+    def sync(self, store: Any) -> None:
+        """Before an evaluation: what each rank has changed by itself, such as the statistics of BatchNorm, becomes the same for all."""
+        ...
+
     def begin(self, store: Any, last: bool) -> None:
         """Before each batch of a group: only the backward pass of the last one need bring gradients together."""
         ...

@@ -4,18 +4,25 @@ fnlight launches no processes: torchrun, SLURM, Ray or a user does, and says so 
 a group that is there already is used as it is.
 """
 
+import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from signal import Signals
 from typing import Any
 
 import attrs
+import safetensors.torch
 import torch
-from torch import distributed
+from torch import Tensor, distributed
+from torch.utils.data import get_worker_info
 
+from fnlight.checkpoint.encode import decode, encode
 from fnlight.errors import ParallelError
+
+_BEAT = 0.5  # seconds, about, between two agreements of a `Pulse`
 
 
 @attrs.frozen
@@ -37,6 +44,135 @@ class World:
     size: int = 1
     local_rank: int = 0
     group: Any = attrs.field(default=None, eq=False, repr=False)
+
+    def total(self, numbers: Sequence[int]) -> list[int]:
+        """The sums over all ranks of some whole numbers."""
+        if self.size == 1:
+            return list(numbers)
+        found = torch.tensor(numbers, dtype=torch.int64, device=_device(self.group))
+        distributed.all_reduce(found, group=self.group)
+        return found.tolist()
+
+    def most(self, numbers: Sequence[float]) -> list[float]:
+        """The largest over all ranks of some numbers."""
+        if self.size == 1:
+            return list(numbers)
+        found = torch.tensor(numbers, dtype=torch.float64, device=_device(self.group))
+        distributed.all_reduce(found, distributed.ReduceOp.MAX, group=self.group)
+        return found.tolist()
+
+    def mean(self, *values: Any) -> list[Tensor]:
+        """The means over all ranks of some scalars, in one go; nothing is waited for on an accelerator."""
+        device = next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
+        found = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device).detach() for v in values])
+        distributed.all_reduce(found, group=self.group)
+        return list((found / self.size).unbind())
+
+    def gather(self, tree: Any) -> list[Any]:
+        """What every rank gives, in their order, on all of them: any tree that a checkpoint can hold, tensors among it; they come on the CPU."""
+        if self.size == 1:
+            return [tree]
+        mine, device = pack(tree), _device(self.group)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.size)]
+        distributed.all_gather(sizes, torch.tensor([len(mine)], device=device), group=self.group)
+        most = max(int(size) for size in sizes)
+        padded = torch.frombuffer(bytearray(mine.ljust(most, b"\0")), dtype=torch.uint8).to(device)
+        parts = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(self.size)]
+        distributed.all_gather(parts, padded, group=self.group)
+        return [unpack(part[: int(size)].cpu().numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+
+    def pulse(self, clock: Callable[[], float], signals: Any = None) -> "Pulse":
+        """A clock that shows all ranks the same time, and tells all of them of a signal that one has received."""
+        return Pulse(self, clock, signals)
+
+
+class Pulse:
+    """A clock that ranks agree on about twice a second, and that stands still in between; made by `World.pulse`.
+
+    It is asked once for every step, so all ranks ask at the same steps; how many steps pass until they next agree is agreed, too. So whatever
+    depends on time or on a signal happens at one step on all of them, without communication at every step.
+
+    Args:
+        world: The ranks.
+        clock: Gives this rank's seconds.
+        signals: What listens for signals on this rank; None where nothing does.
+
+    Example:
+        >>> Pulse(World(), lambda: 7.0, None)()
+        7.0
+    """
+
+    def __init__(self, world: World, clock: Callable[[], float], signals: Any) -> None:
+        self.world, self.clock, self.signals = world, clock, signals
+        self.begun, self.now, self.left, self.every = clock(), 0.0, 0, 1
+        if signals is not None:
+            signals.shared = True
+
+    def __call__(self) -> float:
+        """Seconds; in between two agreements those of the last one."""
+        self.left -= 1
+        if self.left < 0:
+            self._agree()
+        return self.begun + self.now
+
+    def _agree(self) -> None:
+        passed, signals = self.clock() - self.begun, self.signals
+        per_step = max(passed - self.now, 1e-6) / self.every
+        wanted = min(max(1, int(_BEAT / per_step)), 4 * self.every) if self.world.rank == 0 else 0
+        noted = 0 if signals is None or signals.noted is None else Signals[signals.noted].value
+        self.now, number, every = self.world.most([passed, noted, wanted])
+        self.left = self.every = int(every) or 1
+        self.left -= 1
+        if number and signals is not None and signals.received is None:
+            signals.received = Signals(int(number)).name
+
+
+def pack(tree: Any) -> bytes:
+    """A tree as bytes: JSON that says where tensors stand, then the tensors as safetensors.
+
+    Args:
+        tree: Any tree that a checkpoint can hold.
+
+    Returns:
+        Bytes, for `unpack`.
+
+    Example:
+        >>> unpack(pack({"a": (1, torch.ones(2))}))
+        {'a': (1, tensor([1., 1.]))}
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def put(_: str, tensor: Tensor) -> str:
+        name = str(len(tensors))
+        tensors[name] = tensor.detach().cpu().contiguous().clone()
+        return name
+
+    head = json.dumps(encode(tree, put, "what ranks tell each other"), allow_nan=False).encode()
+    return len(head).to_bytes(8, "little") + head + (safetensors.torch.save(tensors) if tensors else b"")
+
+
+def unpack(data: bytes) -> Any:
+    """The tree that `pack` gave.
+
+    Args:
+        data: Bytes.
+
+    Returns:
+        The tree, tensors on the CPU.
+
+    Example:
+        >>> unpack(pack([float("inf"), None]))
+        [inf, None]
+    """
+    end = 8 + int.from_bytes(data[:8], "little")
+    tensors = safetensors.torch.load(data[end:]) if len(data) > end else {}
+    return decode(json.loads(data[8:end]), tensors.__getitem__)
+
+
+def _device(group: Any) -> torch.device:
+    """Where a group takes small tensors from: the CPU, unless only an accelerator can talk."""
+    talks = str(distributed.get_backend_config(group))
+    return torch.device("cpu") if "cpu" in talks or "gloo" in talks else torch.device(torch.accelerator.current_accelerator() or "cpu")
 
 
 def world() -> World:
@@ -170,3 +306,20 @@ def first_host(nodes: str) -> str:
     """
     found = re.match(r"([^\[,]*)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodes)
     return "" if found is None else "".join(part or "" for part in found.groups())
+
+
+def stream_part() -> tuple[int, int]:
+    """Which part of a stream this process reads, among all workers of all ranks: for the ``__iter__`` of an ``IterableDataset``.
+
+    Returns:
+        A number, and how many there are: the i-th part is every entry whose place leaves the rest i.
+
+    Example:
+        >>> index, count = stream_part()
+        >>> [i for i in range(6) if i % count == index]
+        [0, 1, 2, 3, 4, 5]
+    """
+    here, info = named_world(os.environ), get_worker_info()
+    here = here if here.size > 1 else world()
+    workers, number = (1, 0) if info is None else (info.num_workers, info.id)
+    return here.rank * workers + number, here.size * workers

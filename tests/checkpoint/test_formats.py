@@ -15,7 +15,7 @@ from fnlight.tree import differences
 from tests.checkpoint.golden import ASSETS, CASES, draw, held, machine, unpacked, values
 
 GOLDEN = sorted(ASSETS.glob("format-*/*.json"), key=lambda path: (int(path.parent.name.partition("-")[2]), path.name))
-NEW = {"epoch_samples", "skipped"}  # what a later format added, and what is therefore not in the record of an older one
+NEW = {"epoch_samples", "parts", "skipped"}  # what a later format added, and what is therefore not in the record of an older one
 
 
 def golden(path: Path) -> dict[str, Any]:

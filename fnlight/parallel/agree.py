@@ -1,0 +1,87 @@
+"""What all ranks must have in common, looked at before they begin: code, configuration, seeds, shapes, and where they run."""
+
+import hashlib
+import inspect
+import socket
+from collections import Counter
+from typing import Any
+
+import torch
+
+from fnlight.errors import ParallelError
+from fnlight.parallel.world import World
+from fnlight.state import TrainState
+
+_WHAT_TO_DO = {
+    "code": "start the same version of the script and of its modules on all machines",
+    "seed": "give TrainState.create(task, seed=...) the same number on all ranks; each rank draws its own random numbers from it",
+    "batches": "give all ranks the same data; fnlight takes each rank's part of it (fl.sharded(loader) says that they have different data)",
+}
+
+
+def check_same(world: World, state: TrainState, **facts: Any) -> None:
+    """Refuse ranks that would train different things, before any work.
+
+    Args:
+        world: The ranks; all of them call this.
+        state: Where training stands; its task, seed, progress and the shapes of its model are compared.
+        **facts: What else must be the same, as numbers or texts.
+
+    Raises:
+        ParallelError: If ranks differ; the message says in what, and which.
+
+    Example:
+        >>> import fnlight as fl
+        >>> check_same(World(), fl.TrainState.create(fl.Task(torch.nn.Linear(1, 1), max)), config="{}")
+    """
+    progress = state.progress
+    mine = {
+        "fnlight and torch": torch.__version__,
+        "code": code_digest(state.task),
+        "shapes": [[name, list(p.shape), str(p.dtype)] for name, p in state.store.named.items()],
+        "seed": state.seed,
+        "progress": [progress.step, progress.epoch, progress.batch, progress.samples],
+        "history": len(state.history),
+        **facts,
+    }
+    found = world.gather([mine, [socket.gethostname(), world.local_rank]])
+    for name in mine:
+        given = [each[name] for each, _ in found]
+        other = [rank for rank, value in enumerate(given) if value != given[0]]
+        if other:
+            says = f": {given[0]!r:.60} and {given[other[0]]!r:.60}" if name not in ("code", "shapes") else ""
+            what = _WHAT_TO_DO.get(name, "start all ranks alike")
+            raise ParallelError(f"rank {', '.join(map(str, other))} and rank 0 differ in their {name}{says}; {what}")
+    twice = [place for place, count in Counter(tuple(place) for _, place in found).items() if count > 1]
+    if twice:
+        raise ParallelError(
+            f"several processes say that they are the one of local rank {twice[0][1]} on {twice[0][0]}; check LOCAL_RANK, and that each machine "
+            "stands only once in the list of hosts"
+        )
+
+
+def code_digest(task: Any) -> str:
+    """A digest of the source of a task's functions and of its model's class.
+
+    Args:
+        task: Any task.
+
+    Returns:
+        Hexadecimal digits; those of the names where there is no source.
+
+    Example:
+        >>> import fnlight as fl
+        >>> len(code_digest(fl.Task(torch.nn.Linear(1, 1), max)))
+        32
+    """
+    whole = hashlib.blake2b(digest_size=16)
+    for part in (type(task.model), task.train_step, task.eval_step, task.predict_step, task.configure_optimizers):
+        whole.update(_source(part).encode())
+    return whole.hexdigest()
+
+
+def _source(part: Any) -> str:
+    try:
+        return inspect.getsource(part)
+    except (OSError, TypeError):
+        return getattr(part, "__qualname__", type(part).__qualname__)
