@@ -20,6 +20,8 @@ LEFT_OUT = {
     "microbatch auto": "a rank cannot repeat a step while others wait",
     "compile": "hooks of ranks are in no graph, so it goes on without one",
     "debug_bundle": "it is about failures",
+    "profile": "it is about time",
+    "apply_in_backward": "it updates before gradients of ranks are together, so it is refused",
     EVERYTHING: "holds some of these",
 }
 ROUGH = ("autocast", "autocast fp16", "loss_scale")
