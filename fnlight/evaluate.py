@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fnlight.data import Share, Source
 from fnlight.errors import ConfigError, StepError
+from fnlight.gradients import Part
 from fnlight.metrics import MEDIA, Tally
 from fnlight.metrics.ranks import read_in_order
 from fnlight.optim import weights_to_use
@@ -87,7 +88,7 @@ def sources_of(loader: Any, device: torch.device, limit: int | float | None = No
         ['a', 'b']
     """
     loaders = loader if isinstance(loader, Mapping) else {"": loader}
-    share = None if place is None else Share(place.world, whole=True)
+    share = None if place is None else Share(place.world, whole=True, lockstep=place.lockstep)
     return {name: Source(each, limit=limit, device=device, share=share) for name, each in loaders.items()}
 
 
@@ -134,7 +135,9 @@ def _one_source(state: TrainState, module: nn.Module, source: Source, fn: EvalSt
     for turn, (batch, _, _) in enumerate(found if signals is None else signals.until(found)):
         i = first + turn * every
         seed_generators(fold_in(key, i), state.device)
-        metrics = fn(module, batch)
+        metrics = fn(module, batch.batch if batch.__class__ is Part else batch)
+        if batch.__class__ is Part:
+            continue  # of another rank, to keep step with it
         if not isinstance(metrics, Mapping) or not metrics:
             got = "an empty dict" if isinstance(metrics, Mapping) else type(metrics).__name__
             raise StepError(f"eval_step must return a dict of metrics, but returned {got}, at batch {i} of the evaluation")
@@ -372,9 +375,11 @@ def _predictions(
             i += every
             seed_generators(fold_in(key, i), store.device)
             with inference(store, weights) as module:
-                out = fn(module, item[0])
+                stands_in = item[0].__class__ is Part
+                out = fn(module, item[0].batch if stands_in else item[0])
         del item
-        yield out
+        if not stands_in:
+            yield out
         del out
 
 

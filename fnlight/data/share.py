@@ -1,8 +1,7 @@
 """Which part of the data a rank reads, where several processes train together: its part of each batch, or each so-many-th batch."""
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 from torch import Tensor
@@ -11,6 +10,7 @@ from fnlight.errors import StepError
 from fnlight.gradients import Part
 from fnlight.tree import leaves, map_nodes
 
+T = TypeVar("T")
 Triple = tuple[Any, int, bool]
 """A batch, its samples, and whether the epoch ends with it."""
 
@@ -25,6 +25,8 @@ class Share:
     Args:
         world: Says the rank, and brings numbers together.
         whole: True for an evaluation.
+        lockstep: Whether a forward pass is one of all ranks, so that each must make as many: where batches do not go round, some are then
+            evaluated twice, the second time as a `Part` of which nothing counts.
 
     Example:
         >>> from types import SimpleNamespace
@@ -34,6 +36,16 @@ class Share:
 
     world: Any
     whole: bool = False
+    lockstep: bool = False
+
+    def rounds(self, found: Iterable[T]) -> Iterator[tuple[T, float | None]]:
+        """Of the batches of an evaluation every so-many-th one, with what it counts: None, or 0.0 for one that only keeps step."""
+        rank, size, last, count = self.world.rank, self.world.size, None, 0
+        for count, last in enumerate(found, 1):
+            if (count - 1) % size == rank:
+                yield last, None
+        if self.lockstep and last is not None and count % size and rank >= count % size:
+            yield last, 0.0
 
     def bounds(self, count: int) -> tuple[int, int]:
         """Which samples of a batch are this rank's: the first one, and the one before which it ends."""
@@ -53,7 +65,7 @@ class Share:
     def tasks(self, tasks: Iterable[Any]) -> Iterator[tuple[Any, int, float | None]]:
         """Of the tasks of an epoch those of this rank, each with the samples of the whole batch and what it counts."""
         if self.whole:
-            yield from ((task, len(task[1]), None) for task in islice(tasks, self.world.rank, None, self.world.size))
+            yield from ((task, len(task[1]), counts) for task, counts in self.rounds(tasks))
             return
         for key, ids, indices in tasks:
             start, stop, counts = self.portion(len(ids))
@@ -62,7 +74,8 @@ class Share:
     def cut(self, found: Iterable[Triple]) -> Iterator[Triple]:
         """Of batches that were read whole the part of this rank."""
         if self.whole:
-            yield from islice(found, self.world.rank, None, self.world.size)
+            for (batch, samples, last), counts in self.rounds(found):
+                yield batch if counts is None else Part(batch, counts), samples, last
             return
         for batch, samples, last in found:
             start, stop, counts = self.portion(samples)

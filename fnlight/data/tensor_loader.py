@@ -85,9 +85,10 @@ class TensorLoader:
             share: Says which part.
         """
         size, total = self.batch_size, self.num_samples
-        for number in range(start + share.world.rank, stop, share.world.size) if share.whole else range(start, stop):
+        numbers = range(start, stop)
+        for number, counts in share.rounds(numbers) if share.whole else ((number, None) for number in numbers):
             low, count = number * size, min(total, (number + 1) * size) - number * size
-            a, b, counts = (0, count, None) if share.whole else share.portion(count)
+            a, b, counts = (0, count, counts) if share.whole else share.portion(count)
             rows = slice(low + a, low + b)
             batch = map_tensors(
                 lambda t, rows=rows: t[rows] if order is None else t.index_select(0, order[rows].to(t.device)), self.tensors

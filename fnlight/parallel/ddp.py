@@ -83,6 +83,11 @@ class Replicated:
         """Whether this process writes files and logs."""
         return self.world.rank == 0
 
+    @property
+    def lockstep(self) -> bool:
+        """Whether a forward pass is one of all ranks."""
+        return False
+
     def place(self, module: nn.Module) -> "Replicated | None":
         """All ranks get the tensors of rank 0; None where this process is alone."""
         here, named = self.world, named_world(os.environ)

@@ -136,6 +136,11 @@ class Sharded:
         """Whether this process writes files and logs."""
         return world().rank == 0
 
+    @property
+    def lockstep(self) -> bool:
+        """Whether a forward pass is one of all ranks."""
+        return True
+
     def place(self, module: nn.Module) -> "Sharded | None":
         """Cut a module into parts; None where this process is alone."""
         if not isinstance(module, nn.Module):

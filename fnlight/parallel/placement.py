@@ -29,6 +29,11 @@ class Placement(Protocol):
         """Whether this process writes files and logs; one of all does."""
         ...
 
+    @property
+    def lockstep(self) -> bool:
+        """Whether a forward pass is one of all ranks, so that each must make as many."""
+        ...
+
     def place(self, module: nn.Module) -> "Placement | None":
         """Place a module, in place, before its optimizer is built; what the store keeps is returned: None where nothing is to be done later."""
         ...

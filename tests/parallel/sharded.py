@@ -160,7 +160,7 @@ def values():
     scores = fl.evaluate(state, [data(5)], weights="ema"), fl.evaluate(state, [data(5)])
     return {
         "kept": kept, "same": same, "module": module(data(9)[0]).flatten().tolist(), "whole": not any(map(is_sharded, module.parameters())),
-        "scores": scores, "predicted": torch.cat(list(fl.predict(state, [data(9)]))).flatten().tolist(), "untouched": numbers(state.params) == weights,
+        "scores": scores, "predicted": torch.cat(fl.collect(fl.predict(state, [data(9)]))).flatten().tolist(), "untouched": numbers(state.params) == weights,
         "parts": [list(local(p).shape) for p in state.store.params[:1]], "memory": list(local(state.opt_state["first.weight"]["exp_avg"]).shape),
         "average": list(local(state.memory["ema"]["first.weight"]).shape),
     }  # fmt: skip
