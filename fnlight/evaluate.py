@@ -135,9 +135,10 @@ def _one_source(state: TrainState, module: nn.Module, source: Source, fn: EvalSt
     for turn, (batch, _, _) in enumerate(found if signals is None else signals.until(found)):
         i = first + turn * every
         seed_generators(fold_in(key, i), state.device)
-        metrics = fn(module, batch.batch if batch.__class__ is Part else batch)
         if batch.__class__ is Part:
-            continue  # of another rank, to keep step with it
+            fn(module, batch.batch)  # another rank's, to keep step with it
+            continue
+        metrics = fn(module, batch)
         if not isinstance(metrics, Mapping) or not metrics:
             got = "an empty dict" if isinstance(metrics, Mapping) else type(metrics).__name__
             raise StepError(f"eval_step must return a dict of metrics, but returned {got}, at batch {i} of the evaluation")
@@ -288,8 +289,7 @@ def predict(
 ) -> Iterator[Any]:
     """Predict on a loader, one batch at a time: a generator that holds no more than the batch it works on.
 
-    Where a state is placed on several ranks, each of them gets the outputs of its share of the batches: rank 1 of 4 those of the second, the
-    sixth and so on. `collect` brings them together.
+    Where a state is placed on ranks, rank 1 of 4 gets the outputs of the second batch, the sixth and so on; `collect` brings them together.
 
     Args:
         state: Where training stands; it is left as it was, and may train on while predictions are read.
@@ -321,11 +321,11 @@ def predict(
     if not donate or weights_to_use(store.optims.values(), store.module):  # averaged weights are computed once, not for each batch
         store = Store(state.module(), type(store.optim)(None), {weights: store.memory[weights]} if weights in store.memory else {})
     average_of(store, weights)
-    place = state.store.place
+    place, world = state.store.place, None
     if place is not None:
         place.sync(store)
+        world = place.world
     source = sources_of(loader, state.device, limit, place)[""]
-    world = None if place is None else place.world
     return Outputs(_predictions(store, fold_in(state.seed, PREDICT), source, fn, weights, signals, world), world)
 
 
@@ -355,8 +355,7 @@ class Outputs:
 
     def close(self) -> None:
         """Let go of the loader, and of its workers."""
-        close = getattr(self.found, "close", None)
-        close() if close is not None else None
+        getattr(self.found, "close", lambda: None)()
 
 
 def _predictions(
@@ -396,8 +395,6 @@ def collect(outputs: Iterable[Any]) -> list[Any]:
         >>> collect(iter([torch.ones(1)]))
         [tensor([1.])]
     """
-    mine = [map_tensors(lambda t: t.cpu(), out) for out in outputs]
-    if not isinstance(outputs, Outputs) or outputs.world is None:
-        return mine
-    turns = zip_longest(*outputs.world.gather(mine), fillvalue=_NOTHING)
+    mine, world = [map_tensors(lambda t: t.cpu(), out) for out in outputs], outputs.world if isinstance(outputs, Outputs) else None
+    turns = zip_longest(*([mine] if world is None else world.gather(mine)), fillvalue=_NOTHING)
     return [out for turn in turns for out in turn if out is not _NOTHING]
