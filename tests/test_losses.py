@@ -91,6 +91,28 @@ def test_named_losses_of_tokens_are_exact_over_padded_batches():
         assert float(many.metrics[name]) == pytest.approx(float(one.metrics[name]), rel=1e-6)
 
 
+def test_weights_of_single_samples_are_exact_over_any_batches():
+    """Samples that count more, or not at all, in uneven micro-batches and parts: loss and gradient are those of the weighted mean over all."""
+
+    def train_step(model, batch):
+        x, weight = batch
+        losses = (model(x) - x).square().mean(-1)
+        return Mean((weight * losses).sum(), weight.sum()), {"error": Mean((weight * losses).sum().detach(), weight.sum())}
+
+    x, weight = data(9), torch.tensor([0.0, 0.0, 3.0, 0.5, 1.0, 0.0, 2.0, 0.25, 10.0])
+    parts = tuple(zip(x.split([2, 3, 4]), weight.split([2, 3, 4]), strict=True))  # the first counts nothing at all
+    found = pipe(train_step, grad(), accumulate(3))(created(train_step).store, parts, 0)
+    divided = pipe(train_step, grad(), accumulate(3), microbatch(2))(created(train_step).store, parts, 0)
+    module = created(train_step).store.module
+    loss = (weight * (module(x) - x).square().mean(-1)).sum() / weight.sum()
+    loss.backward()
+    expected = torch.cat([p.grad.double().flatten() for p in module.parameters()])
+    for each in (found, divided):
+        assert (flat(each) - expected).norm() <= 1e-6 * expected.norm()
+        assert float(each.metrics["loss"].compute()) == pytest.approx(loss.item(), rel=1e-6)
+        assert float(each.metrics["error"].compute()) == pytest.approx(loss.item(), rel=1e-6)
+
+
 def contrast(found):
     """Each sample shall be near to its twin and far from all others."""
     logits = F.normalize(found["a"]) @ F.normalize(found["b"]).T / 0.1

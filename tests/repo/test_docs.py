@@ -24,9 +24,7 @@ def assert_page_runs(page: Path) -> None:
         command = [sys.executable, str(Path(__file__).with_name("run_page.py")), str(page)]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
     output = (done.stdout[-2000:] + done.stderr[-4000:]).strip()
-    assert done.returncode == 0, (
-        f"a block of {page.relative_to(ROOT)} fails (try: python tests/repo/run_page.py {page.relative_to(ROOT)}):\n{output}"
-    )
+    assert done.returncode == 0, f"a block of {page.name} fails (try: python tests/repo/run_page.py {page}):\n{output}"
 
 
 def _has_code(page: Path) -> bool:
