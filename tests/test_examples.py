@@ -14,11 +14,11 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def lines_of(name: str, folder: Path, *args: str) -> list[str]:
+def lines_of(name: str, folder: Path, *args: str, timeout: float = 300) -> list[str]:
     """What an example prints when it is run in a folder."""
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
     command = [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"), *args]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout.splitlines()
 
@@ -99,7 +99,7 @@ REVIEWS = Path(os.environ.get("FNLIGHT_REVIEWS", "vaderSentiment-3.3.2.tar.gz"))
 )
 def test_finetuning_is_better_than_a_new_head(tmp_path: Path) -> None:
     """What frozen layers and a new head reach on rated reviews is surpassed once the layers thaw."""
-    lines = lines_of("finetune", tmp_path, "--archive", str(REVIEWS))
+    lines = lines_of("finetune", tmp_path, "--archive", str(REVIEWS), timeout=1500)  # two minutes where nobody else works
     found = re.fullmatch(r"test accuracy (0\.\d{4}), (0\.\d{4}) before the layers were trained", lines[-1])
     assert found
     assert float(found[1]) > 0.8
