@@ -114,14 +114,21 @@ def clip_each(max_norm: float) -> Combinator:
     def clip(store: Store, values: Sequence[Tensor | None]) -> None:
         held = [v for v in values if v is not None]
         if held:
-            norms = torch._foreach_norm(held) if store.place is None else list(store.place.norms(held).unbind())
+            norms = _norms(held) if store.place is None else [store.place.norms(held)]
             torch._foreach_add_(norms, 1e-6)
             torch._foreach_reciprocal_(norms)
             torch._foreach_mul_(norms, max_norm)
             torch._foreach_clamp_max_(norms, 1.0)
-            torch._foreach_mul_(local_parts(held), norms)
+            factors = norms[0].unbind() if norms[0].dim() else norms
+            torch._foreach_mul_(local_parts(held), factors)
 
     return Combinator("clip_each", _changed(clip), "grad", "grad", args=str(max_norm))
+
+
+def _norms(held: list[Tensor]) -> list[Tensor]:
+    """The 2-norm of each tensor; in one tensor, shape [tensors], where they are of one kind: few large kernels instead of many small ones."""
+    norms = torch._foreach_norm(held)
+    return [torch.stack(norms)] if len({(n.device, n.dtype) for n in norms}) == 1 else list(norms)
 
 
 def clip_adaptive(clipping: float = 0.01, eps: float = 1e-3, exclude: Sequence[str] = ()) -> Combinator:
@@ -218,12 +225,12 @@ def clip_quantile(quantile: float = 0.1, window: int = 1000) -> Combinator:
             norm = _joint_norm(store, held)
             if isinstance(tree["seen"], int):  # of a state that was saved when the count was a number
                 tree["seen"] = torch.tensor([tree["seen"]], device=store.device)
-            tree["norms"].scatter_(0, tree["seen"] % window, torch.where(torch.isfinite(norm), norm, torch.nan)[None])
+            tree["norms"].scatter_(0, tree["seen"] % window, (norm + (norm - norm))[None])  # NaN where it is infinite
             tree["seen"] += 1
             limit = torch.nanquantile(tree["norms"], quantile)
             if held:
-                ratio = torch.clamp(limit / (norm + 1e-6), max=1.0)
-                torch._foreach_mul_(local_parts(held), torch.where(torch.isnan(limit), 1.0, ratio))
+                ratio = torch.clamp(limit / (norm + 1e-6), max=1.0).masked_fill_(torch.isnan(limit), 1.0)
+                torch._foreach_mul_(local_parts(held), ratio)
             found.metrics["grad_norm"] = norm
             return found
 

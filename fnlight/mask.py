@@ -174,16 +174,23 @@ def counted_where(metrics: Mapping[str, Any], finite: Tensor) -> dict[str, Any]:
         >>> float(counted_where({"loss": torch.tensor(2.0)}, torch.tensor(True))["loss"])
         2.0
     """
-    return {name: _where(value, finite) for name, value in metrics.items()}
+    broken, once = finite.logical_not(), finite.float()
+    return {name: _where(value, finite, broken, once) for name, value in metrics.items()}
 
 
-def _where(value: Any, finite: Tensor) -> Any:
+def _where(value: Any, finite: Tensor, broken: Tensor, once: Tensor) -> Any:
     if isinstance(value, Tensor | int | float):
         value = Mean(value)
+    if value.__class__ is Mean and value.weight == 1 and not isinstance(value.weight, Tensor) and _is_plain(value.total, finite):
+        return Mean(value.total.masked_fill(broken, 0.0), once)  # most metrics are such
     fields = _NEUTRAL.get(type(value))
     if fields is None:
         return value
     return type(value)(*(_tensor_where(finite, getattr(value, name), neutral) for name, neutral in fields.items()))
+
+
+def _is_plain(value: Any, finite: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.device == finite.device
 
 
 def _tensor_where(finite: Tensor, value: Any, neutral: float) -> Tensor:

@@ -44,9 +44,8 @@ def skip_nonfinite(max_consecutive: int | None = 10) -> Combinator:
             tree = store.memory["skip_nonfinite"]
             buffers = buffers_before(store.module, tree["buffers"])
             found: Gradients = grad_fn(store, batches, key)
-            fine = _finite_each(store, found)
-            finite = fine.all() & torch.isfinite(found.loss if store.place is None else loss_of_all(store, found))
-            tree["bad"] = torch.where(finite, tree["bad"], ~fine)
+            fine, finite = _finite_each(store, found, found.loss if store.place is None else loss_of_all(store, found))
+            tree["bad"] = torch.where(finite, tree["bad"], fine.logical_not())
             left = _left_out(found, finite, tree, buffers, "skipped")
             store.host.later(store, look)
             return left._replace(metrics={**counted_where(found.metrics, finite), "skipped": left.metrics["skipped"]})
@@ -152,11 +151,12 @@ def _left_out(found: Gradients, ok: Tensor, tree: dict[str, Any], buffers: Any, 
     if tree["buffers"] is None:
         tree["buffers"] = buffers.changing()
     buffers.put_back(ok)
-    tree["skipped"] = tree["skipped"] + ~ok
-    tree["row"] = torch.where(ok, 0, tree["row"] + 1)
+    bad = ok.logical_not()
+    tree["skipped"] = tree["skipped"] + bad
+    tree["row"] = (tree["row"] + 1) * bad
     tree["worst"] = torch.maximum(tree["worst"], tree["row"])
     finite = False if found.finite is False else ok if found.finite is None or found.finite is True else found.finite & ok
-    return found._replace(metrics={**found.metrics, name: Sum((~ok).float())}, finite=finite)
+    return found._replace(metrics={**found.metrics, name: Sum(bad.float())}, finite=finite)
 
 
 def _look(tree: dict[str, Any], most: int | None, says: Any) -> None:
@@ -174,20 +174,23 @@ def _blame(store: Store, tree: dict[str, Any]) -> str:
     )
 
 
-def _finite_each(store: Store, found: Gradients) -> Tensor:
-    """Whether the 2-norm of each parameter's gradient is finite, shape [params], in the order of the model; one that is missing is."""
+def _finite_each(store: Store, found: Gradients, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether the 2-norm of each parameter's gradient is finite, shape [params], in the order of the model; one that is missing is.
+
+    And whether all of them are, and the loss: shape [].
+    """
     places = [i for i, p in enumerate(store.named.values()) if p.requires_grad]
     given = [(i, v._values() if v.is_sparse else v) for i, v in zip(places, found.values, strict=True) if v is not None]
-    every = torch.ones(len(store.named), dtype=torch.bool, device=store.device)
-    if not given:
-        return every
     held = [v for _, v in given]
-    each = torch._foreach_norm(held) if store.place is None else store.place.norms(held).unbind()
-    fine = torch.isfinite(torch.stack([n.to(store.device, torch.float32) for n in each]))
-    if len(given) == len(every):
-        return fine
-    every[[i for i, _ in given]] = fine
-    return every
+    each = list(torch._foreach_norm(held) if store.place is None else store.place.norms(held).unbind()) if held else []
+    dtype = torch.promote_types(torch.float32, loss.dtype)
+    numbers = torch.stack([n.to(store.device, dtype) for n in (*each, loss)])
+    fine = numbers - numbers == 0  # infinity less infinity is no number
+    every, finite = fine[:-1], fine.all()
+    if len(given) != len(store.named):
+        every = torch.ones(len(store.named), dtype=torch.bool, device=store.device)
+        every[[i for i, _ in given]] = fine[:-1]
+    return every, finite
 
 
 def _first(combinators: tuple[Combinator, ...]) -> str | None:

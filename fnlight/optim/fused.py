@@ -53,9 +53,11 @@ class Group:
         """Whether other processes hold parts of the parameters."""
         return self.parts[0] is not self.params[0]
 
-    def count(self, steps: list[Tensor]) -> None:
-        """Add one to the step counts, as torch does."""
-        if self.device.type == "cpu":
+    def count(self, steps: list[Tensor], found_inf: Tensor | None) -> None:
+        """Add one to the step counts, or nothing where `found_inf` is 1: torch adds one and takes it back."""
+        if found_inf is not None:
+            torch._foreach_add_(steps, 1 - found_inf, alpha=1.0)  # with alpha it stays on the device
+        elif self.device.type == "cpu":
             torch._foreach_add_(steps, self.one, alpha=1.0)
         else:
             torch._foreach_add_(steps, 1)
@@ -223,13 +225,11 @@ def _adam(group: Group, params: Any, grads: list[Any], slots: Any, found_inf: Te
     kernel = torch._fused_adamw_ if options["decoupled_weight_decay"] else torch._fused_adam_
 
     def call() -> None:
-        group.count(steps)
+        group.count(steps, found_inf)
         kernel(
             params, grads, firsts, seconds, largest, steps, lr=options["lr"], beta1=beta1, beta2=beta2, eps=options["eps"],
             weight_decay=options["weight_decay"], amsgrad=options["amsgrad"], maximize=options["maximize"], found_inf=found_inf,
         )  # fmt: skip
-        if found_inf is not None:
-            torch._foreach_sub_(steps, [found_inf] * len(steps))
 
     return call
 
@@ -238,13 +238,11 @@ def _adagrad(group: Group, params: Any, grads: list[Any], slots: Any, found_inf:
     options, steps, sums = group.options, [s["step"] for s in slots], [s["sum"] for s in slots]
 
     def call() -> None:
-        group.count(steps)
+        group.count(steps, found_inf)
         torch._fused_adagrad_(
             params, grads, sums, steps, lr=options["lr"], lr_decay=options["lr_decay"], weight_decay=options["weight_decay"],
             eps=options["eps"], maximize=options["maximize"], found_inf=found_inf,
         )  # fmt: skip
-        if found_inf is not None:
-            torch._foreach_sub_(steps, [found_inf] * len(steps))
 
     return call
 

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/overhead.py              # the table
     python tests/benchmarks/overhead.py --blocks 30  # a quick look
+    python tests/benchmarks/overhead.py --cpu        # CPU time, on a machine that others use
 
 Both sides of a row do the same work: same data, model, optimizer and thread. They are timed in turns, a block of 50 steps each, so that
 whatever else the machine does falls on both, and a block holds one log; the table gives medians over blocks, and the median of the
@@ -83,37 +84,41 @@ def with_fit(loader: Any, folder: str, fn: Any = train_step) -> Iterator[Any]:
     return fl.run(fl.compose(task, config, loader), fl.TrainState.create(task), loader, donate=True)
 
 
-def timed(side: Iterator[Any]) -> float:
+Clock = Callable[[], float]
+CLOCKS: dict[bool, Clock] = {False: time.perf_counter, True: time.process_time}
+
+
+def timed(side: Iterator[Any], clock: Clock = time.perf_counter) -> float:
     """Seconds that a block takes."""
-    start = time.perf_counter()
+    start = clock()
     for _ in range(BLOCK):
         next(side)
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def in_turns(blocks: int, *sides: Iterator[Any]) -> list[list[float]]:
+def in_turns(blocks: int, *sides: Iterator[Any], clock: Clock = time.perf_counter) -> list[list[float]]:
     """Microseconds a step of every block of every side; the first blocks warm up and are thrown away."""
     found: list[list[float]] = [[] for _ in sides]
     for i in range(blocks + 4):
         order = range(len(sides)) if i % 2 else reversed(range(len(sides)))
         for k in order:
-            seconds = timed(sides[k])
+            seconds = timed(sides[k], clock)
             if i >= 4:
                 found[k].append(seconds / BLOCK * 1e6)
     return found
 
 
-def row(name: str, blocks: int, base: Iterator[Any], other: Iterator[Any]) -> str:
+def row(name: str, blocks: int, base: Iterator[Any], other: Iterator[Any], clock: Clock = time.perf_counter) -> str:
     """A row of the table."""
-    a, b = in_turns(blocks, base, other)
+    a, b = in_turns(blocks, base, other, clock=clock)
     extra = statistics.median(y - x for x, y in zip(a, b, strict=True))
     ratio = statistics.median(y / x for x, y in zip(a, b, strict=True))
     return f"| {name} | {statistics.median(a):.0f} | {statistics.median(b):.0f} | {extra:+.1f} | {ratio:.3f} |"
 
 
-def each_metric(blocks: int, listed: list[Any], folder: str) -> str:
+def each_metric(blocks: int, listed: list[Any], folder: str, clock: Clock = time.perf_counter) -> str:
     """What ten further metrics cost, by ten."""
-    few, many = in_turns(blocks, with_fit(listed, folder, with_metrics(1)), with_fit(listed, folder, with_metrics(11)))
+    few, many = in_turns(blocks, with_fit(listed, folder, with_metrics(1)), with_fit(listed, folder, with_metrics(11)), clock=clock)
     extra = statistics.median(y - x for x, y in zip(few, many, strict=True)) / 10
     return f"Each further metric, averaged over every 50 steps and over the epoch: {extra:.2f} us a step."
 
@@ -186,7 +191,8 @@ def main() -> None:
     """Print the table."""
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("--blocks", type=int, default=200, help="blocks of 50 steps that each side of a row takes")
-    blocks = args.parse_args().blocks
+    args.add_argument("--cpu", action="store_true", help="count CPU time instead, for a machine that others use at the same time")
+    blocks, clock = args.parse_args().blocks, CLOCKS[args.parse_args().cpu]
     torch.set_num_threads(1)
     data = TensorDataset(torch.randn(EPOCH * BATCH, 32), torch.randint(0, 10, (EPOCH * BATCH,)))
     listed = list(DataLoader(data, batch_size=BATCH))
@@ -196,9 +202,9 @@ def main() -> None:
     print("| MLP 32-64-10, batch 32, fused AdamW | plain, us a step | fnlight, us a step | difference, us | ratio |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for where, source in (("a list", listed), ("a DataLoader", loader)):
-            print(row(f"`run` over {where}", blocks, plain(source), with_run(source)), flush=True)
-            print(row(f"`fit` over {where}, JSONL every 50", blocks, plain(source), with_fit(source, folder)), flush=True)
-        print(f"\n{each_metric(blocks, listed, folder)}")
+            print(row(f"`run` over {where}", blocks, plain(source), with_run(source), clock), flush=True)
+            print(row(f"`fit` over {where}, JSONL every 50", blocks, plain(source), with_fit(source, folder), clock), flush=True)
+        print(f"\n{each_metric(blocks, listed, folder, clock)}")
     print(tiny_epoch(11))
     print(import_cost(11))
     print(second_copies())
