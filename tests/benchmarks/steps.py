@@ -2,6 +2,7 @@
 
     python tests/benchmarks/steps.py              # the table
     python tests/benchmarks/steps.py --blocks 30  # a quick look
+    python tests/benchmarks/steps.py --cpu        # CPU time, on a machine that others use
 
 As in overhead.py, both sides do the same work and are timed in turns; ratios are what to read.
 """
@@ -20,7 +21,7 @@ import fnlight as fl
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from overhead import adamw, row
+from overhead import CLOCKS, adamw, row
 
 BATCH, WIDE = 64, 256
 
@@ -74,11 +75,42 @@ def plain_scaled(data: list[Any]) -> Iterator[None]:
             yield
 
 
-def ours(data: list[Any], *parts: fl.Combinator) -> Iterator[Any]:
+def plain_averaged(data: list[Any], decay: float = 0.999) -> Iterator[None]:
+    """The loop by hand with averaged weights, by one foreach kernel."""
+    model = mlp()
+    optimizer, params = adamw(model), list(model.parameters())
+    averages = [p.detach().clone() for p in params]
+    while True:
+        for batch in data:
+            optimizer.zero_grad()
+            train_step(model, batch).backward()
+            optimizer.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(averages, params, 1 - decay)
+            yield
+
+
+def plain_scheduled(data: list[Any], schedule: Callable[[int], float]) -> Iterator[None]:
+    """The loop by hand with a learning rate that is set before every step."""
+    model = mlp()
+    optimizer, step = adamw(model), 0
+    while True:
+        for batch in data:
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * schedule(step)
+            optimizer.zero_grad()
+            train_step(model, batch).backward()
+            optimizer.step()
+            step += 1
+            yield
+
+
+def ours(data: list[Any], *parts: fl.Combinator, schedule: Any = None) -> Iterator[Any]:
     """A pipe of these parts around `grad`, in the order of a step."""
     before = [c for c in parts if c.takes == "loss"]
-    task = fl.Task(mlp(), train_step, configure_optimizers=adamw)
-    step = fl.pipe(train_step, *before, fl.grad(), *(c for c in parts if c.takes == "grad"), fl.apply())
+    task = fl.Task(mlp(), train_step, configure_optimizers=lambda model: fl.Optim(adamw(model), schedule))
+    inner, outer = [c for c in parts if c.takes == "grad"], [c for c in parts if c.takes == "step"]
+    step = fl.pipe(train_step, *before, fl.grad(), *inner, fl.apply(), *outer)
     return fl.run(step, fl.TrainState.create(task), data, donate=True)
 
 
@@ -96,20 +128,27 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--blocks", type=int, default=100)
-    blocks = parser.parse_args().blocks
+    parser.add_argument("--cpu", action="store_true", help="count CPU time instead, for a machine that others use at the same time")
+    blocks, clock = parser.parse_args().blocks, CLOCKS[parser.parse_args().cpu]
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     data = [(torch.randn(BATCH, 32, generator=generator), torch.randint(10, (BATCH,), generator=generator)) for _ in range(1000)]
+    fp16 = (fl.autocast(torch.float16), fl.loss_scale(), fl.clip_norm(1.0))
+    course = fl.warmup_cosine(warmup=1000, total=10**6)
     print("| MLP 32-256-256-10, batch 64, fused AdamW | by hand, us a step | fnlight, us a step | difference, us | ratio |")
     print("|---|---|---|---|---|")
-    print(row("fp32", blocks, plain(data), ours(data)))
-    print(row("`autocast(torch.bfloat16)`", blocks, plain(data, torch.bfloat16), ours(data, fl.autocast(torch.bfloat16))))
-    print(row("`clip_norm(1.0)`", blocks, plain(data, clip=clip_norm), ours(data, fl.clip_norm(1.0))))
-    print(row("`clip_value(0.1)`", blocks, plain(data, clip=clip_value), ours(data, fl.clip_value(0.1))))
-    fp16 = (fl.autocast(torch.float16), fl.loss_scale(), fl.clip_norm(1.0))
-    print(row("`autocast(torch.float16)`, `loss_scale()`, `clip_norm(1.0)`", max(blocks // 4, 5), plain_scaled(data), ours(data, *fp16)))
+    for name, share, hand, made in (
+        ("fp32", 1, plain(data), ours(data)),
+        ("`autocast(torch.bfloat16)`", 1, plain(data, torch.bfloat16), ours(data, fl.autocast(torch.bfloat16))),
+        ("`clip_norm(1.0)`", 1, plain(data, clip=clip_norm), ours(data, fl.clip_norm(1.0))),
+        ("`clip_value(0.1)`", 1, plain(data, clip=clip_value), ours(data, fl.clip_value(0.1))),
+        ("`ema(0.999)`", 1, plain_averaged(data), ours(data, fl.ema(0.999))),
+        ("`Optim(..., warmup_cosine(...))`", 1, plain_scheduled(data, course), ours(data, schedule=course)),
+        ("`autocast(torch.float16)`, `loss_scale()`, `clip_norm(1.0)`", 4, plain_scaled(data), ours(data, *fp16)),
+    ):
+        print(row(name, max(blocks // share, 5), hand, made, clock), flush=True)
     for part in (fl.skip_nonfinite(), fl.skip_spikes(), fl.clip_each(1.0), fl.clip_adaptive(), fl.clip_quantile(), fl.grad_noise()):
-        print(row(f"`{part.name}()` beside a step without it", blocks // 2, ours(data), ours(data, part)))
+        print(row(f"`{part.name}()` beside a step without it", blocks // 2, ours(data), ours(data, part), clock), flush=True)
 
 
 if __name__ == "__main__":
