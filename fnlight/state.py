@@ -23,7 +23,7 @@ from fnlight.host import Host
 from fnlight.metrics import Tally
 from fnlight.optim import Optim, named_state, prepare, prepare_each, reported, to_device, weights_to_use
 from fnlight.rng import SKIPPED, TRAIN, fold_in, isolated, seed_generators
-from fnlight.task import Task
+from fnlight.task import Task, empty
 from fnlight.times import Times
 
 
@@ -201,8 +201,9 @@ class TrainState:
 
     @classmethod
     def create(
-        cls, task: Task, seed: int = 0, device: torch.device | str | None = None, *, place: Any = None, _memo: dict[int, Any] | None = None
-    ) -> "TrainState":
+        cls, task: Task, seed: int = 0, device: torch.device | str | None = None, *, place: Any = None, donate: bool = False,
+        _memo: dict[int, Any] | None = None,
+    ) -> "TrainState":  # fmt: skip
         """A state before the first step, on a copy of the task's model.
 
         Args:
@@ -210,12 +211,14 @@ class TrainState:
             seed: Any non-negative integer; all randomness of the training follows from it.
             device: Where the tensors live; None leaves them where the model has them.
             place: How they lie on several processes, such as ``fl.parallel.ddp()``; the model is placed first, then gets its optimizer.
+            donate: True takes the very tensors of the task's model, for one that fits into memory only once; the model is left with none,
+                and the task can make no other state.
 
         Returns:
             The state.
 
         Raises:
-            TypeError: If the task is not a `Task` or the seed is no integer.
+            TypeError: If the task is not a `Task` or has given its model away, or the seed is no integer.
             OptimizerError: If `configure_optimizers` does not fit the model.
         """
         if not isinstance(task, Task):
@@ -224,13 +227,19 @@ class TrainState:
             raise TypeError(f"seed must be a non-negative integer, but got {seed!r}")
         lazy = [name for name, t in (*task.model.named_parameters(), *task.model.named_buffers()) if is_lazy(t)]
         if lazy:
-            raise TypeError(f"the model has lazy tensors without a shape, {lazy[:5]}; call it once on a batch before making a Task")
+            raise TypeError(
+                f"the model has lazy tensors without a shape, {lazy[:5]}; call it once on a batch before making a Task, or make it anew where it "
+                "was donated to another state"
+            )
+        memo = {id(t): t for t in (*task.model.parameters(), *task.model.buffers())} if donate else _memo
         with isolated(None if device is None else torch.device(device)):
-            module = copy.deepcopy(task.model, _memo)
+            module = copy.deepcopy(task.model, memo)
             if device is not None:
                 module.to(device)
             placed = None if place is None else place.place(module)
             store = Store(module, _configure(task, module), {}, placed)
+        if donate:
+            empty(task.model)
         return cls(task, Progress(updates=dict.fromkeys(store.phases, 0)), seed, History(), None, store, 0)
 
     @property

@@ -5,6 +5,7 @@ from typing import Any
 
 import attrs
 from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 
 @attrs.frozen(eq=False)
@@ -24,6 +25,7 @@ class Task:
         TypeError: If the model is no module, or a function is not callable.
 
     Example:
+        >>> import torch
         >>> task = Task(nn.Linear(2, 1), lambda model, batch: model(batch).sum(),
         ...             configure_optimizers=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
         >>> task.train_step(task.model, torch.ones(1, 2)).shape
@@ -57,3 +59,22 @@ def _check_phases(given: Mapping[Any, Any]) -> None:
             raise TypeError(f"Task(train_step=...) must name its phases with strings without a slash, but got the name {name!r}")
         if not callable(fn):
             raise TypeError(f"Task(train_step={{{name!r}: ...}}) must be a function or a Phase, but got {type(fn).__name__}")
+
+
+def empty(model: nn.Module) -> None:
+    """Leave a module without its tensors, which are somebody else's now: lazy ones, which can do nothing, stand in their places.
+
+    Args:
+        model: Any module; changed in place.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> empty(model); model.weight
+        <UninitializedParameter>
+    """
+    lazy: Any = UninitializedParameter  # its stub lacks the arguments
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            module._parameters[name] = None if p is None else lazy(requires_grad=p.requires_grad)
+        for name, b in module._buffers.items():
+            module._buffers[name] = None if b is None else UninitializedBuffer()

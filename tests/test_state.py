@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fnlight import tree
 from fnlight.averages import ema
+from fnlight.checkpoint import load, save
 from fnlight.errors import DonatedStateError, OptimizerError
 from fnlight.history import Record
 from fnlight.metrics import Tally
@@ -20,7 +21,7 @@ from fnlight.pipe import pipe
 from fnlight.replay import from_torch
 from fnlight.state import Progress, Store, TrainState
 from fnlight.task import Task
-from fnlight.update import apply, grad
+from fnlight.update import apply, grad, update
 
 
 class Net(nn.Module):
@@ -336,3 +337,57 @@ def test_recording_leaves_the_state_as_it_was() -> None:
     later = state.recorded({"val/loss": 1.0})
     assert (len(state.history), later.history[0]) == (0, Record(2, 0, {"val/loss": 1.0}))
     assert later.live is state.live
+
+
+class Tied(nn.Module):
+    """Two layers of one weight, and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3, bias=False)
+        self.second.weight = self.first.weight
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x):
+        return self.second(self.first(x)) * self.scale
+
+
+def test_a_donated_model_lies_in_the_very_memory_of_the_state():
+    """Nothing is copied: parameters, tied ones and buffers are those of the model, and the training is that of a copy."""
+
+    def sgd(model):
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(model, batch):
+        return model(batch).square().mean()
+
+    torch.manual_seed(0)
+    model = Tied()
+    twin = copy.deepcopy(model)
+    places = {name: t.data_ptr() for name, t in model.state_dict().items()}
+    state = TrainState.create(Task(model, step, configure_optimizers=sgd), donate=True)
+    assert {name: t.data_ptr() for name, t in state.store.module.state_dict().items()} == places
+    assert state.store.module.second.weight is state.store.module.first.weight
+    found, _ = update(state, torch.ones(2, 3))
+    expected, _ = update(TrainState.create(Task(twin, step, configure_optimizers=sgd)), torch.ones(2, 3))
+    assert all(torch.equal(p, expected.params[name]) for name, p in found.params.items())
+
+
+def test_a_donated_model_makes_no_other_state(tmp_path):
+    """A task whose model is gone says so, rather than beginning with weights that have been trained."""
+    task = Task(nn.BatchNorm1d(2), lambda model, batch: model(batch).sum())
+    state = TrainState.create(task, donate=True)
+    with pytest.raises(TypeError, match=r"lazy tensors without a shape, \['weight', 'bias', .*or make it anew where it was donated"):
+        TrainState.create(task)
+    with pytest.raises(TypeError, match="make it anew where it was donated"):
+        load(save(state, tmp_path / "state"), state.task)
+    assert torch.equal(state.copy().params["weight"], torch.ones(2))
+
+
+def test_a_model_that_is_refused_is_not_taken():
+    """Where the optimizer does not fit, the model keeps its tensors."""
+    model = nn.Linear(2, 1)
+    task = Task(model, lambda model, batch: model(batch).sum(), configure_optimizers=lambda m: 3)
+    with pytest.raises(OptimizerError, match="must return"):
+        TrainState.create(task, donate=True)
+    assert model.weight.shape == (1, 2)
