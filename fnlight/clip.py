@@ -225,7 +225,7 @@ def clip_quantile(quantile: float = 0.1, window: int = 1000) -> Combinator:
             norm = _joint_norm(store, held)
             if isinstance(tree["seen"], int):  # of a state that was saved when the count was a number
                 tree["seen"] = torch.tensor([tree["seen"]], device=store.device)
-            tree["norms"].scatter_(0, tree["seen"] % window, (norm + (norm - norm))[None])  # NaN where it is infinite
+            tree["norms"].scatter_(0, tree["seen"] % window, torch.where(torch.isfinite(norm), norm, torch.nan)[None])
             tree["seen"] += 1
             limit = torch.nanquantile(tree["norms"], quantile)
             if held:

@@ -184,8 +184,7 @@ def _finite_each(store: Store, found: Gradients, loss: Tensor) -> tuple[Tensor, 
     held = [v for _, v in given]
     each = list(torch._foreach_norm(held) if store.place is None else store.place.norms(held).unbind()) if held else []
     dtype = torch.promote_types(torch.float32, loss.dtype)
-    numbers = torch.stack([n.to(store.device, dtype) for n in (*each, loss)])
-    fine = numbers - numbers == 0  # infinity less infinity is no number
+    fine = torch.isfinite(torch.stack([n.to(store.device, dtype) for n in (*each, loss)]))
     every, finite = fine[:-1], fine.all()
     if len(given) != len(store.named):
         every = torch.ones(len(store.named), dtype=torch.bool, device=store.device)
