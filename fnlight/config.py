@@ -157,7 +157,7 @@ class FitConfig:
         detect_anomaly: True lets autograd name the operation that made a NaN, slowly.
         donate: True trains on the very tensors of the state that is passed in.
         gc: ``"auto"`` leaves the collection of garbage to Python; ``"managed"`` does it between steps, see `collect_garbage`.
-        compile: ``"trace"``, ``"step"`` or ``"model"``: how much of a step becomes one graph, see `fnlight.compile`; None: nothing.
+        compile: ``"trace"``, ``"step"``, ``"graph"`` or ``"model"``: how much of a step becomes one graph, see `fnlight.compile`; None: nothing.
         unroll: Updates in one call of a compiled step.
         parallel: ``"auto"`` or None: one process; others are refused by this version.
         signals: True ends the run after the step that is under way when SIGTERM, SIGUSR1 or Ctrl-C comes; see `fnlight.signals`.
@@ -213,7 +213,7 @@ class FitConfig:
     detect_anomaly: bool = attrs.field(default=False, validator=_one_of(True, False))
     donate: bool = attrs.field(default=False, validator=_one_of(True, False))
     gc: str = attrs.field(default="auto", validator=_one_of("auto", "managed"))
-    compile: str | None = attrs.field(default=None, validator=_one_of(None, "trace", "step", "model"))
+    compile: str | None = attrs.field(default=None, validator=_one_of(None, "trace", "step", "graph", "model"))
     unroll: int = attrs.field(default=1, validator=_count(1, optional=False))
     parallel: str | None = attrs.field(default="auto", validator=_one_of("auto", None))
     signals: bool = attrs.field(default=False, validator=_one_of(True, False))
@@ -238,7 +238,7 @@ class FitConfig:
         if not isinstance(self.keep, Retention):
             raise ConfigError(f"FitConfig(keep=...) must be a retention such as last(1) or best('val/loss', 3), but got {self.keep!r}")
 
-        if self.unroll > 1 and self.compile not in ("trace", "step"):
+        if self.unroll > 1 and self.compile in (None, "model"):
             raise ConfigError(
                 f"FitConfig(unroll={self.unroll}) puts several updates into one graph; give compile='step' or 'trace' as well"
             )

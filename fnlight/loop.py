@@ -334,6 +334,7 @@ def stop_when(*rules: Callable[[TrainState], str | None]) -> Combinator:
     if not rules or not all(callable(rule) for rule in rules):
         raise ConfigError(f"stop_when needs stop rules such as max_epochs(10), but got {rules!r}")
 
+    known = min([rule.until for rule in rules if isinstance(rule, StopRule) and rule.until is not None], default=None)
     bare = [rule.fn if isinstance(rule, StopRule) else rule for rule in rules]  # one call less at every step
 
     def asked(state: TrainState) -> TrainState:
@@ -342,6 +343,10 @@ def stop_when(*rules: Callable[[TrainState], str | None]) -> Combinator:
             if reason is not None:
                 return attrs.evolve(state, stopped=reason)
         return state
+
+    def start(state: TrainState) -> TrainState:
+        state.store.until = known  # a step of several updates takes no more than these
+        return asked(state)
 
     def wrap(step: Any) -> Any:
         def stopping(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -352,4 +357,4 @@ def stop_when(*rules: Callable[[TrainState], str | None]) -> Combinator:
 
     monitors = tuple(m for rule in rules if isinstance(rule, StopRule) for m in rule.monitors)
     label = ", ".join(getattr(rule, "__name__", repr(rule)) for rule in rules)
-    return Combinator("stop_when", wrap, "step", "step", args=label, phase="stop", start=asked, monitors=monitors)
+    return Combinator("stop_when", wrap, "step", "step", args=label, phase="stop", start=start, monitors=monitors)

@@ -25,6 +25,7 @@ class StopRule:
         text: The source text, which is also its identity.
         fn: Maps a state to the reason to stop, or None.
         monitors: Names in the history that it needs.
+        until: The completed steps behind which it surely stops; None where nothing is known.
 
     Example:
         >>> patience("val/loss", 3) | max_epochs(10)
@@ -34,6 +35,7 @@ class StopRule:
     text: str
     fn: Callable[[Any], str | None] = attrs.field(eq=False)
     monitors: tuple[str, ...] = ()
+    until: int | None = attrs.field(default=None, eq=False)
 
     def __call__(self, state: Any) -> str | None:
         """Give the reason to stop, or None."""
@@ -46,7 +48,8 @@ class StopRule:
             found = a.fn(state)
             return b.fn(state) if found is None else found
 
-        return StopRule(f"{a.text} | {b.text}", either, a.monitors + b.monitors)
+        until = min([n for n in (a.until, b.until) if n is not None], default=None)
+        return StopRule(f"{a.text} | {b.text}", either, a.monitors + b.monitors, until)
 
     def __ror__(self, other: Any) -> "StopRule":
         return _rule(other) | self
@@ -239,7 +242,7 @@ def max_steps(n: int) -> StopRule:
         max_steps(100)
     """
     _whole("max_steps", n)
-    return StopRule(f"max_steps({n})", lambda state: f"{n} steps done" if state.progress.step >= n else None)
+    return StopRule(f"max_steps({n})", lambda state: f"{n} steps done" if state.progress.step >= n else None, until=n)
 
 
 def max_epochs(n: int) -> StopRule:

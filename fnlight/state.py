@@ -84,7 +84,7 @@ class Store:
 
     __slots__ = (
         "bound", "device", "host", "media", "memory", "module", "named", "optim", "owner", "params", "phases", "place", "position",
-        "progress", "resources", "scale", "seed", "skipped", "times", "version",
+        "progress", "resources", "scale", "seed", "skipped", "times", "until", "version",
     )  # fmt: skip
 
     def __init__(self, module: nn.Module, optim: Optim | Mapping[str, Optim], memory: dict[str, Any], place: Any = None) -> None:
@@ -97,6 +97,7 @@ class Store:
         self.position: Callable[[], Any] | None = None  # where a loader that keeps its own position stands
         self.skipped = False  # whether the last step left out its update, and the host knows
         self.progress = Progress()  # what was completed before the step that is under way
+        self.until: int | None = None  # the completed steps at which the run that is under way ends at the latest, if that is known
         self.scale: Tensor | None = None  # what a loss is multiplied by before it goes backward
         self.resources: dict[str, Any] = {}  # what a run holds open, by name; each has a close(error), and none is copied or saved
         self.times = Times()  # where the time of the training went

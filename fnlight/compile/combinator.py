@@ -8,8 +8,9 @@ import attrs
 import torch
 
 from fnlight.combinator import Combinator
-from fnlight.compile.graph import Graph
+from fnlight.compile.graph import LEVELS, Graph, check_device
 from fnlight.data import Item
+from fnlight.data.readers import num_samples
 from fnlight.errors import ConfigError, SeamError
 from fnlight.gradients import join_metrics
 from fnlight.optim import set_lr
@@ -17,7 +18,7 @@ from fnlight.rng import SKIPPED, TRAIN, fold_in
 from fnlight.state import Progress, Store, TrainState
 from fnlight.update import Update
 
-Level = Literal["trace", "step", "model"]
+Level = Literal["trace", "step", "graph", "model"]
 
 
 def compile(level: Level = "step", *, unroll: int = 1, cache_dir: str | None = None) -> Combinator:
@@ -25,6 +26,7 @@ def compile(level: Level = "step", *, unroll: int = 1, cache_dir: str | None = N
 
     - ``"trace"``: the operations in a row, without the Python between them: bitwise the eager step, and on small models twice as fast.
     - ``"step"``: that graph compiled by torch's compiler.
+    - ``"graph"``: the operations captured as a CUDA graph, launched as a whole; on a CUDA device only.
     - ``"model"``: only the model's forward pass, with its backward pass, by ``torch.compile``; it stands in front of `grad`.
 
     Each shape of batch has a graph of its own. What cannot be traced goes on at the next level below, with one `CompileWarning` that says why.
@@ -47,8 +49,8 @@ def compile(level: Level = "step", *, unroll: int = 1, cache_dir: str | None = N
     References:
         Ansel et al., "PyTorch 2: faster machine learning through dynamic Python bytecode transformation and graph compilation" (2024).
     """
-    if level not in ("trace", "step", "model"):
-        raise ConfigError(f"compile takes one of the levels 'trace', 'step' and 'model', but got {level!r}")
+    if level not in (*LEVELS, "model"):
+        raise ConfigError(f"compile takes one of the levels 'trace', 'step', 'graph' and 'model', but got {level!r}")
     if not isinstance(unroll, int) or isinstance(unroll, bool) or unroll < 1 or (unroll > 1 and level == "model"):
         raise ConfigError(f"compile(unroll=...) must be a number of updates >= 1, and 1 at level 'model', but got {unroll!r}")
     label = repr(level) + (f", unroll={unroll}" if unroll > 1 else "")
@@ -64,7 +66,11 @@ def compile(level: Level = "step", *, unroll: int = 1, cache_dir: str | None = N
         graph = Graph(step.kernel, level, cache_dir)
         return attrs.evolve(step, kernel=graph) if unroll == 1 else Unrolled(graph, unroll)
 
-    return Combinator("compile", wrap, "step", "step", args=label, phase="update", repeats=unroll)
+    def start(state: TrainState) -> TrainState:
+        check_device(level, state.store)
+        return state
+
+    return Combinator("compile", wrap, "step", "step", args=label, phase="update", repeats=unroll, start=start)
 
 
 def _compiled_model(loss_fn: Any) -> Any:
@@ -100,8 +106,11 @@ class Unrolled:
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
         """Take the updates of one item; the input state is donated."""
-        item, store = Item.of(batch, state=state), state.donated()
+        item = Item.of(batch, state=state)
         size = max(1, (item.group or len(item.batches)) // self.times)
+        store = state.donated()
+        if store.until is not None and (left := (store.until - state.progress.step) * size) > 0:
+            item = _shortened(item, left)
         updates = [item.batches[i : i + size] for i in range(0, len(item.batches), size)]
         store.progress = state.progress
         found = self._at_once(state, store, updates) if len(updates) == self.times else None
@@ -134,6 +143,15 @@ class Unrolled:
                     p.grad = None
             done, skipped = done + (not store.skipped), skipped + store.skipped
         return reduce(join_metrics, found), done, skipped
+
+
+def _shortened(item: Item, most: int) -> Item:
+    """An item of so many batches at most; the others are not taken."""
+    batches = item.batches[:most]
+    if len(batches) == len(item.batches):
+        return item
+    at, samples = item.batch - len(item.batches) + most, sum(map(num_samples, batches))
+    return attrs.evolve(item, batches=batches, batch=at, last=False, samples=samples, position=None)
 
 
 def _ahead(at: Progress, steps: int, skipped: int) -> Progress:

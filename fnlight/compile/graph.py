@@ -13,14 +13,15 @@ from fnlight.compile.bound import Bound, described
 from fnlight.compile.program import Program
 from fnlight.compile.shadow import UnsettledError, UntraceableError, WantedError, held
 from fnlight.compile.trace import Call, Traced, trace
-from fnlight.errors import CompileWarning
+from fnlight.errors import CompileWarning, ConfigError
 from fnlight.state import Progress, Store
 from fnlight.tree import leaves
 
 Kernel = Callable[[Store, Any, int], Mapping[str, Any]]
 
-LEVELS = ("trace", "step")
-_BELOW = {"step": "at level 'trace'", "trace": "without a graph"}
+LEVELS = {"trace": ("trace",), "step": ("step", "trace"), "graph": ("graph", "trace")}
+"""What is tried in turn, by the level that was asked for."""
+
 _MOST = 16  # graphs of one step: who needs more changes something all the time
 _FOR_COMPILERS = {"fused": False, "foreach": False, "capturable": True}
 _ABSENT: Any = object()
@@ -113,7 +114,8 @@ class Graph:
         return program
 
     def _made(self, store: Store, updates: Sequence[Any], rates: Sequence[Sequence[Any]]) -> Program | None:
-        for level in LEVELS[LEVELS.index(self.level) :: -1]:
+        check_device(self.level, store)
+        for level in LEVELS[self.level]:
             lowers = level != "trace"
             began = time.perf_counter()
             try:
@@ -122,11 +124,13 @@ class Graph:
                 program = Program(self._traced(store, updates, takes, lowers), takes, lowers)
                 if lowers:
                     tensors = [leaf for _, leaf in leaves(updates) if isinstance(leaf, Tensor)]
-                    program.compile(program.inputs(Bound(store, self._reads, 0, {}), rates, tensors), self.cache_dir)
+                    inputs = program.inputs(Bound(store, self._reads, 0, {}), rates, tensors)
+                    program.compile(inputs, self.cache_dir) if level == "step" else program.capture(inputs, len(tensors))
             except UnsettledError:
                 raise
             except UntraceableError as error:
-                self._warn(f"no graph at level {level!r}: {error}; going on {_BELOW[level]}")
+                below = "without a graph" if level == "trace" else "at level 'trace'"
+                self._warn(f"no graph at level {level!r}: {error}; going on {below}")
             else:
                 logging.getLogger("fnlight").info("compile(%r): %d updates in %.1f s", level, len(updates), time.perf_counter() - began)
                 return program
@@ -160,6 +164,28 @@ class Graph:
         if name not in self._settled and any(leaf is None for _, leaf in leaves(store.memory[name])):
             self._settled.add(name)
             raise UnsettledError(f"{name} makes its memory in this step")
+
+
+def check_device(level: str, store: Store) -> None:
+    """Refuse a level that the device does not have.
+
+    Args:
+        level: The level.
+        store: Its device counts.
+
+    Raises:
+        ConfigError: If CUDA graphs are asked for elsewhere.
+
+    Example:
+        >>> from torch import nn
+        >>> from fnlight.optim import Optim
+        >>> check_device("trace", Store(nn.Linear(1, 1), Optim(None), {}))
+    """
+    if level == "graph" and store.device.type != "cuda":
+        raise ConfigError(
+            f"compile('graph') captures a CUDA graph, but this training is on the device {store.device}; take 'step' or 'trace', "
+            "or create the state with device='cuda'"
+        )
 
 
 def _check_store(store: Store) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fnlight.compile.bound import Bound
+from fnlight.compile.capture import Captured
 from fnlight.compile.lower import lower
 from fnlight.compile.trace import Traced
 from fnlight.rng import fold_in
@@ -49,6 +50,10 @@ class Program:
     def compile(self, inputs: list[Tensor], cache_dir: str | None) -> None:
         """Put machine code in the place of the graph."""
         self.fn, self._listed = lower(self.traced.graph, inputs, cache_dir), True
+
+    def capture(self, inputs: list[Tensor], batches: int) -> None:
+        """Put a captured graph in the place of its operations."""
+        self.fn, self._listed = Captured(self.traced.graph.forward, len(inputs) - batches), True
 
     def inputs(
         self, bound: Bound, rates: Sequence[Sequence[Any]], batches: Sequence[Tensor], ahead: Sequence[Progress] = ()

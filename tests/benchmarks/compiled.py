@@ -1,10 +1,12 @@
 """What a compiled step is worth, against the best eager loop by hand and against a loop whose model is compiled.
 
-    python tests/benchmarks/compiled.py              # every row
-    python tests/benchmarks/compiled.py mlp          # one of them: mlp, gpt, convnet
+    python tests/benchmarks/compiled.py                    # every row
+    python tests/benchmarks/compiled.py mlp --blocks 60    # one of them: mlp, gpt, convnet
+    python tests/benchmarks/compiled.py --write            # and the tables of docs/benchmarks.md are written anew
 
-All sides of a row do the same work and are timed in turns; the table gives medians of a block, and the median of the ratios of
-neighbouring blocks. Compiling takes a minute or two before the first figure.
+All sides of a row do the same work in one thread and are timed in turns; the table gives medians of a block, and the median of the
+ratios of neighbouring blocks. What is measured is the processor time of the process, so that others on the machine disturb it little.
+Compiling takes some minutes before the first figure.
 """
 
 import argparse
@@ -104,8 +106,8 @@ class Work:
 
 WORKS = {
     "mlp": Work("MLP 32-64-10, batch 32", mlp, pictures((32,)), 96, (4, 8, 16)),
+    "convnet": Work("convnet 32x32, batch 32", convnet, pictures((3, 32, 32)), 4, (4,)),
     "gpt": Work("GPT, 4 layers, 128 wide, context 64, batch 16", GPT, characters, 2),
-    "convnet": Work("convnet 32x32, batch 32", convnet, pictures((3, 32, 32)), 4),
 }
 
 
@@ -136,16 +138,16 @@ def ours(work: Work, data: list[Any], level: str | None, unroll: int = 1) -> Ite
 
 
 def timed(side: Iterator[int], steps: int) -> float:
-    """Microseconds an update."""
-    done, start = 0, time.perf_counter()
+    """Microseconds of processor time an update."""
+    done, start = 0, time.process_time()
     while done < steps:
         done += next(side)
-    return (time.perf_counter() - start) / done * 1e6
+    return (time.process_time() - start) / done * 1e6
 
 
-def table(work: Work, blocks: int) -> None:
+def table(work: Work, blocks: int) -> str:
     """All sides of one row, in turns."""
-    data = [work.batch() for _ in range(16 * 12)] if work.block > 50 else [work.batch() for _ in range(8)]
+    data = [work.batch() for _ in range(16 * 12)] if work.block > 50 else [work.batch() for _ in range(16)]
     sides: dict[str, Iterator[int]] = {
         "plain loop": plain(work, data, compiled=False),
         "plain loop, `torch.compile(model)`": plain(work, data, compiled=True),
@@ -157,17 +159,31 @@ def table(work: Work, blocks: int) -> None:
     latency = {}
     for name, side in sides.items():
         start = time.perf_counter()
-        timed(side, 2)
+        next(side), next(side)  # the first makes the optimizer's memory, the second the graph
         latency[name] = time.perf_counter() - start
         timed(side, work.block)
+        print(f"{work.name}: {name}: {latency[name]:.1f} s", file=sys.stderr, flush=True)
     found: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(blocks):
         for name in sides if i % 2 else reversed(sides):
             found[name].append(timed(sides[name], work.block))
-    print(f"\n| {work.name} | us an update | times as fast as the plain loop | first two updates, s |\n|---|---|---|---|")
+    lines = [f"| {work.name} | us an update | times as fast as the plain loop | first two calls, s |", "|---|---|---|---|"]
     for name, values in found.items():
         ratio = statistics.median(base / value for base, value in zip(found["plain loop"], values, strict=True))
-        print(f"| {name} | {statistics.median(values):,.0f} | {ratio:.2f} | {latency[name]:.1f} |", flush=True)
+        lines.append(f"| {name} | {statistics.median(values):,.0f} | {ratio:.2f} | {latency[name]:.1f} |")
+    return "\n".join(lines)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+
+
+def write(name: str, text: str) -> None:
+    """Put a table between its marks in the page of benchmarks."""
+    before, mark, rest = PAGE.read_text(encoding="utf-8").partition(f"<!-- compiled {name} -->\n")
+    after = rest.partition(f"<!-- /compiled {name} -->")
+    if not mark or not after[1]:
+        raise SystemExit(f"{PAGE.name} has no place for {name}: it needs the marks <!-- compiled {name} --> and <!-- /compiled {name} -->")
+    PAGE.write_text(before + mark + text + "\n" + "".join(after[1:]), encoding="utf-8")
 
 
 def main() -> None:
@@ -175,13 +191,18 @@ def main() -> None:
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("works", nargs="*", choices=[*WORKS, []], help="rows; all if left out")
     args.add_argument("--blocks", type=int, default=40, help="blocks that each side of a row takes")
+    args.add_argument("--write", action="store_true", help="write the tables into docs/benchmarks.md")
     given = args.parse_args()
     torch.set_num_threads(1)
     print(
         f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, one thread; {given.blocks} blocks in turns"
     )
     for name in given.works or WORKS:
-        table(WORKS[name], given.blocks)
+        text = table(WORKS[name], given.blocks)
+        print("\n" + text, flush=True)
+        if given.write:
+            machine = f"torch {torch.__version__}, {platform.machine()}, one thread, {given.blocks} blocks of {WORKS[name].block} updates in turns:"
+            write(name, f"{machine}\n\n{text}")
 
 
 if __name__ == "__main__":

@@ -62,11 +62,11 @@ def batches_of(sizes: tuple[int, ...] = (6, 6, 6, 6, 6, 6, 6, 3)) -> list[Any]:
 
 
 def trained(
-    task: fl.Task, *compiled: Any, steps: int = 12, accumulate: int = 1, data: Any = None
+    task: fl.Task, *compiled: Any, steps: int = 12, accumulate: int = 1, data: Any = None, device: str = "cpu"
 ) -> tuple[fl.TrainState, list[dict[str, float]]]:
     """The state after some steps, and the metrics of each."""
     parts = [fl.grad(), fl.accumulate(accumulate), fl.clip_norm(1.0), fl.apply(), fl.ema(0.9), *compiled, fl.stop_when(fl.max_steps(steps))]
-    state, found = fl.TrainState.create(task, seed=3), []
+    state, found = fl.TrainState.create(task, seed=3, device=device), []
     for after, metrics in fl.run(fl.pipe(task.train_step, *parts), state, data or batches_of()):
         state = after
         found.append({name: float(v.compute() if isinstance(v, fl.Mean) else v) for name, v in metrics.items()})
@@ -128,6 +128,21 @@ def test_several_updates_in_one_call_are_those_updates_one_by_one(accumulate: in
     weights = [6.0 * accumulate] * 3
     assert means[0] == pytest.approx(sum(m["loss"] * w for m, w in zip(first, weights, strict=True)) / sum(weights))
     assert means[1] == pytest.approx(sum(m["grad_norm"] for m in first) / 3)
+
+
+@pytest.mark.parametrize("steps", [4, 7, 11])
+def test_max_steps_is_exact_with_several_updates_in_a_call(steps: int) -> None:
+    """The last call takes fewer; the place in the data is behind what was taken, so a run that goes on is one that never stopped."""
+    task = task_of()
+    one, _ = trained(task, steps=steps)
+    two, _ = trained(task, fl.compile("trace", unroll=3), steps=steps)
+    assert one.progress == two.progress
+    assert two.progress.step == steps
+    assert_trees_equal(dict(one.params), dict(two.params))
+    config = fl.FitConfig(max_steps=16, compile="trace", unroll=3, progress=False, ema=0.9, clip_norm=1.0)
+    ends = [fl.fit(state, batches_of(), config) for state in (one, two)]
+    assert_trees_equal(dict(ends[0].params), dict(ends[1].params))
+    assert ends[0].progress.step == 16
 
 
 def test_no_graph_is_made_twice(monkeypatch: pytest.MonkeyPatch) -> None:
