@@ -76,7 +76,7 @@ def test_text_that_is_no_configuration_is_refused():
         ({"max_epochs": 1, "accumulate": 0}, r"accumulate=...\) must be batches a step \(>= 1\)"),
         ({"max_epochs": 1, "accumulate": {3: 2}}, r"must say what holds from epoch 0 on"),
         ({"max_epochs": 1, "precision": "int8"}, r"FitConfig\(precision=\.\.\.\) must be one of 'fp32', 'bf16', 'fp16'.*but got 'int8'"),
-        ({"max_epochs": 1, "compile": "graph"}, r"compile=...\) must be one of None, 'trace', 'step', 'model'"),
+        ({"max_epochs": 1, "compile": "graphs"}, r"compile=...\) must be one of None, 'trace', 'step', 'graph', 'model'"),
         ({"max_epochs": 1, "parallel": "ddp"}, r"FitConfig\(parallel=\.\.\.\) must be one of 'auto', None, but got 'ddp'"),
         ({"max_epochs": 1, "signals": "yes"}, r"signals=...\) must be one of True, False, but got 'yes'"),
         ({"max_epochs": 1, "signals_deadline": 5}, r"signals_deadline=...\) bounds what follows a signal, but signals is False"),

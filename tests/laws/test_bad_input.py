@@ -478,7 +478,7 @@ def test_a_step_that_changes_what_is_not_its_own(train_step, match):
         ({"max_epochs": -1}, r"FitConfig\(max_epochs=\.\.\.\) must be None for no limit, a whole number of at least 0, but got -1"),
         ({"max_steps": 1, "clip_norm": 0}, r"clip_norm.*above 0"),
         ({"max_steps": 1, "precision": "int8"}, r"precision=\.\.\.\) must be one of 'fp32', 'bf16', 'fp16'.*but got 'int8'"),
-        ({"max_steps": 1, "compile": "graph"}, r"compile=...\) must be one of None, 'trace', 'step', 'model', but got 'graph'"),
+        ({"max_steps": 1, "compile": "graphs"}, r"compile=...\) must be one of None, 'trace', 'step', 'graph', 'model', but got 'graphs'"),
         ({"max_steps": 1, "save_every": steps(1)}, r"is about checkpoints, but there is no dir"),
     ],
     ids=str,
