@@ -18,6 +18,7 @@ from fnlight.protocols import Gradients
 from fnlight.state import Store
 
 _SAYS_SO = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "RESOURCE_EXHAUSTED")
+_FITS = 1 << 62  # a size that no part has: nothing is to be tried again
 
 
 def microbatch(size: int | str) -> Combinator:
@@ -31,6 +32,9 @@ def microbatch(size: int | str) -> Combinator:
     ``"auto"`` begins with whole batches. When a step runs out of memory, it is tried again, from its beginning, in parts of half the size; the
     size that fits stays, and is saved with the state as ``memory["microbatch"]``. The step is then bitwise what it would have been with that
     size from the start: gradients, buffers and generators of the failed attempt are undone.
+
+    On several ranks that hold the whole model each (`fnlight.parallel.ddp`) all of them go over to the smallest size that any of them needs. So that one may
+    fail while others do not, their gradients then come together after the backward pass, not during it.
 
     Args:
         size: Samples in a part at most, at least 1; or ``"auto"``.
@@ -63,24 +67,48 @@ def _fitting(grad_fn: Any) -> Any:
 
     def fitting(store: Store, batches: Sequence[Any], key: int) -> Gradients:
         store.host.refuse("microbatch('auto') repeats a step that runs out of memory, so Python must be there; give it a size")
-        tree = store.memory["microbatch"]
-        if store.place is not None:
-            raise ParallelError(
-                'microbatch("auto") repeats a step that did not fit into memory, which one rank cannot do while others wait for its gradients; '
-                "give a number of samples"
-            )
-        buffers = _buffers(store.module)
+        tree, buffers = store.memory["microbatch"], _buffers(store.module)
         while True:
-            parts = _parts(batches, tree["size"])
-            try:
-                return grad_fn(store, parts, key)
-            except (RuntimeError, MemoryError) as error:
-                smaller = _smaller(parts, error)
-            _undo(store, buffers)  # outside of the handler: the traceback holds the tensors that did not fit
+            found, smaller = _attempt(grad_fn, store, _parts(batches, tree["size"]), key)
+            if smaller is None:
+                return found
+            _undo(store, buffers)  # outside of any handler: a traceback holds the tensors that did not fit
             warnings.warn(_split(store.module, tree["size"], smaller), FaultWarning, stacklevel=2)
             tree["size"] = smaller
 
     return fitting
+
+
+def _attempt(grad_fn: Any, store: Store, parts: Sequence[Any], key: int) -> tuple[Any, int | None]:
+    """The gradients, and None; or the size of parts to try again with, the smallest that any rank wants."""
+    place, agreed = store.place, list[int]()
+
+    def fits_everywhere() -> bool:
+        agreed.append(place.smallest(_FITS, store.device))
+        return agreed[0] == _FITS
+
+    store.place = None if place is None else _apart(place, store, fits_everywhere)
+    try:
+        found = grad_fn(store, parts, key)
+    except (RuntimeError, MemoryError) as error:
+        if agreed:
+            raise  # others have gone on
+        smaller = _smaller(parts, error)
+    else:
+        return found, agreed[0] if agreed and agreed[0] < _FITS else None
+    finally:
+        store.place = place
+    return None, smaller if place is None else place.smallest(smaller, store.device)
+
+
+def _apart(place: Any, store: Store, done: Callable[[], bool]) -> Any:
+    found = place.apart(store, done)
+    if found is None:
+        raise ParallelError(
+            f'microbatch("auto") repeats a step that did not fit into memory, which a rank of {place} cannot do alone while others wait for its part of '
+            "the model; give a number of samples"
+        )
+    return found
 
 
 def _parts(batches: Sequence[Any], size: Any) -> tuple[Any, ...]:

@@ -1,5 +1,6 @@
 """A batch in parts is the batch: the same gradient, and after running out of memory the same bits as with that size from the start."""
 
+import json
 from collections import defaultdict
 from itertools import islice
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from fnlight.errors import ConfigError, FaultWarning, StepError
 from fnlight.gradients import Part
 from fnlight.testing import assert_trees_equal, tiny_batches, tiny_task
 from tests.laws.tasks import TASKS
+from tests.parallel.launch import ran as launched
 
 TRAINED = [name for name, case in TASKS.items() if case.trains and case.kind == "loss"]
 
@@ -258,3 +260,40 @@ def test_stages_behind_it_may_come_in_any_order():
     for order in (stages, stages[::-1]):
         pipe(task.train_step, grad(), *order, apply())(TrainState.create(task), Item((tiny_batches("convnet")[0],), 0, 1, False, 6))
     assert seen_norms[0] == seen_norms[1]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What two ranks say, one of which has less memory."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launched("fitting.py", 2, folder)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def weights(found):
+    """The trained numbers, without the buffers that every rank writes for itself."""
+    return {name: values for name, values in found["numbers"].items() if "running" not in name and "tracked" not in name}
+
+
+def test_ranks_agree_on_the_smallest_size_that_one_of_them_needs(ranks):
+    """Where one runs out of memory, or both do differently, all repeat the step with one size, and hold the same weights afterwards."""
+    for case, size, count in (("one of them", 3, 1), ("both", 3, 1), ("from the start", 3, 0), ("none", None, 0)):
+        for rank in (0, 1):
+            assert ranks[rank][case]["size"] == size, case
+            assert len(ranks[rank][case]["warned"]) == count, case
+        assert weights(ranks[0][case]) == weights(ranks[1][case]), case
+
+
+def test_a_repeated_step_of_ranks_is_what_it_would_have_been(ranks):
+    """Bitwise the run that had the size from the start, buffers included; and the run in parts of that size as torch brings them together."""
+    for rank in (0, 1):
+        assert ranks[rank]["one of them"]["numbers"] == ranks[rank]["from the start"]["numbers"]
+    expected, found = weights(ranks[0]["a number"]), weights(ranks[0]["from the start"])
+    for name, values in expected.items():
+        torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(values), rtol=1e-5, atol=1e-7)
+
+
+def test_ranks_that_hold_parts_of_a_model_are_told_to_give_a_number(ranks):
+    """None of them could compute alone, so the first step says so on all of them."""
+    for rank in (0, 1):
+        assert "repeats a step that did not fit into memory, which a rank of fsdp(" in ranks[rank]["fsdp"]

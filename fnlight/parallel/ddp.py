@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fnlight.errors import ConfigError, ParallelError, StepError
 from fnlight.metrics import Mean
+from fnlight.parallel.apart import Apart
 from fnlight.parallel.world import World, named_world, world
 from fnlight.protocols import Gradients
 
@@ -163,6 +164,22 @@ class Replicated:
     def anywhere(self, flag: Tensor) -> Tensor:
         """Every rank has seen all of the gradients."""
         return flag
+
+    def apart(self, store: Any, done: Callable[[], bool]) -> Apart:
+        """Ranks hold the whole model, so each may compute alone: torch's wrapper is left out until they come together."""
+        if store.bound is not None:
+            store.bound.ddp.reducer._remove_autograd_hooks()
+            store.bound = None
+        if self.options["broadcast_buffers"]:
+            for buffer in store.module.buffers():
+                distributed.broadcast(buffer, 0)
+        return Apart(self, done)
+
+    def smallest(self, number: int, device: torch.device) -> int:
+        """The smallest of the numbers that the ranks give."""
+        held = torch.tensor(number, device=device)
+        distributed.all_reduce(held, distributed.ReduceOp.MIN)
+        return int(held)
 
     def rest(self, module: nn.Module) -> None:
         """Nothing comes together."""

@@ -1,7 +1,7 @@
 """Sharded: every rank holds a part of each parameter, of its gradient and of its optimizer memory; torch's ``fully_shard`` does it."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -267,6 +267,15 @@ class Sharded:
     def full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The whole tensors, on every rank."""
         return {name: _whole(t) for name, t in tensors.items()}
+
+    def apart(self, store: Any, done: Callable[[], bool]) -> None:
+        """No rank has the whole model, so none can compute alone."""
+
+    def smallest(self, number: int, device: torch.device) -> int:
+        """The smallest of the numbers that the ranks give."""
+        held = torch.tensor(number, device=device)
+        distributed.all_reduce(held, distributed.ReduceOp.MIN)
+        return int(held)
 
     def rest(self, module: nn.Module) -> None:
         """Free what has come together, as it stays after a forward pass that no backward pass follows."""

@@ -1,8 +1,9 @@
 """What the rest of fnlight asks of a placement: how tensors lie on several processes, and how gradients come together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from fnlight.parallel.world import World
@@ -72,6 +73,17 @@ class Placement(Protocol):
 
     def anywhere(self, flag: Tensor) -> Tensor:
         """The largest value, over all processes, of a number that each has found in its shards; what is whole was seen by all."""
+        ...
+
+    def apart(self, store: Any, done: Callable[[], bool]) -> "Any | None":
+        """What to take in its place for an attempt that may fail on one rank; None where ranks need each other in every forward pass.
+
+        Ranks work apart, and come together where `done` says so on all of them.
+        """
+        ...
+
+    def smallest(self, number: int, device: torch.device) -> int:
+        """The smallest of the numbers that the ranks give."""
         ...
 
     def rest(self, module: nn.Module) -> None:
