@@ -91,6 +91,7 @@ from fnlight.recompute import recompute
 from fnlight.release import apply_in_backward
 from fnlight.replay import from_torch, plateau
 from fnlight.rng import fold_in, isolated, seed_generators
+from fnlight.rollback import rollback
 from fnlight.rules import diverged, max_epochs, max_steps, max_time, min_epochs, min_steps, nonfinite, patience, reached
 from fnlight.saving import checkpoint_every
 from fnlight.scale import loss_scale
@@ -274,6 +275,7 @@ __all__ = [
     "recompute",
     "refresh_batch_norm",
     "restore",
+    "rollback",
     "run",
     "save",
     "seconds",

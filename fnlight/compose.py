@@ -21,6 +21,7 @@ from fnlight.pipe import Pipe, pipe
 from fnlight.precision import autocast, cast
 from fnlight.recompute import recompute
 from fnlight.release import apply_in_backward
+from fnlight.rollback import rollback
 from fnlight.saving import checkpoint_every
 from fnlight.scale import loss_scale
 from fnlight.signals import Signals
@@ -65,14 +66,13 @@ def compose(task: Task, config: FitConfig, loaders: Any = None, signals: Signals
         grad(),
         accumulate(config.accumulate) if config.accumulate != 1 else None,
         microbatch(config.microbatch) if config.microbatch is not None else None,
-        loss_scale() if config.precision == "fp16" else None,
-        skip_nonfinite() if config.nonfinite == "skip" and config.precision != "fp16" else None,
+        *_skipping(config),
         clip_value(config.clip_value) if config.clip_value else None,
         clip_norm(config.clip_norm) if config.clip_norm else None,
         apply_in_backward() if config.apply_in_backward else apply(),
         ema(config.ema) if config.ema is not None else None,
         whole if config.compile != "model" else None,
-        check_finite(every=_looked_at(config)) if config.nonfinite == "raise" else None,
+        _finite(config),
         debug_bundle(config.dir, config=text_of(config)) if config.debug_bundle and config.dir else None,
         _evaluation(task, config, given, signals),
         epoch_means(),
@@ -80,7 +80,14 @@ def compose(task: Task, config: FitConfig, loaders: Any = None, signals: Signals
         log_to(Console(total_steps=known_steps(given, config)), every=_EVERY_TICK, name="progress", times=True)
         if config.progress
         else None,
-        checkpoint_every(config.dir, config.save_every, config.keep, permanent=config.permanent, background=config.save_in_background)
+        checkpoint_every(
+            config.dir,
+            config.save_every,
+            config.keep,
+            permanent=config.permanent,
+            background=config.save_in_background,
+            initial=config.nonfinite == "rollback",
+        )
         if config.dir
         else None,
         collect_garbage() if config.gc == "managed" else None,
@@ -108,6 +115,20 @@ def _evaluation(task: Task, config: FitConfig, loaders: Loaders, signals: Signal
         return None
     weights, eval_step = "ema" if config.ema is not None else None, eval_step_of(task, config)
     return evaluate_every(loaders.val, config.eval_every, eval_step=eval_step, weights=weights, limit=config.limit_eval, signals=signals)
+
+
+def _skipping(config: FitConfig) -> list[Combinator]:
+    """What leaves out steps that are not finite; the scale of fp16 does so in any case."""
+    skips = config.nonfinite == "skip"
+    if config.precision == "fp16":
+        return [loss_scale(max_consecutive=config.max_nonfinite) if skips and config.max_nonfinite else loss_scale()]
+    return [skip_nonfinite(config.max_nonfinite or 10)] if skips else []
+
+
+def _finite(config: FitConfig) -> Combinator | None:
+    if config.nonfinite == "rollback" and config.dir:
+        return rollback(config.dir, _looked_at(config), config.max_nonfinite or 3)
+    return check_finite(every=_looked_at(config)) if config.nonfinite == "raise" else None
 
 
 def _precision(config: FitConfig) -> Combinator | None:

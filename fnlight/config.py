@@ -163,7 +163,9 @@ class FitConfig:
         signals: True ends the run after the step that is under way when SIGTERM, SIGUSR1 or Ctrl-C comes; see `fnlight.signals`.
         signals_deadline: Seconds after a signal at which the process is ended, whatever it does; None waits as long as it takes.
         debug_bundle: True writes what is needed to repeat a failed step to ``DIR/bundles``; see `fnlight.bundle` for what it costs.
-        nonfinite: ``"raise"`` when a loss was NaN or infinite, ``"skip"`` steps whose loss or gradients were (up to ten in a row), or ``"ignore"``.
+        nonfinite: ``"raise"`` when a loss was NaN or infinite, ``"skip"`` steps whose loss or gradients were, go back to the last checkpoint
+            and on with other data (``"rollback"``, see `fnlight.rollback`), or ``"ignore"``.
+        max_nonfinite: How often in a row, with ``"skip"`` or ``"rollback"``, before the run fails; None is ten steps, or three times back.
 
     Raises:
         ConfigError: If a field cannot mean anything, or two contradict each other.
@@ -219,7 +221,8 @@ class FitConfig:
     signals: bool = attrs.field(default=False, validator=_one_of(True, False))
     signals_deadline: float | None = attrs.field(default=None, validator=_above_zero)
     debug_bundle: bool = attrs.field(default=False, validator=_one_of(True, False))
-    nonfinite: str = attrs.field(default="raise", validator=_one_of("raise", "skip", "ignore"))
+    nonfinite: str = attrs.field(default="raise", validator=_one_of("raise", "skip", "rollback", "ignore"))
+    max_nonfinite: int | None = attrs.field(default=None, validator=_count(1))
 
     def __attrs_post_init__(self) -> None:
         if all(getattr(self, name) is None or getattr(self, name) is False for name in _BOUNDS):
@@ -262,6 +265,15 @@ class FitConfig:
                 raise ConfigError(
                     f"FitConfig({asked[0]}={getattr(self, asked[0])!r}) is about checkpoints, but there is no dir to write them to; give dir"
                 )
+        if self.max_nonfinite is not None and self.nonfinite not in ("skip", "rollback"):
+            raise ConfigError(
+                f"FitConfig(max_nonfinite={self.max_nonfinite}) bounds nonfinite='skip' and 'rollback', but it is {self.nonfinite!r}; "
+                "give one of them, or leave it out"
+            )
+        if self.nonfinite == "rollback" and (self.dir is None or self.debug_bundle):
+            what = "goes back to a checkpoint, but there is no dir; give dir"
+            also = "leaves behind the steps that debug_bundle=True would repeat; give one of them"
+            raise ConfigError(f"FitConfig(nonfinite='rollback') {what if self.dir is None else also}")
         if self.debug_bundle and self.dir is None:
             raise ConfigError("FitConfig(debug_bundle=True) writes bundles to dir, but there is none; give dir")
         if self.signals_deadline is not None and not self.signals:

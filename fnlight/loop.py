@@ -277,6 +277,8 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
         def logged(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
             before, old = state.progress, state.history
             state, metrics = step(state, batch)
+            if state.store.back == state.version:  # what the step gave counts nowhere, and the history of then is no news
+                return state, metrics
             state.store.memory[name].add(state.progress.step, metrics)
             due = is_due(Tick(before, state.progress))
             if due or state.history is not old or state.store.media:
@@ -293,6 +295,8 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
         return state
 
     def finish(before: TrainState, state: TrainState) -> TrainState:
+        if state.store.back == state.version:
+            return state
         due = not state.store.memory[name].is_empty()
         if due or state.history is not before.history:
             logged_now(state, due, before.history)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fnlight.checkpoint import Retention, amend, last, step_path, writable
+from fnlight.checkpoint import Retention, amend, checkpoints, last, step_path, writable
 from fnlight.checkpoint.background import Background
 from fnlight.checkpoint.lock import hold, name_of
 from fnlight.checkpoint.places import at
@@ -32,6 +32,7 @@ def checkpoint_every(
     permanent: Callable[[Tick], bool] | None = None,
     background: bool = True,
     on_exception: bool = True,
+    initial: bool = False,
     name: str = "checkpoint_every",
 ) -> Combinator:
     """Save a checkpoint when it is due, and the last state of a run always; then delete what need not be kept.
@@ -45,6 +46,7 @@ def checkpoint_every(
         permanent: When one is due that is never deleted; `keep` is about the others. None makes no such one.
         background: True writes while training goes on, for the price of one copy of the state in host memory.
         on_exception: True saves the last completed step, where its tensors are sound, when an exception ends the run.
+        initial: True saves the state before the first step, too, if the directory holds no checkpoint: one to go back to.
         name: Where the list of checkpoints lies in the memory; unique in a pipe.
 
     Returns:
@@ -77,15 +79,14 @@ def checkpoint_every(
         return checkpointed
 
     def start(state: TrainState) -> TrainState:
-        _open(state, Saver(path, name, keep, background, on_exception))
-        return state
+        return _open(state, Saver(path, name, keep, background, on_exception), initial)
 
     def finish(before: TrainState, state: TrainState) -> TrainState:
         (state.store.resources.get(name) or _alone(path, name, keep)).finish(state)
         return state
 
     return Combinator(
-        "checkpoint_every", wrap, "step", "step", args=_label(path, every, keep, permanent, background, on_exception), key=name,
+        "checkpoint_every", wrap, "step", "step", args=_label(path, every, keep, permanent, background, on_exception, initial), key=name,
         init=lambda store: {"saved": [], "permanent": [], "skipped": 0}, phase="save", start=start, finish=finish, monitors=keep.monitors,
     )  # fmt: skip
 
@@ -100,7 +101,7 @@ def _alone(path: str, name: str, keep: Retention) -> "Saver":
     return Saver(path, name, keep, background=False, on_exception=False)
 
 
-def _open(state: TrainState, saver: "Saver") -> None:
+def _open(state: TrainState, saver: "Saver", initial: bool) -> TrainState:
     """Begin a run; the lock comes first, so that nobody else's files are touched."""
     resources, lock, place = state.store.resources, name_of(saver.dir), state.store.place
     if place is None or place.writes:
@@ -109,16 +110,20 @@ def _open(state: TrainState, saver: "Saver") -> None:
         writable(saver.dir)
         saver.tidy(state)
     resources[saver.key] = saver
+    first = initial and not checkpoints(saver.dir)
     if place is not None:
         tree = state.store.memory[saver.key]
         tree.update(place.world.gather(tree)[0])  # what is there is known to the rank that writes
+        first = place.world.gather(first)[0]
+    if first:
+        saver.save(state, wait=True)
+    return state
 
 
-def _label(path: str, every: Any, keep: Retention, permanent: Any, background: bool, on_exception: bool) -> str:
+def _label(path: str, every: Any, keep: Retention, permanent: Any, background: bool, on_exception: bool, initial: bool) -> str:
     parts = [repr(path), f"every={every}", f"keep={keep}", f"permanent={permanent}" if permanent else ""]
-    return ", ".join(
-        part for part in (*parts, "" if background else "background=False", "" if on_exception else "on_exception=False") if part
-    )
+    parts += ["" if background else "background=False", "" if on_exception else "on_exception=False", "initial=True" if initial else ""]
+    return ", ".join(part for part in parts if part)
 
 
 def _never(_: Any) -> bool:

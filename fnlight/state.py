@@ -83,7 +83,7 @@ class Store:
     """
 
     __slots__ = (
-        "bound", "device", "host", "media", "memory", "module", "named", "optim", "owner", "params", "phases", "place", "position",
+        "back", "bound", "device", "host", "media", "memory", "module", "named", "optim", "owner", "params", "phases", "place", "position",
         "progress", "resources", "scale", "seed", "skipped", "times", "until", "version",
     )  # fmt: skip
 
@@ -93,6 +93,7 @@ class Store:
         self.place = place
         self.bound: Any = None  # what the placement keeps for this very module, such as hooks; neither copied nor saved
         self.version = 0
+        self.back = -1  # the version of the state that went back to an earlier one, for those that look at it on the same tick
         self.owner: Any = None  # the pipe whose combinators have their memory here
         self.position: Callable[[], Any] | None = None  # where a loader that keeps its own position stands
         self.skipped = False  # whether the last step left out its update, and the host knows

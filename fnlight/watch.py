@@ -37,6 +37,10 @@ def epoch_means() -> Combinator:
             epoch = state.progress.epoch
             state, metrics = step(state, batch)
             tally: Tally = state.store.memory["epoch_means"]
+            if state.store.back == state.version:  # what the step gave counts nowhere, nor does an epoch whose end is left out
+                if state.progress.epoch != epoch:
+                    tally.clear()
+                return state, metrics
             tally.add(state.progress.step, metrics)
             if state.progress.epoch != epoch:
                 place = state.store.place
@@ -68,9 +72,9 @@ def check_finite(every: Callable[[Tick], bool] = steps(50)) -> Combinator:
 
     def checked(state: TrainState, *_: Any) -> TrainState:
         tree = state.store.memory["check_finite"]
-        fine = torch.isfinite(_stacked(tree)) if tree["losses"] or tree["chunks"] else torch.ones(0, dtype=torch.bool)
-        if not bool(fine.all()):
-            raise NonFiniteError(_says(state, tree["places"][int(fine.logical_not().nonzero()[0])]))
+        place = first_bad(tree)
+        if place is not None:
+            raise NonFiniteError(_says(state, place))
         tree["losses"], tree["chunks"], tree["places"] = [], [], []
         return state
 
@@ -78,20 +82,73 @@ def check_finite(every: Callable[[Tick], bool] = steps(50)) -> Combinator:
         def guarded(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
             before = state.progress
             state, metrics = step(state, batch)
-            tree, loss = state.store.memory["check_finite"], metrics["loss"] if "loss" in metrics else _loss_of_phases(metrics)
-            tree["losses"].append(loss.total if loss.__class__ is Mean else loss)
-            tree["places"].append((state.progress.step, before.epoch, batch.batch if batch.__class__ is Item else before.batch + 1))
-            if len(tree["losses"]) >= _STACK:
-                tree["chunks"], tree["losses"] = [_stacked(tree)], []
+            place = (state.progress.step, before.epoch, batch.batch if batch.__class__ is Item else before.batch + 1)
+            note(state.store.memory["check_finite"], place, metrics)
             return (checked(state) if due(Tick(before, state.progress)) else state), metrics
 
         return guarded
 
     return Combinator(
         "check_finite", wrap, "step", "step", args=f"every={every}",
-        init=lambda store: {"losses": [], "chunks": [], "places": []}, phase="update",
+        init=lambda store: no_losses(), phase="update",
         finish=checked,
     )  # fmt: skip
+
+
+def no_losses() -> dict[str, Any]:
+    """Memory in which `note` keeps losses until `first_bad` looks at them.
+
+    Returns:
+        A tree that can be saved.
+
+    Example:
+        >>> first_bad(no_losses()) is None
+        True
+    """
+    return {"losses": [], "chunks": [], "places": []}
+
+
+def note(tree: dict[str, Any], place: tuple[int, int, int], metrics: Metrics) -> None:
+    """Keep the loss of a step, where it is.
+
+    Args:
+        tree: What `no_losses` gave; changed in place.
+        place: The step, its epoch, and the batches of the epoch up to it.
+        metrics: Of the step; the loss is ``loss``, or the sum of ``NAME/loss`` where several optimizers take turns.
+
+    Raises:
+        StepError: If there is no loss among them.
+
+    Example:
+        >>> tree = no_losses()
+        >>> note(tree, (1, 0, 1), {"loss": torch.tensor(float("inf"))})
+        >>> first_bad(tree)
+        (1, 0, 1)
+    """
+    loss = metrics["loss"] if "loss" in metrics else _loss_of_phases(metrics)
+    tree["losses"].append(loss.total if loss.__class__ is Mean else loss)
+    tree["places"].append(place)
+    if len(tree["losses"]) >= _STACK:
+        tree["chunks"], tree["losses"] = [_stacked(tree)], []
+
+
+def first_bad(tree: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """Where the first of the noted losses stands that was NaN or infinite; here the host waits for the device.
+
+    Args:
+        tree: What `note` was given.
+
+    Returns:
+        The place as it was noted; None if all are finite.
+
+    Example:
+        >>> first_bad({"losses": [torch.tensor(1.0)], "chunks": [], "places": [(1, 0, 1)]}) is None
+        True
+    """
+    if not tree["losses"] and not tree["chunks"]:
+        return None
+    fine = torch.isfinite(_stacked(tree))
+    return None if bool(fine.all()) else tuple(tree["places"][int(fine.logical_not().nonzero()[0])])
 
 
 def _loss_of_phases(metrics: Metrics) -> Any:
@@ -112,11 +169,11 @@ def _says(state: TrainState, place: tuple[int, int, int]) -> str:
     return (
         f"the loss was NaN or infinite at step {step} (in epoch {epoch}, up to its batch {batch}; noticed at step {at.step}); "
         f"by now NaN or infinite: {found}. Lower the learning rate, clip with clip_norm, look into that batch, leave such steps out with "
-        'FitConfig(nonfinite="skip"), or allow them with "ignore"'
+        'FitConfig(nonfinite="skip"), go back to a checkpoint with "rollback", or allow them with "ignore"'
     )
 
 
-def _stacked(tree: dict[str, list[Any]]) -> Tensor:
+def _stacked(tree: Mapping[str, list[Any]]) -> Tensor:
     """The losses since the last check, oldest first, shape [steps]."""
     losses = [loss if isinstance(loss, Tensor) else torch.tensor(float(loss)) for loss in tree["losses"]]
     return torch.cat([*tree["chunks"], torch.stack(losses)]) if losses else torch.cat(tree["chunks"])

@@ -127,7 +127,7 @@ def steps(n: int) -> Trigger:
         [3, 6]
     """
     _whole("steps", n)
-    return Trigger(f"steps({n})", lambda tick: tick.after.step // n != tick.before.step // n, (n, 0))
+    return Trigger(f"steps({n})", lambda tick: tick.after.step // n > tick.before.step // n, (n, 0))
 
 
 def epochs(n: int) -> Trigger:

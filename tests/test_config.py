@@ -81,7 +81,7 @@ def test_text_that_is_no_configuration_is_refused():
         ({"max_epochs": 1, "signals": "yes"}, r"signals=...\) must be one of True, False, but got 'yes'"),
         ({"max_epochs": 1, "signals_deadline": 5}, r"signals_deadline=...\) bounds what follows a signal, but signals is False"),
         ({"max_epochs": 1, "signals": True, "signals_deadline": 0}, r"signals_deadline=...\) must be a number above 0"),
-        ({"max_epochs": 1, "nonfinite": "no"}, r"nonfinite=...\) must be one of 'raise', 'skip', 'ignore', but got 'no'"),
+        ({"max_epochs": 1, "nonfinite": "no"}, r"nonfinite=...\) must be one of 'raise', 'skip', 'rollback', 'ignore', but got 'no'"),
         ({"max_epochs": 1, "matmul_precision": "low"}, r"matmul_precision=...\) must be one of None, 'highest', 'high', 'medium'"),
         ({"max_epochs": 1, "clip_norm": 0}, r"clip_norm=...\) must be a number above 0, or None to switch it off"),
         ({"max_epochs": 1, "ema": 1}, r"ema=...\) must be a decay"),

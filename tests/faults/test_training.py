@@ -3,7 +3,9 @@
 import os
 import resource
 import signal
+import sys
 import time
+import warnings
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -12,12 +14,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from fnlight import Loaders, TrainState, apply, checkpoints, fit, grad, load, max_time, microbatch, newest, pipe, run, stop_when
+from fnlight import Loaders, TrainState, apply, checkpoints, fit, grad, load, max_time, microbatch, newest, pipe, run, steps, stop_when
 from fnlight.checkpoint import step_path
-from fnlight.errors import LoaderError, NonFiniteError
+from fnlight.errors import FaultWarning, LoaderError, NonFiniteError
 from fnlight.testing import assert_trees_equal, tiny_batches, tiny_task
 from tests.faults.processes import in_a_child
 from tests.faults.training import Noisy, make_config, make_loaders, make_task, train
+
+rollback_module = sys.modules["fnlight.rollback"]  # the function has the module's name
 
 
 class Fatal(Noisy):
@@ -125,6 +129,45 @@ def test_a_loss_that_becomes_nan_is_left_out_and_the_run_resumes_bitwise(tmp_pat
     assert all(torch.isfinite(p).all() for p in whole.params.values())
     train(tmp_path / "run", task=task, nonfinite="skip", max_epochs=None, max_steps=k)
     assert_trees_equal(train(tmp_path / "run", task=task, nonfinite="skip"), whole)
+
+
+def dying(instant):
+    """Kill this process with SIGKILL: as it is about to go back, or when it has gone back."""
+    real, calls = rollback_module.refill, []
+
+    def refill(path, state):
+        calls.append(path)
+        if instant == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        after = real(path, state)
+        if instant == "behind" or len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return after
+
+    return refill
+
+
+@pytest.mark.parametrize("instant", ["before", "behind", "at the second time"])
+def test_a_run_that_is_killed_as_it_goes_back_goes_back_again_when_it_resumes(tmp_path, monkeypatch, instant):
+    """With `nonfinite="rollback"` and SIGKILL in the middle of going back: the resumed run is bitwise the uninterrupted one, log and all."""
+    plain = make_task()
+
+    def train_step(model, batch):
+        loss, metrics = plain.train_step(model, batch)
+        return loss * torch.where(batch[0].sum() > 1.5, float("nan"), 1.0), metrics
+
+    options = {"task": attrs.evolve(plain, train_step=train_step), "nonfinite": "rollback", "save_every": steps(2), "max_nonfinite": 20}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FaultWarning)
+        whole = train(tmp_path / "whole", **options)
+        assert whole.memory["rollback"]["total"] >= 2
+        assert all(torch.isfinite(p).all() for p in whole.params.values())
+        with monkeypatch.context() as patch:
+            patch.setattr(rollback_module, "refill", dying(instant))
+            code, told = in_a_child(lambda: train(tmp_path / "run", **options))
+        assert code == -signal.SIGKILL, told
+        assert_trees_equal(train(tmp_path / "run", **options), whole)
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
 
 
 class Clock(list):

@@ -47,6 +47,7 @@ from fnlight import (
     pipe,
     profile,
     recompute,
+    rollback,
     skip_nonfinite,
     skip_spikes,
     steps,
@@ -149,6 +150,7 @@ ENTRIES = {
     "swa": Entry(swa, lambda folder, val: swa(start=1, every=steps(1))),
     "compile": Entry(compile, lambda folder, val: compile("trace")),
     "check_finite": Entry(check_finite, lambda folder, val: check_finite(every=steps(2))),
+    "rollback": Entry(rollback, lambda folder, val: rollback(folder / "run", every=steps(1)), needs=("checkpoint_every",)),
     "debug_bundle": Entry(debug_bundle, lambda folder, val: debug_bundle(folder / "run", every=2)),
     "evaluate_every": Entry(evaluate_every, lambda folder, val: evaluate_every(val, every=steps(2) | epochs(1))),
     "epoch_means": Entry(epoch_means, lambda folder, val: epoch_means()),
@@ -175,6 +177,7 @@ OTHERS = (
     "microbatch auto",
     "manual",
     "compile",
+    "rollback",
     "profile",
 )
 """Not in the full pipe: other arguments of a combinator that it holds already, what contradicts one, what makes a step in

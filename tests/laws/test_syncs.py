@@ -5,6 +5,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Self
 
+import attrs
 import pytest
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from fnlight import (
     evaluate_every,
     log_to,
     pipe,
+    rollback,
     run,
     skip_nonfinite,
     skip_spikes,
@@ -38,6 +40,7 @@ WAITING = {
 NEVER = steps(1000)
 SELDOM = {
     "check_finite": lambda folder, val: check_finite(every=NEVER),
+    "rollback": lambda folder, val: rollback(folder, every=NEVER),
     "skip_nonfinite": lambda folder, val: skip_nonfinite(max_consecutive=1000),
     "skip_spikes": lambda folder, val: skip_spikes(sigma=0.5, window=2, max_consecutive=1000),
     "evaluate_every": lambda folder, val: evaluate_every(val, every=NEVER),
@@ -123,8 +126,8 @@ def waits_of(step, task):
 @pytest.mark.parametrize("choice", [name for name in ENTRIES if name not in WAITS])
 def test_no_step_waits_for_the_device_between_two_ticks(choice, tmp_path, monkeypatch):
     """Four steps with each combinator, without a tick that is due, bring nothing to the host."""
-    if choice in SELDOM:
-        monkeypatch.setitem(ENTRIES, choice, ENTRIES[choice].__class__(ENTRIES[choice].fn, SELDOM[choice]))
+    for name in {choice, *ENTRIES[choice].needs} & SELDOM.keys():
+        monkeypatch.setitem(ENTRIES, name, attrs.evolve(ENTRIES[name], build=SELDOM[name]))
     task = make()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MemoryWarning)

@@ -15,12 +15,13 @@ FLOORS = {
     6: {"pipe", "parse"},
     7: {"precision", "scale", "clip", "noise", "skip", "microbatch", "recompute", "update", "manual", "evaluate", "watch", "garbage"},
     8: {"averages", "release", "freezing", "losses", "bundle", "compile", "parallel", "profile", "saving", "loop", "config"},
-    9: {"compose", "main"},
-    10: {"preflight"},
-    11: {"fit"},
-    12: {"testing", "report", "__init__"},
-    13: {"cli"},
-    14: {"__main__"},
+    9: {"rollback"},
+    10: {"compose", "main"},
+    11: {"preflight"},
+    12: {"fit"},
+    13: {"testing", "report", "__init__"},
+    14: {"cli"},
+    15: {"__main__"},
 }
 """One row a floor: a module imports from rows above its own, and, in a package, from the package's other files."""
 
