@@ -15,6 +15,7 @@ import attrs
 
 from fnlight.combinator import Combinator
 from fnlight.data import Item, Source, batches
+from fnlight.data.workers import told
 from fnlight.errors import ConfigError, Interrupted
 from fnlight.evaluate import evaluate_sources, sources_of, step_of
 from fnlight.history import Record
@@ -117,8 +118,10 @@ def _run(
                 yield state, metrics
             return state
     except BaseException as failure:
-        error = failure
-        raise
+        error = told(failure) or failure
+        if error is failure:
+            raise
+        raise error from failure
     finally:
         try:
             step.close()

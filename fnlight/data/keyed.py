@@ -27,7 +27,7 @@ from torch.utils.data import (
 )
 
 from fnlight.data.order import Span, Task, tasks
-from fnlight.errors import LoaderError
+from fnlight.data.workers import follow, owner, told
 from fnlight.gradients import Part
 from fnlight.rng import COLLATE, LOADER, SAMPLE, fold_in, seed_generators
 from fnlight.signals import held_back, leave_to_parent, listening
@@ -283,12 +283,10 @@ def _named(found: Iterator[Any]) -> Iterator[Any]:
     try:
         yield from found
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
+        dead = told(error)
+        if dead is None:
             raise
-        raise LoaderError(
-            f"{str(error.__cause__ or error).strip().rstrip('.')}: this process read data for the run and died, most often for want of memory; use fewer "
-            "workers or smaller batches and resume: the order of the data does not depend on the number of workers"
-        ) from error
+        raise dead from error
 
 
 class _Sown(IterableDataset[Any]):
@@ -306,12 +304,14 @@ class _Sown(IterableDataset[Any]):
 
 @attrs.frozen(eq=False)
 class _Begin:
-    """What a worker does first: leave signals to its parent, show the user's own dataset to ``worker_init_fn`` and ``get_worker_info``."""
+    """What a worker does first: follow its parent into death, leave signals to it, show the user's own dataset to ``worker_init_fn`` and ``get_worker_info``."""
 
     fn: Callable[[int], None] | None
     listening: tuple[int, ...]
+    parent: int | None
 
     def __call__(self, worker_id: int) -> None:
+        follow(self.parent)
         leave_to_parent(self.listening)
         info = get_worker_info()
         if info is not None and isinstance(info.dataset, _Keyed | _Sown):
@@ -326,4 +326,5 @@ def _options(loader: DataLoader[Any], key: int) -> dict[str, Any]:
     if getattr(loader, "pin_memory_device", ""):
         options["pin_memory_device"] = loader.pin_memory_device
     generator = torch.Generator().manual_seed(key >> 1)  # workers are seeded from what it gives
-    return {**options, "generator": generator, "worker_init_fn": _Begin(loader.worker_init_fn, listening()) if loader.num_workers else None}
+    begin = _Begin(loader.worker_init_fn, listening(), owner(loader.multiprocessing_context)) if loader.num_workers else None
+    return {**options, "generator": generator, "worker_init_fn": begin}

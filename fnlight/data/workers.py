@@ -1,0 +1,70 @@
+"""The processes of a loader: they do not outlive the process that they read for, and their death is told as what it is."""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+from fnlight.errors import LoaderError
+
+_ON_DEATH = 1  # PR_SET_PDEATHSIG of Linux's prctl: which signal comes when the thread that started this process ends
+
+
+def owner(context: Any) -> int | None:
+    """Whose death the workers of a loader shall follow.
+
+    Args:
+        context: The loader's ``multiprocessing_context``; None is the standard one.
+
+    Returns:
+        The number of this process. None where a worker cannot follow it: on other systems than Linux; in a thread that may end before the
+        process does, for it is the thread that the system watches; where a server forks the workers.
+
+    Example:
+        >>> owner(multiprocessing.get_context("forkserver")) is None
+        True
+    """
+    method = (context or multiprocessing).get_start_method()
+    watched = sys.platform == "linux" and threading.current_thread() is threading.main_thread()
+    return os.getpid() if watched and method in ("fork", "spawn") else None
+
+
+def follow(parent: int | None) -> None:
+    """Let this process be killed as soon as its parent is dead, whatever either of them does at that moment.
+
+    Args:
+        parent: What `owner` gave in the parent.
+
+    Example:
+        >>> follow(None)
+    """
+    if parent is None:
+        return
+    ctypes.CDLL(None).prctl(_ON_DEATH, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before it could be watched
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def told(error: BaseException) -> LoaderError | None:
+    """What an exception says of a dead worker. torch raises it in a signal's handler: in whatever happens to run.
+
+    Args:
+        error: Any exception.
+
+    Returns:
+        The error that names it; None if the exception is about something else.
+
+    Example:
+        >>> told(ValueError("x")) is None
+        True
+    """
+    if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader worker (pid"):
+        return None
+    why = str(error.__cause__).strip() if isinstance(error.__cause__, RuntimeError) else ""  # it may name the signal
+    return LoaderError(
+        f"{(why or str(error).strip()).rstrip('.')}: this process read data for the run and died, most often for want of memory; use fewer "
+        "workers or smaller batches and resume: the order of the data does not depend on the number of workers"
+    )
