@@ -317,14 +317,14 @@ def predict(
     if isinstance(loader, Mapping):
         raise ConfigError(f"predict takes one loader at a time, but got a mapping of {sorted(loader)}; call it once for each")
     fn = step_of(state, "predict_step", predict_step)
-    store = state.live
+    store, place = state.live, state.store.place
     if not donate or weights_to_use(store.optims.values(), store.module):  # averaged weights are computed once, not for each batch
-        store = Store(state.module(), type(store.optim)(None), {weights: store.memory[weights]} if weights in store.memory else {})
+        module = state.module() if place is None else place.copy(store.module, {})
+        store = Store(module, type(store.optim)(None), {weights: store.memory[weights]} if weights in store.memory else {}, place)
     average_of(store, weights)
-    place, world = state.store.place, None
+    world = None if place is None else place.world
     if place is not None:
         place.sync(store)
-        world = place.world
     source = sources_of(loader, state.device, limit, place)[""]
     return Outputs(_predictions(store, fold_in(state.seed, PREDICT), source, fn, weights, signals, world), world)
 

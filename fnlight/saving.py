@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import attrs
 import torch
 
 from fnlight.checkpoint import Retention, amend, checkpoints, last, step_path, writable
@@ -17,9 +18,11 @@ from fnlight.checkpoint.lock import hold, name_of
 from fnlight.checkpoint.places import at
 from fnlight.checkpoint.retention import delete, is_there, staying, sweep
 from fnlight.checkpoint.staging import Buffers
+from fnlight.checkpoint.together import Parts, is_cut, parts_of, write_together
 from fnlight.checkpoint.write import describe_state, write
 from fnlight.combinator import Combinator
 from fnlight.errors import CheckpointError, CheckpointWarning, ConfigError
+from fnlight.shards import is_sharded
 from fnlight.state import Progress, TrainState
 from fnlight.when import Tick, condition, epochs
 
@@ -151,6 +154,7 @@ class Saver:
         self.thread, self.buffers = Background(), Buffers()
         self.left: tuple[int, ...] = ()  # steps whose checkpoints could not be deleted; it is tried again
         self.untold: tuple[str, ...] = ()  # why, to be said in the thread that trains
+        self.ranks: Any = None  # all of them, in a group that is used for saving alone
         self.last: TrainState | None = None  # after the last completed step
 
     def tidy(self, state: TrainState) -> None:
@@ -178,7 +182,7 @@ class Saver:
         self._let_end(state)
         with state.store.times.taken("save"):
             write = self._prepared(state, forever, staged=self.background and not wait, together=together)
-            if state.store.place is not None and not state.store.place.writes:
+            if write is None:
                 return
             if self.background and not wait:
                 self.thread.begin(write)
@@ -220,32 +224,57 @@ class Saver:
             error.add_note(f"A save failed, too: {failure}")
         finally:
             self.buffers.clear()
+            if self.ranks is not None:
+                self.ranks.leave()
+                self.ranks = None
 
     def _rescue(self, state: TrainState, error: BaseException) -> None:
         """Save the last completed step if nothing has touched its tensors since; the error says what became of it."""
         tree, step = state.store.memory[self.key], state.progress.step
         if isinstance(error, GeneratorExit | CheckpointError) or _is_listed(tree, state.progress):
             return
-        doubt = _doubt(state)
+        doubt = "each rank holds parts of it only" if any(map(is_sharded, state.store.params)) else _doubt(state)
         if doubt is None:
             self.save(state, wait=True, together=False)
             error.add_note(f"The state of step {step}, the last one that was completed, is saved in {step_path(self.dir, step)}.")
         else:
             error.add_note(f"The state of step {step}, the last one that was completed, was not saved: {doubt}. Older checkpoints stand.")
 
-    def _prepared(self, state: TrainState, forever: bool, staged: bool, together: bool) -> Callable[[], None]:
-        """What writes this version of the state, and then deletes what need not stay."""
-        tree, path = state.store.memory[self.key], step_path(self.dir, state.progress.step)
+    def _prepared(self, state: TrainState, forever: bool, staged: bool, together: bool) -> Callable[[], None] | None:
+        """What writes this version of the state, and then deletes what need not stay; None where another rank does."""
+        tree, path, place = state.store.memory[self.key], step_path(self.dir, state.progress.step), state.store.place
         gone = _enlist(tree, state.progress, forever, self.keep, state.history)
         body, tensors = describe_state(state, together)
         filled: Callable[[], None] = _nothing
-        if staged and (state.store.place is None or state.store.place.writes):
+        if place is not None and is_cut(tensors):
+            return self._together(path, body, parts_of(tensors, place.everyone.rank), gone, place, staged)
+        if place is not None and not place.writes:
+            return None
+        if staged:
             tensors, filled = self.buffers.stage(tensors)
 
         def writing() -> None:
             filled()
             write(at(path), body, tensors)
             self._delete(gone)
+
+        return writing
+
+    def _together(self, path: str, body: Any, parts: Parts, gone: list[int], place: Any, staged: bool) -> Callable[[], None]:
+        """What writes the own parts, and waits for those of the others, in a group of its own where training goes on meanwhile."""
+        ranks, filled = place.everyone, _nothing
+        if staged:
+            if self.ranks is None:
+                self.ranks = place.everyone.apart()
+            ranks = self.ranks
+            own, filled = self.buffers.stage(parts.own)
+            parts = attrs.evolve(parts, own=own)
+
+        def writing() -> None:
+            filled()
+            write_together(at(path), body, parts, ranks)
+            if place.writes:
+                self._delete(gone)
 
         return writing
 

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""An offset and a shape."""
+
 
 def is_sharded(tensor: Any) -> bool:
     """Say whether a tensor lies on several processes.
@@ -58,7 +61,7 @@ def local_parts(values: Iterable[Any]) -> list[Any]:
     return [getattr(v, "_local_tensor", v) for v in values]
 
 
-def box(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def box(tensor: Tensor) -> Box:
     """Where the part that lies here is in the whole.
 
     Args:
@@ -99,7 +102,7 @@ def cuts(placements: Sequence[Any]) -> list[tuple[int, int]]:
     return [(i, dim) for _, i, dim in sorted(found, key=lambda each: each[0])]
 
 
-def box_of(shape: Sequence[int], steps: Iterable[tuple[int, int, int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def box_of(shape: Sequence[int], steps: Iterable[tuple[int, int, int]]) -> Box:
     """The part that is left when a tensor is cut again and again, each time as ``torch.chunk`` does.
 
     Args:
@@ -162,6 +165,24 @@ def like_parts(value: Tensor, like: Tensor) -> Tensor:
 
     given: Any = like
     return DTensor.from_local(value, given.device_mesh, given.placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def lying_like(value: Tensor, like: Tensor) -> Tensor:
+    """A tensor as it lies where another one does: of a whole one the own part, where that one lies on several processes.
+
+    Args:
+        value: Of the same shape.
+        like: The other tensor.
+
+    Returns:
+        The value itself, where both lie alike.
+
+    Example:
+        >>> value = torch.ones(1)
+        >>> lying_like(value, torch.zeros(1)) is value
+        True
+    """
+    return like_parts(own_part(value, like).contiguous(), like) if is_sharded(like) and not is_sharded(value) else value
 
 
 def assign(target: Tensor, value: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fnlight.checkpoint.digest import Digest
 from fnlight.checkpoint.folder import cannot_write
 from fnlight.checkpoint.header import Place, read_header
-from fnlight.checkpoint.manifest import FILES, MAX_BYTES, STATE
+from fnlight.checkpoint.manifest import MAX_BYTES, STATE, belongs
 from fnlight.checkpoint.retry import retried
 from fnlight.checkpoint.tensors import fetch
 from fnlight.errors import CheckpointError
@@ -157,8 +157,8 @@ class Bucket:
 
     def _clear(self) -> None:
         present = self.names()
-        for name in (STATE, *FILES):
-            if name in present:
+        for name in sorted(present, key=lambda name: name != STATE):
+            if belongs(name):
                 store, path = self._at(name)
                 self._retried(lambda store=store, path=path: store.rm_file(path) if store.isfile(path) else None)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fnlight.checkpoint.digest import Digest, digest_of_file
 from fnlight.checkpoint.header import read_header
-from fnlight.checkpoint.manifest import FILES, MAX_BYTES, STATE
+from fnlight.checkpoint.manifest import MAX_BYTES, STATE, belongs
 from fnlight.checkpoint.tensors import fetch
 from fnlight.errors import CheckpointError
 
@@ -104,6 +104,15 @@ class Folder:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise OSError(errno.EINVAL, "no regular file", path)
         return open(path, "rb")  # the caller closes it
+
+    def part(self, name: str, start: int, end: int) -> bytearray:
+        """The bytes of a file from a start to an end, and no others."""
+        data = bytearray(end - start)
+        with self._open(name) as file:
+            file.seek(start)
+            if file.readinto(data) != len(data):
+                raise OSError(errno.EIO, f"it ends before byte {end}", name)
+        return data
 
     def digest(self, name: str, kind: str) -> str:
         """The digest of a file, of one of `KINDS`."""
@@ -210,7 +219,7 @@ def _check_target(target: Folder, path: str, overwrite: bool) -> None:
         return
     if not os.path.isdir(target.path):
         raise CheckpointError(f"cannot write a checkpoint to {path}: it is a file; give the path of a new directory, or delete the file")
-    foreign = [name for name in target.names() if name not in (*FILES, STATE) and not name.startswith(f".{STATE}.tmp-")]
+    foreign = [name for name in target.names() if not belongs(name) and not name.startswith(f".{STATE}.tmp-")]
     if foreign:
         raise CheckpointError(
             f"cannot write a checkpoint to {path}: it holds {', '.join(foreign[:3])}, which are no files of a checkpoint and would be lost; "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fnlight.checkpoint.encode import decode
 from fnlight.checkpoint.manifest import OPTIMIZER
-from fnlight.checkpoint.places import Opened
+from fnlight.checkpoint.opened import Opened
 from fnlight.checkpoint.twin import fitted
 from fnlight.errors import MismatchError
 from fnlight.optim import HOST, OTHER, RAW, Optim, class_name, named_groups, place_slot

@@ -12,6 +12,7 @@ from typing import Any
 
 from fnlight.checkpoint.digest import KINDS
 from fnlight.checkpoint.header import no_constant, unique
+from fnlight.checkpoint.layout import read_layouts
 from fnlight.checkpoint.migrations import FORMAT, migrate
 from fnlight.errors import BrokenCheckpointError, CheckpointError
 
@@ -24,10 +25,27 @@ MAX_BYTES = 1 << 27
 MAX_VALUES = 1 << 22
 """Values in a manifest, counted by the marks between them."""
 
+_PARTS = re.compile(r"(?:model|optimizer|memory)-[0-9]{5}-of-[0-9]{5}\.safetensors")
 _FIRST = re.compile(rb'\{"format": ([0-9]{1,9}), "digest": "(sha256:[0-9a-f]{64})",\n')
 _DIGEST = re.compile("|".join(f"{kind}:[0-9a-f]{{{digits}}}" for kind, digits in KINDS.items()))
 _ANY_FORMAT = re.compile(rb'\{"format": ([0-9]{1,9}),')
 _WRITER = re.compile(rb'^"fnlight": "([^"\n]{1,40})"', re.MULTILINE)
+
+
+def belongs(name: str) -> bool:
+    """Say whether a file of this name may belong to a checkpoint.
+
+    Args:
+        name: The name of a file.
+
+    Returns:
+        True for the manifest, the files of tensors, and the parts that these are cut into.
+
+    Example:
+        >>> belongs("model-00001-of-00004.safetensors"), belongs("notes.txt")
+        (True, False)
+    """
+    return name in (STATE, *FILES) or _PARTS.fullmatch(name) is not None
 
 
 def digest_of(data: bytes) -> str:
@@ -135,10 +153,24 @@ def _check(body: Mapping[str, Any]) -> None:
     for name, entry in body["files"].items():
         if name not in FILES:
             raise ValueError(f"{name!r} is none of the files of a checkpoint, {list(FILES)}")
-        if type(entry["size"]) is not int or entry["size"] < 0:
-            raise ValueError(f"the size of {name} is {entry['size']!r}")
-        if not _DIGEST.fullmatch(entry["digest"]):
-            raise ValueError(f"the digest of {name} is {entry['digest']!r:.80}")
+        for size, digest in entry["parts"] if "parts" in entry else [(entry["size"], entry["digest"])]:
+            if type(size) is not int or size < 0:
+                raise ValueError(f"the size of {name} is {size!r}")
+            if not _DIGEST.fullmatch(digest):
+                raise ValueError(f"the digest of {name} is {digest!r:.80}")
         for dtype, shape in entry["tensors"].values():
             if not isinstance(dtype, str) or not all(type(n) is int for n in shape):
                 raise ValueError(f"{name} lists a tensor as {[dtype, shape]!r:.80}")
+        if "parts" in entry:
+            _check_cuts(name, entry, body["layouts"])
+
+
+def _check_cuts(name: str, entry: Mapping[str, Any], found: Any) -> None:
+    """Refuse layouts that are none, and tensors that are cut along what they do not have."""
+    layouts = read_layouts(found, len(entry["parts"]))
+    if sum(math.prod(shape) for _, shape in entry["tensors"].values()) > sum(size for size, _ in entry["parts"]):
+        raise ValueError(f"{name} lists more elements than its parts have bytes")
+    for key, number in entry["cut"].items():
+        shape = entry["tensors"][key][1]
+        if type(number) is not int or not 0 <= number < len(layouts) or any(dim >= len(shape) for dim, _ in layouts[number].cuts):
+            raise ValueError(f"{name} lists {key:.80} of shape {shape!r:.80} as cut by {number!r:.80}")

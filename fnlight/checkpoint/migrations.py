@@ -6,6 +6,7 @@ A checkpoint of an older format is read as if it were of the present one. To cha
 - Format 1: the first; its files have SHA-256 digests.
 - Format 2: files have faster digests, and ``progress`` says how many samples of the epoch are done, so that a run can go on with another
   batch size.
+- Format 3: tensors of which ranks hold parts lie in one file a rank; ``layouts`` says how they are cut.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,7 +33,23 @@ def samples_of_the_epoch(body: Body) -> Body:
     return {**body, "progress": {**progress, "epoch_samples": progress["samples"] if known else 0}}
 
 
-MIGRATIONS: tuple[Callable[[Body], Body], ...] = (samples_of_the_epoch,)
+def in_one_part(body: Body) -> Body:
+    """From format 2 to 3: ``layouts``, of which there are none, for nothing was cut.
+
+    Args:
+        body: The sections of format 2.
+
+    Returns:
+        Those of format 3.
+
+    Example:
+        >>> in_one_part({"seed": 0})
+        {'seed': 0, 'layouts': []}
+    """
+    return {**body, "layouts": []}
+
+
+MIGRATIONS: tuple[Callable[[Body], Body], ...] = (samples_of_the_epoch, in_one_part)
 """The n-th maps format n to format n + 1."""
 
 FORMAT = len(MIGRATIONS) + 1

@@ -4,19 +4,18 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
-
-import attrs
-from torch import Tensor
 
 from fnlight.checkpoint.bucket import Bucket
 from fnlight.checkpoint.encode import decode
 from fnlight.checkpoint.folder import Folder, cannot_write, hidden_siblings, make
-from fnlight.checkpoint.manifest import FILES, MODEL, STATE, parse
+from fnlight.checkpoint.layout import physical
+from fnlight.checkpoint.manifest import FILES, belongs
+from fnlight.checkpoint.opened import Opened, compare_all, examine, fetched
+from fnlight.checkpoint.pieces import check_parts
 from fnlight.checkpoint.retry import WAITS
-from fnlight.checkpoint.tensors import as_listed
 from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning, ConfigError
 
 _STEP = re.compile(r"step-([0-9]{8,})")
@@ -128,52 +127,23 @@ def best_checkpoint(dir: Path, monitor: str, mode: str = "min") -> str | None:
     return min(found)[3] if found else None
 
 
-def _sound(dir: Path, files: tuple[str, ...] = FILES, hold: bool = False) -> "Iterator[Opened]":
+def _sound(dir: Path, files: tuple[str, ...] = FILES, hold: bool = False, ranks: Any = None) -> "Iterator[Opened]":
     for _, path in reversed(checkpoints(dir)):
         try:
-            yield _open_one(path, files, hold)
+            yield _open_one(path, files, hold, ranks)
         except BrokenCheckpointError as error:
             warnings.warn(f"passed over a broken checkpoint: {error}", CheckpointWarning, stacklevel=4)
 
 
-@attrs.frozen(eq=False)
-class Opened:
-    """A checkpoint whose manifest and digests hold.
-
-    Args:
-        path: Its path, for messages.
-        folder: Where its files are.
-        body: The sections of its manifest.
-        held: By file, the tensors that were read to check it: they are nobody else's.
-
-    Example:
-        >>> Opened("a", Folder("a"), {"files": {}}).tensors("memory.safetensors")
-        {}
-    """
-
-    path: str
-    folder: Folder | Bucket
-    body: Mapping[str, Any]
-    held: Mapping[str, Mapping[str, Tensor]] = attrs.field(factory=dict)
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one of its files: those that are held, else mapped where possible; none if it was not written."""
-        if name not in self.body["files"]:
-            return {}
-        try:
-            found = self.held[name] if name in self.held else self.folder.tensors(name)
-            return as_listed(found, self.body["files"][name]["tensors"])
-        except Exception as error:  # the safetensors library raises its own class, and others on damage
-            raise BrokenCheckpointError(f"checkpoint {self.path} is broken: {name} cannot be read: {error}") from error
-
-
-def open_checkpoint(path: Path, files: tuple[str, ...] = FILES, hold: bool = False) -> Opened:
+def open_checkpoint(path: Path, files: tuple[str, ...] = FILES, hold: bool = False, ranks: Any = None) -> Opened:
     """Find a checkpoint and check all of it.
 
     Args:
         path: A checkpoint, or a run's directory, of which the newest sound one is taken.
         files: What will be read of one in a remote store; the others stay there.
         hold: True reads these files once and keeps their tensors, as the store always does; False maps them when they are asked for.
+        ranks: All processes that open it at the same time, such as a `World`: each checks a share of the files. Of a remote store only the
+            sizes are checked then.
 
     Returns:
         The checkpoint.
@@ -189,17 +159,17 @@ def open_checkpoint(path: Path, files: tuple[str, ...] = FILES, hold: bool = Fal
     """
     folder = at(path)
     present = folder.names()
-    if STATE in present or any(name in present for name in FILES):
-        return _open_one(folder.path, files, hold)
+    if any(map(belongs, present)):
+        return _open_one(folder.path, files, hold, ranks)
     listed = checkpoints(path)
     if listed:
-        for found in _sound(path, files, hold):
+        for found in _sound(path, files, hold, ranks):
             return found
         raise BrokenCheckpointError(
             f"none of the {len(listed)} checkpoints in {folder.path} is sound, see the warnings above; restore a backup or start afresh"
         )
     if hidden_of(folder):
-        return _open_one(folder.path, files, hold)
+        return _open_one(folder.path, files, hold, ranks)
     raise CheckpointError(
         f"no checkpoint at {folder.path}: {f'it holds {present[:5]}' if folder.exists() else 'there is no such directory'}"
     )
@@ -223,14 +193,16 @@ def hidden_of(folder: Folder | Bucket) -> list[Folder]:
     return [folder.parent().child(name) for kind in ("tmp", "old") for name in hidden_siblings(folder, kind)]
 
 
-def _open_one(path: str, files: tuple[str, ...], hold: bool) -> Opened:
+def _open_one(path: str, files: tuple[str, ...], hold: bool, ranks: Any = None) -> Opened:
     folder = at(path)
+    if ranks is not None:
+        return _open_together(folder, ranks)
     if isinstance(folder, Bucket):
         return _open_remote(folder, files)
     problems: list[str] = []
     for place in (*hidden_of(folder), folder):
         body, problems = examine(place, digests=not hold)
-        held, problems = _fetched(place, body, problems, files, others=True) if hold else ({}, problems)
+        held, problems = fetched(place, body, problems, files, others=True) if hold else ({}, problems)
         if body is not None and not problems:
             if place != folder:
                 warnings.warn(
@@ -240,11 +212,25 @@ def _open_one(path: str, files: tuple[str, ...], hold: bool) -> Opened:
     raise BrokenCheckpointError(f"checkpoint {path} is broken: {'; '.join(problems)}. Load its run's directory to use the newest sound one")
 
 
+def _open_together(folder: Folder | Bucket, ranks: Any) -> Opened:
+    """Check a checkpoint among all ranks, each a share of its files; they agree on what is wrong."""
+    body, problems = examine(folder, digests=False, sizes=ranks.rank == 0)
+    if body is not None and not problems and isinstance(folder, Folder):
+        names = list(physical(body["files"]).items())[ranks.rank :: ranks.size]
+        problems += compare_all(folder, dict(names), digests=True)
+    found = [problem for each in ranks.gather(problems) for problem in each]
+    if body is not None and not found:
+        return Opened(folder.path, folder, body)
+    raise BrokenCheckpointError(
+        f"checkpoint {folder.path} is broken: {'; '.join(dict.fromkeys(found))}. Load its run's directory to use the newest sound one"
+    )
+
+
 def _open_remote(folder: Bucket, files: tuple[str, ...]) -> Opened:
     """Read what is asked for, once, and check that very data; where a writer replaced it meanwhile, begin again."""
     for wait in (*WAITS, None):
         body, problems = examine(folder, digests=False)
-        held, problems = _fetched(folder, body, problems, files, others=False)
+        held, problems = fetched(folder, body, problems, files, others=False)
         if body is not None and not problems:
             return Opened(folder.path, folder, body, held)
         if wait is None or body is None or examine(folder, digests=False)[0] == body:
@@ -253,66 +239,6 @@ def _open_remote(folder: Bucket, files: tuple[str, ...]) -> Opened:
             )
         folder.sleep(wait)
     raise AssertionError("unreachable")
-
-
-def _fetched(
-    folder: Folder | Bucket, body: Mapping[str, Any] | None, problems: list[str], files: tuple[str, ...], others: bool
-) -> tuple[dict[str, Mapping[str, Tensor]], list[str]]:
-    """Read files once, check what was read, and keep it; `others` says whether the rest is looked through as well."""
-    held: dict[str, Mapping[str, Tensor]] = {}
-    found = list(problems)
-    for name, entry in body["files"].items() if body is not None and not problems else ():
-        if name in files and not found:
-            try:
-                held[name], digest = folder.fetch(name, entry["digest"].partition(":")[0])
-                found += [_altered(name)] if digest != entry["digest"] else []
-            except (OSError, ValueError) as error:
-                found.append(_compare(folder, name, entry, digests=True) or f"{name} cannot be read: {error}")
-        elif name in files or others:
-            found += [problem] if (problem := _compare(folder, name, entry, digests=True)) else []
-    return ({} if found else held), found
-
-
-def _altered(name: str) -> str:
-    return f"{name} is altered: its digest differs from the one in state.json"
-
-
-def examine(folder: Folder | Bucket, digests: bool = True) -> tuple[Mapping[str, Any] | None, list[str]]:
-    """Read the manifest of a checkpoint and hold every file against it.
-
-    Args:
-        folder: The checkpoint.
-        digests: Whether every byte is read, too.
-
-    Returns:
-        The sections of the manifest, None if it cannot be read, and what is wrong, one line a problem.
-
-    Example:
-        >>> examine(Folder("no/such/folder"))
-        (None, ['state.json is missing: the save was cut short, or the file was deleted'])
-    """
-    try:
-        if folder.size(STATE) is None:
-            return None, ["state.json is missing: the save was cut short, or the file was deleted"]
-        body = parse(folder.read(STATE))
-    except (BrokenCheckpointError, OSError) as error:
-        return None, [str(error) if isinstance(error, BrokenCheckpointError) else f"state.json cannot be read: {error}"]
-    missing = [f"state.json does not list {MODEL}"] if MODEL not in body["files"] else []
-    return body, missing + [problem for name, entry in body["files"].items() if (problem := _compare(folder, name, entry, digests))]
-
-
-def _compare(folder: Folder | Bucket, name: str, entry: Mapping[str, Any], digests: bool) -> str | None:
-    try:
-        size = folder.size(name)
-        if size is None:
-            return f"{name} is missing"
-        if size != entry["size"]:
-            return f"{name} has {size} bytes, but {entry['size']} were written"
-        if digests and folder.digest(name, entry["digest"].partition(":")[0]) != entry["digest"]:
-            return _altered(name)
-    except OSError as error:
-        return f"{name} cannot be read: {error}"
-    return None
 
 
 def verify(path: Path) -> list[str]:
@@ -333,10 +259,13 @@ def verify(path: Path) -> list[str]:
     if body is None or problems:
         return problems
     opened, found = Opened(folder.path, folder, body), list[str]()
-    for name in body["files"]:
+    for name, entry in body["files"].items():
         try:
-            opened.tensors(name)
-        except BrokenCheckpointError as error:
+            if "parts" in entry:
+                check_parts(folder.part, folder.size, name, entry, opened.layouts)
+            else:
+                opened.tensors(name)
+        except (BrokenCheckpointError, ValueError, OSError) as error:
             found.append(str(error))
     return found
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from fnlight.checkpoint.encode import decode
 from fnlight.checkpoint.groups import place_optimizers
 from fnlight.checkpoint.manifest import MEMORY, MODEL
-from fnlight.checkpoint.places import Opened, Path, open_checkpoint
-from fnlight.checkpoint.rename import Rename, renamed, renamed_body
+from fnlight.checkpoint.opened import Opened
+from fnlight.checkpoint.pieces import Like
+from fnlight.checkpoint.places import Path, open_checkpoint
+from fnlight.checkpoint.rename import Rename, new_name, renamed, renamed_body
 from fnlight.checkpoint.twin import Lent, twin
 from fnlight.checkpoint.weights import LoadReport, extra_states, place_weights, put, split_buffers
 from fnlight.dtype import DTYPES, convert
@@ -20,6 +22,7 @@ from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWar
 from fnlight.history import History, Record
 from fnlight.metrics import Tally
 from fnlight.metrics.ranks import own_part
+from fnlight.shards import is_sharded, lying_like
 from fnlight.state import Progress, Store, TrainState
 from fnlight.task import Task
 from fnlight.times import Times
@@ -31,13 +34,15 @@ _MOST = 1 << 62  # no run does more steps
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, ArithmeticError)
 
 
-def load(path: Path, task: Task, *, device: torch.device | str | None = None) -> TrainState:
+def load(path: Path, task: Task, *, device: torch.device | str | None = None, place: Any = None) -> TrainState:
     """Read a state from a checkpoint; nothing in the file is run.
 
     Args:
         path: A checkpoint, or a run's directory, of which the newest sound one is taken; or a URL.
         task: The model and functions that the state was trained with.
         device: Where the tensors shall live; None leaves them where the task's model has them.
+        place: How they shall lie on several processes, whichever way they were saved; all of them call it, and each reads what it holds. The
+            task's model may then be on the meta device.
 
     Returns:
         The state, bitwise as it was saved.
@@ -56,11 +61,11 @@ def load(path: Path, task: Task, *, device: torch.device | str | None = None) ->
         ...     load(path, task).seed
         7
     """
-    opened = open_checkpoint(path, hold=True)
+    opened = open_checkpoint(path, hold=place is None, ranks=None if place is None else place.everyone)
     lent, memo = Lent(), dict[int, Any]()
-    if isinstance(task, Task):
+    if isinstance(task, Task) and place is None:
         lent.borrow((*task.model.parameters(), *task.model.buffers()), memo)
-    state, notes = _fill(TrainState.create(task, device=device, _memo=memo), lent, opened, frozenset(), None)
+    state, notes = _fill(TrainState.create(task, device=device, place=place, _memo=memo), lent, opened, frozenset(), None)
     _warn(opened, notes)
     return state
 
@@ -103,7 +108,8 @@ def restore(path: Path, like: TrainState, *, allow: Iterable[str] = (), rename: 
     allowed = frozenset((allow,) if isinstance(allow, str) else allow)
     if not allowed <= ALLOWED:
         raise CheckpointError(f"allow= knows {sorted(ALLOWED)}, but got {sorted(allowed - ALLOWED)}")
-    opened = open_checkpoint(path, hold=True)
+    place = like.live.place
+    opened = open_checkpoint(path, hold=place is None, ranks=None if place is None else place.everyone)
     store, lent = twin(like.live)
     state, notes = _fill(attrs.evolve(like, store=store, version=0), lent, opened, allowed, rename)
     _warn(opened, notes)
@@ -151,6 +157,7 @@ def _warn(opened: Opened, notes: list[str]) -> None:
 def _fill(state: TrainState, lent: Lent, opened: Opened, allowed: frozenset[str], rename: Rename) -> tuple[TrainState, list[str]]:
     """Fill a state that nobody else holds; also what a reader should be told. The tensors of the checkpoint become its own."""
     store = state.store
+    opened = attrs.evolve(opened, like=_homes(store, rename))
     listed = opened.body["files"][MODEL]["tensors"]
     _recast(store, opened)
     report = place_weights(store.module, renamed(opened.tensors(MODEL), rename), opened.path, "dtype" in allowed, lent)
@@ -179,6 +186,19 @@ def _fill(state: TrainState, lent: Lent, opened: Opened, allowed: frozenset[str]
         raise BrokenCheckpointError(
             f"checkpoint {opened.path} is broken: state.json holds what fnlight does not write: {error!r:.200}"
         ) from error
+
+
+def _homes(store: Store, rename: Rename) -> Like | None:
+    """What a tensor of a checkpoint shall lie like, by its name; None where this process is alone, and reads what is held already."""
+    if store.place is None:
+        return None
+    cut = {name: p for name, p in store.named.items() if is_sharded(p)}
+
+    def like(key: str, shape: tuple[int, ...]) -> Tensor | None:
+        homes = (cut.get(new_name(rename, part) or "") for part in key.split("/"))
+        return next((p for p in homes if p is not None and tuple(p.shape) == shape), None)
+
+    return like
 
 
 def _recast(store: Store, opened: Opened) -> None:
@@ -223,9 +243,10 @@ def _emptied(tree: Any, before: Any) -> bool:
 
 
 def _converted(value: Any, dtype: torch.dtype, like: Tensor | None) -> Any:
-    if not isinstance(value, Tensor) or like is None or value.dtype != dtype or value.shape != like.shape:
+    if not isinstance(value, Tensor) or like is None or value.shape != like.shape:
         return value
-    return value.to(like.dtype)
+    value = lying_like(value, like)
+    return value.to(like.dtype) if value.dtype == dtype else value
 
 
 def _head(state: TrainState, body: Any) -> TrainState:

@@ -1,7 +1,7 @@
 """The safetensors format, written and read tensor by tensor, so that no second copy of the state is held in memory."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -38,6 +38,7 @@ class Chunks:
 
     Args:
         tensors: Names to tensors.
+        offsets: Where each is in the whole, if these are parts.
 
     Example:
         >>> found = Chunks({"x": torch.zeros(2)})
@@ -46,18 +47,20 @@ class Chunks:
     """
 
     tensors: Mapping[str, Tensor]
+    offsets: Mapping[str, Sequence[int]] | None = None
 
     def __iter__(self) -> Iterator[memoryview]:
-        return _chunks(self.tensors)
+        return _chunks(self.tensors, self.offsets)
 
 
-def chunks(tensors: Mapping[str, Tensor]) -> Chunks:
+def chunks(tensors: Mapping[str, Tensor], offsets: Mapping[str, Sequence[int]] | None = None) -> Chunks:
     """The bytes of a safetensors file: its header, then one tensor at a time.
 
     Equal tensors give equal bytes. Large elements come first, so that all are aligned in a mapped file.
 
     Args:
         tensors: Names to dense tensors of any shape, strides and device.
+        offsets: Where each is in the whole, if these are parts: the header says so as that of torch's own files does.
 
     Returns:
         An iterable of views; each is valid until the next one is asked for.
@@ -69,14 +72,17 @@ def chunks(tensors: Mapping[str, Tensor]) -> Chunks:
         >>> sum(len(chunk) for chunk in chunks({"x": torch.zeros(2)})) % 8
         0
     """
-    return Chunks(tensors)
+    return Chunks(tensors, offsets)
 
 
-def _chunks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+def _chunks(tensors: Mapping[str, Tensor], offsets: Mapping[str, Sequence[int]] | None) -> Iterator[memoryview]:
     for name, tensor in tensors.items():
         _check(name, tensor)
     order = sorted(tensors, key=lambda name: (-_stored(tensors[name]).itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # one key only: several are written in random order by the library
+    if offsets is not None:
+        places = {name: {"saved_offsets": [*offsets[name], *([0] if tensors[name].dtype in _AS_REAL else [])]} for name in order}
+        header["__metadata__"]["DCP_SHARDING_INFO"] = json.dumps(places, separators=(",", ":"))
     end = 0
     for name in order:
         tensor, start = tensors[name], end

@@ -9,6 +9,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from fnlight.shards import lying_like
 from fnlight.state import Store
 
 
@@ -90,6 +91,7 @@ def fitted(value: Tensor, like: Tensor, same_kind: bool = True) -> Tensor:
         (True, (1, 2))
     """
     dtype, device = (like.dtype, like.device) if same_kind else (value.dtype, value.device)
+    value = lying_like(value, like)
     if (value.dtype, value.device, value.stride()) == (dtype, device, like.stride()):
         return value
     return torch.empty_like(like, dtype=dtype, device=device, requires_grad=False).copy_(value)
@@ -114,7 +116,7 @@ def twin(store: Store) -> tuple[Store, Lent]:
     memo: dict[int, Any] = {}
     lent = Lent()
     lent.borrow(_tensors(store), memo)
-    module = copy.deepcopy(store.module, memo)
+    module = copy.deepcopy(store.module, memo) if store.place is None else store.place.copy(store.module, memo)
     return Store(module, copy.deepcopy(store.optims if store.phases else store.optim, memo), {}, store.place), lent
 
 

@@ -14,6 +14,7 @@ from fnlight.checkpoint.rename import Rename, new_name, renamed
 from fnlight.checkpoint.tensors import describe
 from fnlight.checkpoint.twin import Lent
 from fnlight.errors import BrokenCheckpointError, MismatchError
+from fnlight.shards import assign
 from fnlight.state import TrainState
 
 _ROWS = 20
@@ -179,7 +180,7 @@ def put(module: nn.Module, name: str, value: Tensor, lent: Lent | None = None) -
     if any(stride == 0 and size > 1 for size, stride in zip(target.shape, target.stride(), strict=True)):
         setattr(inner, leaf, value.to(target.device, target.dtype, copy=True))
     elif lent is None or not lent.put(target, value):
-        target.copy_(value)
+        assign(target, value)
 
 
 def _first_names(module: nn.Module, found: Mapping[str, Tensor]) -> dict[str, Tensor]:

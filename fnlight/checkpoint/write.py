@@ -13,8 +13,10 @@ from fnlight.checkpoint.bucket import Bucket
 from fnlight.checkpoint.encode import Put, encode
 from fnlight.checkpoint.folder import Folder
 from fnlight.checkpoint.manifest import FILES, MEMORY, MODEL, OPTIMIZER, STATE, render
-from fnlight.checkpoint.places import Path, at, examine
+from fnlight.checkpoint.opened import examine
+from fnlight.checkpoint.places import Path, at
 from fnlight.checkpoint.tensors import chunks, describe
+from fnlight.checkpoint.together import is_cut, parts_of, write_together
 from fnlight.checkpoint.weights import extra_states, split_buffers
 from fnlight.errors import CheckpointError
 from fnlight.metrics.ranks import with_parts
@@ -27,7 +29,9 @@ Tensors = dict[str, dict[str, Tensor]]
 
 
 def save(state: TrainState, path: Path, *, overwrite: bool = True) -> str:
-    """Write a checkpoint; it is there whole or not at all, and what was there before stands until it is. All ranks call it, one writes.
+    """Write a checkpoint; it is there whole or not at all, and what was there before stands until it is.
+
+    Where a state lies on several ranks, all of them call it: one writes, or, where each holds parts of the tensors, each its own.
 
     Files are written into a hidden sibling, flushed to disk and renamed into place. In a remote store, which has no renames, the
     manifest is written last, and one that is replaced is gone from the first byte on. No second copy of tensors on the CPU is made.
@@ -57,6 +61,9 @@ def save(state: TrainState, path: Path, *, overwrite: bool = True) -> str:
     """
     folder, place = at(path), state.store.place
     body, tensors = describe_state(state)
+    if place is not None and is_cut(tensors):
+        write_together(folder, body, parts_of(tensors, place.everyone.rank), place.everyone, overwrite)
+        return folder.path
     if place is None or place.writes:
         write(folder, body, tensors, overwrite)
     if place is not None:
@@ -85,7 +92,7 @@ def write(folder: Folder | Bucket, body: Mapping[str, Any], tensors: Tensors, ov
     """
     with folder.replacing(overwrite) as place:
         files = {name: place.write(name, chunks(tensors[name])) | {"tensors": _listed(tensors[name])} for name in FILES if name in tensors}
-        place.write(STATE, [render({**body, "files": files})])
+        place.write(STATE, [render({**body, "layouts": [], "files": files})])
 
 
 def _listed(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -126,7 +133,7 @@ def amend(state: TrainState, path: Path) -> None:
         raise CheckpointError(
             f"cannot amend checkpoint {folder.path}: it holds other tensors than the state of step {state.progress.step}; save it anew"
         )
-    folder.rewrite(STATE, render({**body, "files": old["files"]}))
+    folder.rewrite(STATE, render({**body, "layouts": old["layouts"], "files": old["files"]}))
 
 
 def describe_state(state: TrainState, together: bool = True) -> tuple[dict[str, Any], Tensors]:

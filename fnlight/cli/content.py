@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fnlight.checkpoint import checkpoints
 from fnlight.checkpoint.encode import decode
-from fnlight.checkpoint.manifest import FILES, MODEL, STATE
+from fnlight.checkpoint.layout import physical
+from fnlight.checkpoint.manifest import FILES, MODEL, STATE, belongs
 from fnlight.checkpoint.places import at, open_checkpoint
 from fnlight.errors import BrokenCheckpointError
 from fnlight.state import History, Record
@@ -89,7 +90,7 @@ def content(path: str) -> Content:
         except Exception as error:  # the safetensors library raises its own class, and others on damage
             raise BrokenCheckpointError(f"{path} cannot be read as a safetensors file: {error}") from error
     opened = open_checkpoint(path)
-    sizes = {name: entry["size"] for name, entry in opened.body["files"].items()} | {STATE: opened.folder.size(STATE) or 0}
+    sizes = {name: entry["size"] for name, entry in physical(opened.body["files"]).items()} | {STATE: opened.folder.size(STATE) or 0}
     return Content(opened.path, {name: opened.tensors(name) for name in FILES}, opened.body, sizes)
 
 
@@ -107,4 +108,4 @@ def is_run(path: str) -> bool:
         False
     """
     present = at(path).names()
-    return STATE not in present and not any(name in present for name in FILES) and bool(checkpoints(path))
+    return not any(map(belongs, present)) and bool(checkpoints(path))

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fnlight.checkpoint import checkpoints, verify
+from fnlight.checkpoint.layout import physical
 from fnlight.checkpoint.manifest import FILES, MODEL, STATE, parse
 from fnlight.checkpoint.places import at
 from fnlight.cli.content import Content, content, is_run
@@ -60,7 +61,7 @@ def _run(path: str) -> None:
             body = parse(folder.read(STATE))
         except (BrokenCheckpointError, OSError):
             body = {"progress": {}, "files": {}, "stopped": None}
-        whole = sum(entry["size"] for entry in body["files"].values()) + (folder.size(STATE) or 0)
+        whole = sum(entry["size"] for entry in physical(body["files"]).values()) + (folder.size(STATE) or 0)
         epoch = str(body["progress"].get("epoch", ""))
         listed.append([folder.name(), "broken" if problems else "sound", body["stopped"] or "", f"{step:,}", epoch, size(whole)])
     table(f"{path}: {count(len(listed), 'checkpoint')}", ["checkpoint", "files", "stopped", "step", "epoch", "size"], listed, left=3)

@@ -80,6 +80,11 @@ class Replicated:
         return world()
 
     @property
+    def everyone(self) -> World:
+        """All processes."""
+        return world()
+
+    @property
     def writes(self) -> bool:
         """Whether this process writes files and logs."""
         return self.world.rank == 0

@@ -132,6 +132,11 @@ class Sharded:
         return f"fsdp({', '.join(given)})"
 
     @property
+    def everyone(self) -> World:
+        """All processes."""
+        return world()
+
+    @property
     def writes(self) -> bool:
         """Whether this process writes files and logs."""
         return world().rank == 0
@@ -169,7 +174,25 @@ class Sharded:
         if self.tensor_parallel is not None:
             cut_layers(module, mesh, self.tensor_parallel)
         placed._cut(module)
+        placed._materialise(module)
         return placed
+
+    def _materialise(self, module: nn.Module) -> None:
+        """Give a model without values memory for its parts, filled with NaN: a checkpoint is to fill it."""
+        if not any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+            return
+        kept = module.state_dict(keep_vars=True)
+        derived = [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in kept]
+        if derived:
+            raise ParallelError(
+                f"the model is on the meta device with buffers that no checkpoint holds, {derived[:5]}; make it with their values"
+            )
+
+        def made(t: Tensor) -> Tensor:
+            return torch.full_like(t, torch.nan if t.is_floating_point() else 0, device=self._home) if t.is_meta else t
+
+        with torch.no_grad():
+            module._apply(made)
 
     def _cut(self, module: nn.Module) -> None:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method

@@ -26,6 +26,11 @@ class Placement(Protocol):
         ...
 
     @property
+    def everyone(self) -> World:
+        """All processes, those among them that share one part of a batch."""
+        ...
+
+    @property
     def writes(self) -> bool:
         """Whether this process writes files and logs; one of all does."""
         ...

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fnlight as fl
 from fnlight.checkpoint.migrations import FORMAT
 from fnlight.tree import leaves
+from tests.checkpoint.parted import save_in_parts
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
@@ -177,11 +178,20 @@ def draw() -> str:
         return said(F.dropout(torch.ones(64), 0.25))
 
 
-def written(case: Case) -> dict[str, Any]:
+IN_PARTS = "norm, dropout, schedule, in parts"
+"""The name of a checkpoint that several ranks have written, of the case that it begins with."""
+
+
+def case_of(name: str) -> Case:
+    """The case of a kept checkpoint."""
+    return CASES[name.removesuffix(", in parts")]
+
+
+def written(case: Case, save: Callable[[fl.TrainState, str], Any] = fl.save) -> dict[str, Any]:
     """A checkpoint of a case, and what becomes of it."""
     with tempfile.TemporaryDirectory() as folder:
         half = case.on(fl.TrainState.create(case.task(), seed=7), case.saved)
-        path = Path(fl.save(half, f"{folder}/a"))
+        path = Path(save(half, f"{folder}/a"))
         files = {p.name: base64.b85encode(zlib.compress(p.read_bytes(), 9)).decode("ascii") for p in sorted(path.iterdir())}
     end = case.on(half.copy(), case.total - case.saved)
     return {"files": files, "saved": held(half), "end": values(end), "machine": machine(), "draw": draw()}
@@ -199,7 +209,10 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     home = ASSETS / f"format-{FORMAT}"
     home.mkdir(parents=True, exist_ok=True)
-    for name, case in CASES.items():
+    for name in (*CASES, IN_PARTS):
         target = home / f"{name.replace(', ', '-').replace(' ', '-')}.json"
-        target.write_text(json.dumps({"case": name, **written(case)}, indent=1) + "\n", encoding="ascii")
+        target.write_text(
+            json.dumps({"case": name, **written(case_of(name), save_in_parts if name == IN_PARTS else fl.save)}, indent=1) + "\n",
+            encoding="ascii",
+        )
         print(f"{target.name}: {target.stat().st_size:,} bytes")

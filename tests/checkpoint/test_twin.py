@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fnlight.checkpoint import load, restore, save
-from fnlight.checkpoint.places import Opened, open_checkpoint, step_path
+from fnlight.checkpoint.opened import Opened
+from fnlight.checkpoint.places import open_checkpoint, step_path
 from fnlight.checkpoint.twin import Lent
 from fnlight.errors import CheckpointWarning
 from fnlight.state import TrainState
