@@ -17,6 +17,7 @@ from fnlight.errors import ConfigError, LoaderError
 from fnlight.garbage import collect_garbage
 from fnlight.loop import evaluate_every, log_to, stop_when
 from fnlight.microbatch import microbatch
+from fnlight.parallel import exact_ranks
 from fnlight.pipe import Pipe, pipe
 from fnlight.precision import autocast, cast
 from fnlight.recompute import recompute
@@ -64,7 +65,7 @@ def compose(task: Task, config: FitConfig, loaders: Any = None, signals: Signals
         recompute(*config.recompute) if config.recompute else None,
         _precision(config),
         grad(),
-        accumulate(config.accumulate) if config.accumulate != 1 else None,
+        exact_ranks(config.accumulate) if config.exact_ranks else accumulate(config.accumulate) if config.accumulate != 1 else None,
         microbatch(config.microbatch) if config.microbatch is not None else None,
         *_skipping(config),
         clip_value(config.clip_value) if config.clip_value else None,

@@ -159,7 +159,10 @@ class FitConfig:
         gc: ``"auto"`` leaves the collection of garbage to Python; ``"managed"`` does it between steps, see `collect_garbage`.
         compile: ``"trace"``, ``"step"``, ``"graph"`` or ``"model"``: how much of a step becomes one graph, see `fnlight.compile`; None: nothing.
         unroll: Updates in one call of a compiled step.
-        parallel: ``"auto"`` or None: one process; others are refused by this version.
+        parallel: ``"auto"`` joins the processes that the environment names, if there are several, and trains data parallel, see
+            `fnlight.parallel`; None trains in this process, whoever else there is.
+        exact_ranks: True gives bitwise the same weights on 1, 2, 4 and 8 ranks, slowly, to tell a bug from rounding; see
+            `fnlight.parallel.exact_ranks`.
         signals: True ends the run after the step that is under way when SIGTERM, SIGUSR1 or Ctrl-C comes; see `fnlight.signals`.
         signals_deadline: Seconds after a signal at which the process is ended, whatever it does; None waits as long as it takes.
         debug_bundle: True writes what is needed to repeat a failed step to ``DIR/bundles``; see `fnlight.bundle` for what it costs.
@@ -216,6 +219,7 @@ class FitConfig:
     donate: bool = attrs.field(default=False, validator=_one_of(True, False))
     gc: str = attrs.field(default="auto", validator=_one_of("auto", "managed"))
     compile: str | None = attrs.field(default=None, validator=_one_of(None, "trace", "step", "graph", "model"))
+    exact_ranks: bool = attrs.field(default=False, validator=_one_of(True, False))
     unroll: int = attrs.field(default=1, validator=_count(1, optional=False))
     parallel: str | None = attrs.field(default="auto", validator=_one_of("auto", None))
     signals: bool = attrs.field(default=False, validator=_one_of(True, False))
@@ -241,6 +245,10 @@ class FitConfig:
         if not isinstance(self.keep, Retention):
             raise ConfigError(f"FitConfig(keep=...) must be a retention such as last(1) or best('val/loss', 3), but got {self.keep!r}")
 
+        if self.exact_ranks and (self.microbatch is not None or self.compile is not None):
+            raise ConfigError(
+                "FitConfig(exact_ranks=True) computes batches in parts of its own, in no graph; leave microbatch and compile out"
+            )
         if self.unroll > 1 and self.compile in (None, "model"):
             raise ConfigError(
                 f"FitConfig(unroll={self.unroll}) puts several updates into one graph; give compile='step' or 'trace' as well"

@@ -16,6 +16,7 @@ from fnlight.checkpoint.manifest import STATE
 from fnlight.compose import compose, loaders_of, settings, text_of, train_source
 from fnlight.config import FitConfig
 from fnlight.data import Sharded, Source, placed
+from fnlight.data.order import length_of
 from fnlight.errors import BrokenCheckpointError, CheckpointWarning, ConfigError
 from fnlight.fp8 import to_fp8
 from fnlight.loop import run
@@ -79,7 +80,9 @@ def _together(state: TrainState, config: FitConfig, train: Source) -> Iterator[t
     with join() if config.parallel == "auto" and place is None else nullcontext() as world:
         world = world if place is None else place.world
         if world is not None and world.size > 1:
-            check_same(world, state, batches=None if isinstance(train.loader, Sharded) else train.num_batches, config=text_of(config))
+            own = isinstance(train.loader, Sharded)
+            samples = None if own else length_of(getattr(train.loader, "dataset", None))
+            check_same(world, state, batches=None if own else train.num_batches, samples=samples, config=text_of(config))
         if place is None and world is not None and world.size > 1:
             state, donate = placed_on(ddp(), state if donate else state.copy()), True
         yield state, state.store.place, donate

@@ -15,12 +15,15 @@ Example:
 
 from fnlight.parallel.agree import check_same, code_digest
 from fnlight.parallel.ddp import Replicated, ddp
+from fnlight.parallel.exact import exact_ranks
 from fnlight.parallel.fsdp import Sharded, fsdp, hsdp
+from fnlight.parallel.loose import Loose, diloco, loose
 from fnlight.parallel.moving import alone, placed_on
 from fnlight.parallel.placement import Placement
 from fnlight.parallel.world import Pulse, World, first_host, join, named_world, pack, stream_part, unpack, world
 
 __all__ = [
+    "Loose",
     "Placement",
     "Pulse",
     "Replicated",
@@ -30,10 +33,13 @@ __all__ = [
     "check_same",
     "code_digest",
     "ddp",
+    "diloco",
+    "exact_ranks",
     "first_host",
     "fsdp",
     "hsdp",
     "join",
+    "loose",
     "named_world",
     "pack",
     "placed_on",

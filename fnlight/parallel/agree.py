@@ -12,10 +12,12 @@ from fnlight.errors import ParallelError
 from fnlight.parallel.world import World
 from fnlight.state import TrainState
 
+_SAME_DATA = "give all ranks the same data; fnlight takes each rank's part of it (fl.sharded(loader) says that they have data of their own)"
 _WHAT_TO_DO = {
     "code": "start the same version of the script and of its modules on all machines",
     "seed": "give TrainState.create(task, seed=...) the same number on all ranks; each rank draws its own random numbers from it",
-    "batches": "give all ranks the same data; fnlight takes each rank's part of it (fl.sharded(loader) says that they have different data)",
+    "batches": _SAME_DATA,
+    "samples": _SAME_DATA,
 }
 
 

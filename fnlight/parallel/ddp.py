@@ -17,6 +17,8 @@ from fnlight.parallel.apart import Apart
 from fnlight.parallel.world import World, named_world, world
 from fnlight.protocols import Gradients
 
+_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def ddp(
     *,
@@ -25,6 +27,8 @@ def ddp(
     gradient_as_bucket_view: bool = True,
     static_graph: bool = False,
     broadcast_buffers: bool = True,
+    comm_hook: Any = None,
+    sync_batchnorm: bool = False,
 ) -> "Replicated":
     """Every rank holds the whole model; gradients are brought together while the backward pass goes on.
 
@@ -36,6 +40,9 @@ def ddp(
         gradient_as_bucket_view: True lets gradients lie in the buckets that travel, which saves a copy.
         static_graph: True promises that every step uses the same parameters in the same way.
         broadcast_buffers: True gives all ranks the buffers of rank 0 before each step, such as the statistics of BatchNorm.
+        comm_hook: How a bucket travels: ``"bf16"`` or ``"fp16"`` halves what is sent; or a hook of torch, which takes a state (None) and a bucket
+            and gives the mean.
+        sync_batchnorm: True lets BatchNorm take its statistics over the samples of all ranks; on accelerators only.
 
     Returns:
         A placement.
@@ -49,11 +56,15 @@ def ddp(
     """
     if bucket_cap_mb is not None and not bucket_cap_mb > 0:
         raise ConfigError(f"ddp(bucket_cap_mb=...) must be megabytes above 0, or None for torch's own, but got {bucket_cap_mb!r}")
+    if comm_hook is not None and comm_hook not in _HALVES and not callable(comm_hook):
+        raise ConfigError(
+            f"ddp(comm_hook=...) must be one of {', '.join(map(repr, _HALVES))}, a hook of torch, or None, but got {comm_hook!r}"
+        )
     options = {
         "bucket_cap_mb": bucket_cap_mb, "find_unused_parameters": find_unused_parameters, "gradient_as_bucket_view": gradient_as_bucket_view,
         "static_graph": static_graph, "broadcast_buffers": broadcast_buffers,
     }  # fmt: skip
-    return Replicated(options)
+    return Replicated(options, comm_hook, sync_batchnorm)
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -62,6 +73,8 @@ class Replicated:
 
     Args:
         options: What ``DistributedDataParallel`` is given.
+        comm_hook: How a bucket travels; None as it is.
+        sync_batchnorm: Whether BatchNorm sees the samples of all ranks.
 
     Example:
         >>> Replicated({}).place(nn.Linear(1, 1)) is None  # alone there is nothing to do
@@ -69,10 +82,13 @@ class Replicated:
     """
 
     options: Mapping[str, Any]
+    comm_hook: Any = None
+    sync_batchnorm: bool = False
 
     def __repr__(self) -> str:
         defaults = ddp.__kwdefaults__ or {}
-        return f"ddp({', '.join(f'{name}={value!r}' for name, value in self.options.items() if value != defaults.get(name))})"
+        given = {**self.options, "comm_hook": self.comm_hook, "sync_batchnorm": self.sync_batchnorm}
+        return f"ddp({', '.join(f'{name}={value!r}' for name, value in given.items() if value != defaults.get(name))})"
 
     @property
     def world(self) -> World:
@@ -107,6 +123,8 @@ class Replicated:
             raise ParallelError(f"ddp takes a model on one device a rank, but this one lies on {sorted(map(str, devices))}; move it to one")
         if here.size == 1:
             return None
+        if self.sync_batchnorm:
+            _convert_norms(module, devices)
         for tensor in (*module.parameters(), *module.buffers()):
             distributed.broadcast(tensor.detach(), 0)
         return self
@@ -133,7 +151,11 @@ class Replicated:
                 f"{type(store.optim.optimizer).__name__} takes gradients of gradients, which ranks do not bring together; train in one process, "
                 "or take another optimizer"
             )
-        return _Bound(DistributedDataParallel(_Loss(store.module), init_sync=False, **_of_torch(self.options)), held)
+        wrapped = DistributedDataParallel(_Loss(store.module), init_sync=False, **_of_torch(self.options))
+        if self.comm_hook is not None:
+            own = not callable(self.comm_hook)
+            wrapped.register_comm_hook(_HALVES[self.comm_hook] if own else None, _halved if own else self.comm_hook)
+        return _Bound(wrapped, held)
 
     def loss(self, store: Any, fn: Any, batch: Any) -> Any:
         """Call a loss function on the live module, within torch's wrapper."""
@@ -229,6 +251,22 @@ class _Loss(nn.Module):
         if out.__class__ is tuple and len(out) == 2 and isinstance(out[1], Mapping):
             out, metrics = out
         return (out.total if out.__class__ is Mean else out), _Rest(out, metrics)
+
+
+def _halved(dtype: torch.dtype, bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """The mean of a bucket over ranks, sent in sixteen bits; torch's own hook for it knows NCCL only."""
+    whole = bucket.buffer()
+    sent = whole.to(dtype).div_(distributed.get_world_size())
+    travelling: Any = distributed.all_reduce(sent, async_op=True)
+    return travelling.get_future().then(lambda done: whole.copy_(done.value()[0]))
+
+
+def _convert_norms(module: nn.Module, devices: set[torch.device]) -> None:
+    norms = [name for name, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if {device.type for device in devices} == {"cpu"} or "" in norms:
+        why = "the model is a norm itself" if "" in norms else "torch has it for accelerators only, and this model lies on the CPU"
+        raise ConfigError(f"ddp(sync_batchnorm=True) cannot be had: {why}; leave it out, or take GroupNorm or LayerNorm")
+    nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
 
 def _of_torch(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,113 @@
+"""Ranks that do not fit together are refused, what must happen at one step does, and there are other ways to train together."""
+
+import json
+
+import pytest
+import torch
+
+from fnlight.errors import ConfigError
+from fnlight.parallel import Pulse, World, ddp, diloco, exact_ranks
+from tests.parallel.launch import ran
+from tests.parallel.things import exact
+from tests.parallel.trajectories import numbers, task
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What two ranks say."""
+    folder = tmp_path_factory.mktemp("things")
+    ran("things.py", 2, "all", folder)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    "what, says",
+    [
+        ("seeds", "rank 1 and rank 0 differ in their seed: 3 and 4; give TrainState.create(task, seed=...) the same number"),
+        ("code", "rank 1 and rank 0 differ in their code; start the same version of the script"),
+        ("data", "rank 1 and rank 0 differ in their samples: 24 and 23; give all ranks the same data"),
+        ("config", "rank 1 and rank 0 differ in their config"),
+        ("names", "ranks must give metrics of the same names, but rank 0 gave ['loss', 'of 0'], and these differ: {1: ['of 0', 'of 1']}"),
+        ("more ranks than samples", "batch_size=1 is that of all of them together: some would have nothing to do; give a batch_size of at least 2"),
+        ("placed later", "cuts up parameters, which must be done before their optimizer is built"),
+        ("devices", "takes a model on one device a rank, but this one lies on ['cpu', 'meta']"),
+        ("norms", "sync_batchnorm=True) cannot be had"),
+        ("microbatch", 'microbatch("auto") repeats a step'),
+        ("diloco", "create the state with place=fl.parallel.loose()"),
+        ("sides", "uneven parts of loaders side by side"),
+        ("hosts", "several processes say that they are the one of local rank 0 on"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_on_all_ranks(what, says, found):
+    """Every rank says what is wrong, and what to do; none waits for another."""
+    for each in found:
+        assert says in each["refused"][what]
+
+
+def test_what_one_rank_learns_happens_on_all_at_one_step(found):
+    """A signal to one of them, a limit of time by clocks that differ, and data that ends for one of them first."""
+    first, second = (each["agreed"] for each in found)
+    assert first["signal"] == second["signal"]
+    assert first["signal"][0] == "SIGTERM"
+    assert first["time"] == second["time"]
+    assert first["lengths"] == second["lengths"] == [6, 2 * 2 * 12]
+
+
+def test_each_rank_computes_its_part_of_a_batch(found):
+    """Batches of eight on two ranks are four here and four there."""
+    assert [set(each["agreed"]["parts"]) for each in found] == [{4}, {4}]
+
+
+def test_a_checkpoint_holds_the_metrics_of_all_ranks(found):
+    """A run that goes on in the middle of an epoch has the history of one that was never interrupted, bitwise."""
+    assert [each["kept"] for each in found] == [[True, 4]] * 2
+
+
+def test_gradients_may_travel_in_other_ways(found):
+    """In sixteen bits, which is close; in small buckets, which is the same. All ranks hold the same weights."""
+    a, b = (each["others"] for each in found)
+    assert a == b
+    for key, value in a["buckets"].items():
+        assert torch.allclose(torch.tensor(a["bf16"][key]), torch.tensor(value), atol=0.1)
+        assert a["bf16"][key] != value
+
+
+def test_ranks_that_meet_now_and_then_learn_as_well(found):
+    """Local SGD and DiLoCo: after a meeting all hold the same weights, which are better than the first."""
+    for name in ("diloco", "local sgd"):
+        weights, loss = found[0]["others"][name]
+        assert weights != numbers(dict(task().model.named_parameters()))
+        assert loss < 1.3
+
+
+@pytest.mark.parametrize("step", ["plain", "weighted"])
+def test_exact_ranks_are_bitwise_those_of_one_process(step, found):
+    """One process, two ranks and four give the very same weights, with dropout, uneven batches, clipping and accumulation."""
+    assert [each["exact"][step] for each in found] == [exact(step)] * 2
+
+
+def test_exact_ranks_are_bitwise_on_four(tmp_path):
+    """Four ranks too."""
+    ran("things.py", 4, "exact", tmp_path)
+    assert json.loads((tmp_path / "3.json").read_text())["exact"] == {step: exact(step) for step in ("plain", "weighted")}
+
+
+def test_numbers_that_make_no_sense_are_refused():
+    """Parts that are no power of two, meetings never, a hook that is none."""
+    with pytest.raises(ConfigError, match="must be a power of two, such as 8, but got 6"):
+        exact_ranks(parts=6)
+    with pytest.raises(ConfigError, match="a number of steps of at least 1, but got 0"):
+        diloco(0)
+    with pytest.raises(ConfigError, match="momentum in 0..1, but got lr=0.7, momentum=1"):
+        diloco(2, momentum=1)
+    with pytest.raises(ConfigError, match=r"comm_hook=\.\.\.\) must be one of 'bf16', 'fp16'"):
+        ddp(comm_hook="fp8")
+
+
+def test_a_pulse_stands_still_between_agreements():
+    """Ranks agree more and more rarely while steps are short, so that it costs nothing."""
+    asked = []
+    pulse = Pulse(World(), lambda: asked.append(0) or len(asked) * 0.001, None)
+    shown = [pulse() for _ in range(1000)]
+    assert len(asked) < 20
+    assert shown == sorted(shown)
