@@ -156,16 +156,37 @@ def tiny_epoch(rounds: int) -> str:
     return f"An epoch of one batch with evaluation, checkpoint (flushed to disk) and JSONL: {extra * 1e3:.1f} ms beyond the work itself."
 
 
-def import_cost(rounds: int) -> str:
-    """What ``import fnlight`` takes after ``import torch``, in processes of their own."""
-    code = "import torch, time; start = time.perf_counter(); import fnlight; print(time.perf_counter() - start)"
+def in_child(code: str, rounds: int) -> float:
+    """The median of the number that a program prints last, each time in a process of its own."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}  # as installed: compiled once
 
     def child() -> float:
         return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout)
 
     child()
-    return f"`import fnlight` after `import torch`: {statistics.median(child() for _ in range(rounds)) * 1e3:.0f} ms."
+    return statistics.median(child() for _ in range(rounds))
+
+
+def import_cost(rounds: int, clock: Clock) -> str:
+    """What ``import fnlight`` takes after ``import torch``, in processes of their own."""
+    name = clock.__name__
+    code = f"import torch, time; start = time.{name}(); import fnlight; print((time.{name}() - start) * 1e3)"
+    return f"`import fnlight` after `import torch`: {in_child(code, rounds):.0f} ms, without collections of garbage {in_child('import gc; gc.disable(); ' + code, rounds):.0f} ms."
+
+
+def first_step(rounds: int, clock: Clock) -> str:
+    """What it takes until one step is taken, in processes of their own; all has been imported."""
+    start = (
+        f"import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r}); import torch, fnlight as fl; from overhead import *; "
+        f"torch.set_num_threads(1); data = [(torch.randn(32, 32), torch.zeros(32, dtype=torch.int64))]; start = time.{clock.__name__}(); "
+    )
+    end = f"; print((time.{clock.__name__}() - start) * 1e3)"
+    config = "fl.FitConfig(max_steps=1, progress=False)"
+    hand = in_child(f"{start}next(plain(data)){end}", rounds)
+    made = in_child(
+        f"{start}fl.fit(fl.TrainState.create(fl.Task(mlp(), train_step, configure_optimizers=adamw)), data, {config}){end}", rounds
+    )
+    return f"From a model to its first step: {hand:.1f} ms by hand, {made:.1f} ms with `create` and `fit`."
 
 
 def second_copies() -> str:
@@ -206,7 +227,8 @@ def main() -> None:
             print(row(f"`fit` over {where}, JSONL every 50", blocks, plain(source), with_fit(source, folder), clock), flush=True)
         print(f"\n{each_metric(blocks, listed, folder, clock)}")
     print(tiny_epoch(11))
-    print(import_cost(11))
+    print(import_cost(11, clock))
+    print(first_step(11, clock))
     print(second_copies())
 
 
