@@ -246,7 +246,7 @@ def pipe(fn: Any, *combinators: Combinator) -> Pipe:
         if c.takes == "grad" and kind == "sum":
             wrapped, kind = mean_of_group(wrapped), "grad"
         if c.takes != kind:
-            raise SeamError(_seam(c, kind, combinators[i - 1] if i else None, fn))
+            raise SeamError(_seam(c, kind, combinators[:i], fn))
         wrapped, kind = c.wrap(wrapped), c.gives
     groups = [c.group for c in every if c.group is not None] or [inner.group if inner else 1]
     base, phases = (inner.base, inner.phases) if inner else (getattr(fn, "__name__", type(fn).__name__), {})
@@ -334,13 +334,14 @@ def _check_company(combinators: tuple[Combinator, ...]) -> None:
             raise SeamError(wrong)
 
 
-def _seam(c: Combinator, kind: Kind, before: Combinator | None, fn: Any) -> str:
-    before = before or (fn.combinators[-1] if isinstance(fn, Pipe) and fn.combinators else None)
+def _seam(c: Combinator, kind: Kind, earlier: tuple[Combinator, ...], fn: Any) -> str:
+    earlier = (*(fn.combinators if isinstance(fn, Pipe) else ()), *earlier)
+    before = earlier[-1] if earlier else None
     whom = f"behind {before}" if before else f"behind {getattr(fn, '__name__', type(fn).__name__)}"
     if _ORDER.index(c.takes) < _ORDER.index(kind):
         where = {
             "kernel": "directly behind a function (store, batches, key) -> metrics",
-            "loss": "in front of grad()",
+            "loss": f"in front of {next(e for e in earlier if e.gives != 'loss')}" if c.gives != "loss" else "in front of grad()",
             "sum": "directly behind grad()",
             "grad": "between grad() and apply()",
             "step": "behind apply()",

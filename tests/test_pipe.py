@@ -82,6 +82,8 @@ def test_a_users_own_step_takes_step_combinators():
     ("make", "message"),
     [
         (lambda: pipe(train_step, grad(), apply(), clip_norm(1.0)), r"clip_norm\(1.0\) takes a GradFn of a group.*behind apply it is given a Step.*move clip_norm\(1.0\) between grad\(\) and apply\(\)"),
+        (lambda: pipe(train_step, clip_norm(1.0), grad(), apply()), r"grad takes a LossFn.*behind clip_norm\(1.0\) it is given a GradFn of a group.*move grad in front of clip_norm\(1.0\)"),
+        (lambda: pipe(train_step, accumulate(2), clip_norm(1.0), grad(), apply()), r"behind clip_norm\(1.0\) it is given.*move grad in front of accumulate\(2\)"),
         (lambda: pipe(train_step, grad(), autocast()), r"autocast\(bf16\) takes a LossFn.*behind grad.*move autocast\(bf16\) in front of grad\(\)"),
         (lambda: pipe(train_step, grad(), clip_norm(1.0), accumulate(2)), r"accumulate\(2\) takes a GradFn of one batch.*move accumulate\(2\) directly behind grad\(\)"),
         (lambda: pipe(train_step, autocast(), apply()), r"apply takes a GradFn.*behind autocast\(bf16\) it is given a LossFn.*put grad\(\) in front of apply"),

@@ -1,6 +1,7 @@
 """Buckets of lengths are a partition of the data, a function of (seed, epoch), and exact from any batch on."""
 
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from torch.utils.data import DataLoader
 
 from fnlight import FitConfig, Loaders, Mean, TrainState, fit, load, total_steps
 from fnlight.data import LengthBuckets, Source, batches
+from fnlight.data.share import Share
 from fnlight.errors import LoaderError
+from fnlight.gradients import Part
 from fnlight.task import Task
 from fnlight.testing import assert_trees_equal
 from tests.data.loaders import Noisy, Numbers, flags, flat, read, state_at
@@ -93,6 +96,19 @@ def test_samples_and_the_last_batch_are_known() -> None:
     assert [last for _, last in found] == [False] * 12 + [True]
     items = list(islice(batches(loader(), state_at(batch=12)), 2))
     assert [(item.epoch, item.batch, item.last) for item in items] == [(0, 13, True), (1, 1, False)]
+
+
+def test_ranks_read_their_parts_of_every_batch() -> None:
+    """Several ranks together read the batches that one process reads, each sample with the random numbers that it has there."""
+    whole = read(loader(Noisy(101)))
+    shares = [Share(SimpleNamespace(rank=rank, size=2)) for rank in (0, 1)]
+    parts = [[whole_of(batch).tolist() for batch, _, _ in Source(loader(Noisy(101)), share=share).epoch(0, 0)] for share in shares]
+    assert [[*one, *other] for one, other in zip(*parts, strict=True)] == whole
+
+
+def whole_of(batch: Any) -> Any:
+    """What a rank reads of a batch, which says what it counts where that is uneven."""
+    return batch.batch if isinstance(batch, Part) else batch
 
 
 def test_padding_is_what_it_is_said_to_be() -> None:
