@@ -13,6 +13,7 @@ from fnlight.checkpoint.places import at
 from fnlight.cli.content import Content, content, is_run
 from fnlight.cli.page import Place, count, line, size, table
 from fnlight.errors import BrokenCheckpointError
+from fnlight.times import Times
 
 
 def inspect(path: Place, rows: int = 20) -> int:
@@ -75,6 +76,7 @@ def _overview(found: Content, body: Mapping[str, Any]) -> None:
         ["epoch", f"{at['epoch']:,}, {at['batch']:,} batches into the next" if at["batch"] else f"{at['epoch']:,}"],
         ["samples", f"{at['samples']:,}"],
         ["time", time.strftime("%H:%M:%S", time.gmtime(at["seconds"])) if at["seconds"] < 86400 else f"{at['seconds'] / 3600:.1f} h"],
+        ["goodput", _goodput(Times.from_json(body.get("times", {})))],
         ["stopped", body["stopped"] or "-"],
         ["seed", str(body["seed"])],
         ["written by", f"fnlight {body['fnlight']}, torch {body['torch']}"],
@@ -87,6 +89,16 @@ def _overview(found: Content, body: Mapping[str, Any]) -> None:
     rows.append(["memory", ", ".join(body["memory"]) or "-"])
     line()
     table("", ["", ""], rows, left=2)
+
+
+def _goodput(times: Times) -> str:
+    """The steps' share of all time, and what took the most of the rest."""
+    if not times.total:
+        return "-"
+    seconds = times.seconds()
+    others = sorted((taken, cause) for cause, taken in seconds.items() if cause != "step" and taken >= 0.005 * times.total)
+    told = "".join(f", {taken / times.total:.0%} {cause}" for taken, cause in reversed(others[-3:]))
+    return f"{times.goodput:.0%} of {times.total:,.1f} s in {count(times.runs, 'run')}{told}"
 
 
 def _tensors(name: str, tensors: Mapping[str, Tensor], rows: int) -> None:

@@ -164,6 +164,19 @@ def test_a_broken_checkpoint_that_is_passed_over_is_mentioned(folder, capsys):
     assert err.startswith("fnlight: passed over a broken checkpoint")
 
 
+def test_a_checkpoint_says_what_its_time_went_to(tmp_path, capsys):
+    """The steps' share of all runs, and what took the most of the rest; a state that no run has seen says nothing."""
+
+    def shown(path):
+        return next(line.split(maxsplit=1)[1] for line in called(capsys, "inspect", path)[1].splitlines() if line.startswith("goodput"))
+
+    state = TrainState.create(tiny_task())
+    assert shown(save(state, tmp_path / "a")) == "-"
+    spent = state.store.times
+    spent.total, spent.data, spent.lost, spent.save, spent.runs = 100.0, 20.0, 10.0, 0.1, 2
+    assert shown(save(state, tmp_path / "b")) == "70% of 100.0 s in 2 runs, 20% data, 10% lost"
+
+
 def test_masks_of_infinities_are_no_damage(tmp_path, capsys):
     """A buffer may hold infinities, as masks do, but no NaN."""
     task = tiny_task()
