@@ -1,5 +1,6 @@
 """`compose`: the pipe that a configuration asks for, in one place and in its order."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from fnlight.microbatch import microbatch
 from fnlight.parallel import exact_ranks
 from fnlight.pipe import Pipe, pipe
 from fnlight.precision import autocast, cast
+from fnlight.profile import profile
 from fnlight.recompute import recompute
 from fnlight.release import apply_in_backward
 from fnlight.rollback import rollback
@@ -90,6 +92,9 @@ def compose(task: Task, config: FitConfig, loaders: Any = None, signals: Signals
             initial=config.nonfinite == "rollback",
         )
         if config.dir
+        else None,
+        profile(os.path.join(config.dir, "traces"), range(config.profile_steps[0], config.profile_steps[1] + 1))
+        if config.dir and config.profile_steps
         else None,
         collect_garbage() if config.gc == "managed" else None,
         stop_when(config.bounds),

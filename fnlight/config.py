@@ -105,6 +105,19 @@ def _renames(_: Any, field: Any, value: Any) -> None:
         raise ConfigError(f"FitConfig(rename=...) must map names in the checkpoint to names in the model, but got {value!r}")
 
 
+def _pair(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _first_and_last(_: Any, field: Any, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, tuple) or len(value) != 2 or not all(type(n) is int for n in value) or not 1 <= value[0] <= value[1]:
+        raise ConfigError(
+            f"FitConfig({field.name}=...) must be the first and the last step, such as (100, 102), or None, but got {value!r}"
+        )
+
+
 def _path(value: Any) -> Any:
     return None if value is None else os.fspath(value)
 
@@ -165,6 +178,7 @@ class FitConfig:
             `fnlight.parallel.exact_ranks`.
         signals: True ends the run after the step that is under way when SIGTERM, SIGUSR1 or Ctrl-C comes; see `fnlight.signals`.
         signals_deadline: Seconds after a signal at which the process is ended, whatever it does; None waits as long as it takes.
+        profile_steps: ``(first, last)``: these steps are traced into ``DIR/traces``, see `fnlight.profile`.
         debug_bundle: True writes what is needed to repeat a failed step to ``DIR/bundles``; see `fnlight.bundle` for what it costs.
         nonfinite: ``"raise"`` when a loss was NaN or infinite, ``"skip"`` steps whose loss or gradients were, go back to the last checkpoint
             and on with other data (``"rollback"``, see `fnlight.rollback`), or ``"ignore"``.
@@ -224,6 +238,7 @@ class FitConfig:
     parallel: str | None = attrs.field(default="auto", validator=_one_of("auto", None))
     signals: bool = attrs.field(default=False, validator=_one_of(True, False))
     signals_deadline: float | None = attrs.field(default=None, validator=_above_zero)
+    profile_steps: tuple[int, int] | None = attrs.field(default=None, converter=_pair, validator=_first_and_last)
     debug_bundle: bool = attrs.field(default=False, validator=_one_of(True, False))
     nonfinite: str = attrs.field(default="raise", validator=_one_of("raise", "skip", "rollback", "ignore"))
     max_nonfinite: int | None = attrs.field(default=None, validator=_count(1))
@@ -282,6 +297,8 @@ class FitConfig:
             what = "goes back to a checkpoint, but there is no dir; give dir"
             also = "leaves behind the steps that debug_bundle=True would repeat; give one of them"
             raise ConfigError(f"FitConfig(nonfinite='rollback') {what if self.dir is None else also}")
+        if self.profile_steps and self.dir is None:
+            raise ConfigError(f"FitConfig(profile_steps={self.profile_steps}) writes traces to dir, but there is none; give dir")
         if self.debug_bundle and self.dir is None:
             raise ConfigError("FitConfig(debug_bundle=True) writes bundles to dir, but there is none; give dir")
         if self.signals_deadline is not None and not self.signals:

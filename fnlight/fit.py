@@ -102,7 +102,7 @@ def _dev_run(state: TrainState, config: FitConfig) -> FitConfig:
     return attrs.evolve(
         config, max_epochs=state.progress.epoch + 1, max_steps=None, max_time=None, stop=None, min_epochs=0, min_steps=0,
         limit_train=n, overfit_batches=0, limit_eval=n, eval_every=epochs(1), sanity_batches=0,
-        dir=None, debug_bundle=False, max_nonfinite=None if config.nonfinite == "rollback" else config.max_nonfinite,
+        dir=None, debug_bundle=False, profile_steps=None, max_nonfinite=None if config.nonfinite == "rollback" else config.max_nonfinite,
         nonfinite="raise" if config.nonfinite == "rollback" else config.nonfinite, save_every=epochs(1), permanent=None, save_in_background=True, keep=attrs.fields(FitConfig).keep.default, sinks=(), log_times=False, log_every=attrs.fields(FitConfig).log_every.default,
     )  # fmt: skip
 

@@ -45,13 +45,15 @@ def profile(
         A combinator from `Step` to `Step`.
 
     Raises:
-        ConfigError: If `steps` is neither, or holds no step.
+        ConfigError: If `steps` is neither, or holds no step; or the directory is a URL.
 
     Example:
         >>> print(profile("traces", range(10, 12)))
         profile('traces', range(10, 12))
     """
     path, chosen = os.fspath(dir), _chosen(steps)
+    if "://" in path:
+        raise ConfigError(f"profile writes to this machine, but {path} is a URL; give a directory")
     options = {"record_shapes": shapes, "with_stack": stacks, "profile_memory": memory}
 
     def wrap(step: Any) -> Any:

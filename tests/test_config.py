@@ -28,7 +28,7 @@ def test_a_full_configuration_round_trips_to_json():
         max_epochs=10, max_steps=1000, max_time=timedelta(hours=1), min_epochs=2, min_steps=5,
         stop=patience("val/loss", 3, min_delta=0.1) | reached("val/acc", 0.9), accumulate={0: 1, 5: 4}, precision="bf16",
         clip_norm=1.0, clip_value=0.5, ema=0.999, eval_every=steps(100) | at_end, sanity_batches=2, dir="runs/a",
-        save_every=epochs(1) & ~steps(3), keep=last(2) | best("val/acc", 3, "max") | every(1000), resume=True, log_every=minutes(0.5), log_times=True,
+        save_every=epochs(1) & ~steps(3), keep=last(2) | best("val/acc", 3, "max") | every(1000), resume=True, log_every=minutes(0.5), log_times=True, profile_steps=(3, 5), workers_ahead=False,
         sinks=(JSONL("a.jsonl"), CSV("a.csv"), TensorBoard("tb")), progress=False, limit_train=0.5, limit_eval=3,
         device="cpu", deterministic=True, detect_anomaly=True, donate=True, parallel=None, nonfinite="ignore",
     )  # fmt: skip
@@ -89,6 +89,9 @@ def test_text_that_is_no_configuration_is_refused():
         ({"max_epochs": 1, "save_every": steps(3)}, r"save_every=steps\(3\)\) is about checkpoints, but there is no dir"),
         ({"max_epochs": 1, "dir": "x", "keep": 3}, r"keep=...\) must be something like last\(1\)"),
         ({"max_epochs": 1, "dir": "x", "keep": lambda steps, history: steps}, r"keep=...\) must be a retention"),
+        ({"max_epochs": 1, "profile_steps": (2, 3)}, r"profile_steps=\(2, 3\)\) writes traces to dir, but there is none"),
+        ({"max_epochs": 1, "dir": "a", "profile_steps": (3, 2)}, r"the first and the last step, such as \(100, 102\), or None, but got \(3, 2\)"),
+        ({"max_epochs": 1, "dir": "a", "profile_steps": 3}, "the first and the last step"),
         ({"max_epochs": 1, "log_times": True}, r"log_times=True\) is about sinks, but there are none"),
         ({"max_epochs": 1, "log_every": steps(3)}, r"log_every=steps\(3\)\) is about sinks, but there are none"),
         ({"max_epochs": 1, "resume": True}, r"resume=True\) goes on from a checkpoint, but there is no dir"),

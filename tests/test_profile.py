@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fnlight.errors import ConfigError
+from fnlight.fit import fit
 from fnlight.loop import run, stop_when
 from fnlight.pipe import pipe
 from fnlight.profile import profile
@@ -14,7 +15,7 @@ from fnlight.rules import max_steps
 from fnlight.testing import assert_trees_equal
 from fnlight.update import apply, grad
 from fnlight.when import epochs, steps
-from tests.small_runs import created, loader, train_step
+from tests.small_runs import config, created, loader, train_step
 
 
 def stepping(*combinators):
@@ -93,6 +94,14 @@ def test_a_step_by_hand_is_a_trace_of_its_own(tmp_path):
     assert not torch.autograd.profiler._is_profiler_enabled
 
 
+def test_fit_traces_what_its_configuration_says(tmp_path):
+    """Both ends of the range are in it, and nothing is beside it where nothing was said."""
+    fit(created(), loader(), config(max_steps=6, dir=tmp_path / "a", profile_steps=(3, 4)))
+    fit(created(), loader(), config(max_steps=6, dir=tmp_path / "b"))
+    assert traced(tmp_path / "a" / "traces") == {4: 2}
+    assert not (tmp_path / "b" / "traces").exists()
+
+
 def test_two_profilers_at_once_are_refused(tmp_path):
     """Torch records for one at a time, so the error says which one has to go."""
     with torch.profiler.profile(), pytest.raises(ConfigError, match="another profiler"):
@@ -101,6 +110,8 @@ def test_two_profilers_at_once_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("wrong", "says"), [(range(0), "names no steps"), (range(3), "counted from 1"), (5, "must be a range of steps")])
 def test_steps_that_are_none_are_refused(wrong, says, tmp_path):
-    """Before any work."""
+    """Before any work; and so is a place that is not on this machine."""
     with pytest.raises(ConfigError, match=says):
         profile(tmp_path, wrong)
+    with pytest.raises(ConfigError, match="is a URL"):
+        profile("memory://a", range(1, 2))
