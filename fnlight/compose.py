@@ -93,9 +93,7 @@ def compose(task: Task, config: FitConfig, loaders: Any = None, signals: Signals
         )
         if config.dir
         else None,
-        profile(os.path.join(config.dir, "traces"), range(config.profile_steps[0], config.profile_steps[1] + 1))
-        if config.dir and config.profile_steps
-        else None,
+        _traces(config),
         collect_garbage() if config.gc == "managed" else None,
         stop_when(config.bounds),
     ]
@@ -135,6 +133,13 @@ def _finite(config: FitConfig) -> Combinator | None:
     if config.nonfinite == "rollback" and config.dir:
         return rollback(config.dir, _looked_at(config), config.max_nonfinite or 3)
     return check_finite(every=_looked_at(config)) if config.nonfinite == "raise" else None
+
+
+def _traces(config: FitConfig) -> Combinator | None:
+    if config.dir is None or config.profile_steps is None:
+        return None
+    first, last = config.profile_steps
+    return profile(os.path.join(config.dir, "traces"), range(first, last + 1))
 
 
 def _precision(config: FitConfig) -> Combinator | None:
