@@ -137,3 +137,10 @@ def test_expectation_maximisation_finds_the_species(tmp_path: Path) -> None:
     """Clusters that were never shown the species are the species, and a run of two halves ends in the same bits."""
     lines = lines_of("em", tmp_path)
     assert lines[-1] == "145 of 150 flowers are in the cluster of their species, resumed bitwise: True"
+
+
+def test_a_sharded_run_is_read_in_one_process(tmp_path: Path) -> None:
+    """Here of one process: the checkpoint is there, and gives the same score."""
+    lines = lines_of("fsdp", tmp_path)
+    assert number_in(lines[-1], r"the share of words guessed right is (0\.\d{4}|1\.0000)") > 0.9
+    assert (tmp_path / "runs/fsdp/checkpoints/step-00000400/state.json").exists()
