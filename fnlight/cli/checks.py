@@ -105,7 +105,7 @@ def _replayed(path: str, steps: int, code: Given) -> int:
     older = [place for step, place in checkpoints(path) if step <= end - steps and not problems_of(place)]
     if not older:
         raise CheckpointError(
-            f"--replay {steps} needs a checkpoint of step {end - steps} or before, but {path} holds "
+            f"--replay {steps} needs a checkpoint of step {max(0, end - steps)} or before, but {path} holds "
             f"{[step for step, _ in checkpoints(path)]}; keep more of them, as with keep=fl.last(2), or replay fewer steps"
         )
     config = code.config if code.config is not None else _config_of(path)
@@ -137,6 +137,8 @@ def decisive(config: FitConfig, max_steps: int) -> FitConfig:
         (10, None, 1.0)
     """
     fields = {name: getattr(config, name) for name in attrs.fields_dict(FitConfig) if name not in _ASIDE}
+    if config.nonfinite == "rollback":  # there is no directory to go back to
+        fields |= {"nonfinite": "raise", "max_nonfinite": None}
     return FitConfig(**fields, max_steps=max_steps, progress=False, donate=True)
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fnlight import FitConfig, Loaders, TrainState, checkpoints, fit, last, load, save, steps
 from fnlight.cli import run
+from fnlight.cli.checks import decisive
 from fnlight.testing import assert_trees_equal, tiny_batches, tiny_task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,3 +215,9 @@ def test_the_state_that_was_exported_is_the_newest_sound_one(folder, tmp_path, c
     (folder / "checkpoints" / "step-00000012" / "state.json").unlink()
     called(capsys, "export", folder, tmp_path / "a.safetensors")
     assert_trees_equal(load_file(tmp_path / "a.safetensors")["0.weight"], state.params["0.weight"])
+
+
+def test_a_run_that_could_go_back_is_replayed_without_a_place_to_go_back_to() -> None:
+    """Steps are trained again without files, so a NaN among them is an error; the rest of the configuration stands."""
+    chosen = decisive(FitConfig(max_epochs=1, dir="runs/a", nonfinite="rollback", max_nonfinite=2, clip_norm=1.0), 5)
+    assert (chosen.nonfinite, chosen.max_nonfinite, chosen.dir, chosen.clip_norm) == ("raise", None, None, 1.0)

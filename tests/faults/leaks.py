@@ -1,6 +1,6 @@
 """A program: do one thing many times in a process, and look at what the process holds afterwards.
 
-``python tests/faults/leaks.py --predict 100000 --fits 1000 --saves 1000`` prints a table and ends with 1 if anything has leaked.
+``python tests/faults/leaks.py`` does each a hundred thousand or a thousand times, ``--fits 20`` as often as it is told; it prints a table and ends with 1 if anything has leaked.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from fnlight import JSONL, FitConfig, TrainState, fit, last, predict, save, steps
+from fnlight import JSONL, FitConfig, TrainState, fit, last, load, predict, restore, save, steps
 from fnlight.testing import tiny_batches, tiny_task
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -75,28 +75,63 @@ def fitting(folder):
 
 
 def saving(folder):
-    """Checkpoints over one another, and next to one another with those before deleted."""
+    """Checkpoints over one another."""
+    state = TrainState.create(tiny_task())
+
+    def many(n):
+        for _ in range(n):
+            save(state, os.path.join(folder, "state"))
+
+    return many
+
+
+def saving_in_the_background(folder):
+    """Checkpoints next to one another, written beside the training, with those before deleted: ten in each run, and its last state."""
     state = TrainState.create(tiny_task())
     run = FitConfig(
-        max_steps=10, dir=os.path.join(folder, "run"), save_every=steps(1), keep=last(2), resume=True, device="cpu", progress=False
+        max_steps=11,
+        dir=os.path.join(folder, "run"),
+        save_every=steps(1),
+        keep=last(2),
+        save_in_background=True,
+        device="cpu",
+        progress=False,
     )
 
     def many(n):
-        for _ in range(n // 2):
-            save(state, os.path.join(folder, "state"))
-        for _ in range(n // 20):
+        for _ in range(n // 10):
             os.system(f"rm -rf {folder}/run")  # as above
             fit(state, tiny_batches(), run)
 
     return many
 
 
-KINDS = {"predict": (predicting, "batches predicted"), "fits": (fitting, "fits"), "saves": (saving, "saves")}
+def loading(folder):
+    """States read from a checkpoint, new ones and beside one that is there."""
+    state = TrainState.create(tiny_task())
+    path = save(state, os.path.join(folder, "state"))
+
+    def many(n):
+        for _ in range(n // 2):
+            load(path, state.task)
+            restore(path, like=state)
+
+    return many
+
+
+KINDS = {
+    "predict": (predicting, "batches predicted", 100_000),
+    "fits": (fitting, "fits", 1_000),
+    "saves": (saving, "saves", 1_000),
+    "background": (saving_in_the_background, "saves in the background", 1_000),
+    "loads": (loading, "loads", 1_000),
+}
+"""What is done, what it is called, and how often in the long form."""
 
 
 def measured(kind, count):
     """Do it a tenth as often to warm up, look, do it, and look again; a line of a table, and what has leaked."""
-    make, what = KINDS[kind]
+    make, what, _ = KINDS[kind]
     with tempfile.TemporaryDirectory(prefix="leaks-") as folder:
         work = make(folder)
         work(max(count // 10, 20))
@@ -114,8 +149,8 @@ def measured(kind, count):
 def main():
     """Measure what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    for kind, (default, what) in {"predict": (100_000, "batches"), "fits": (1_000, "runs"), "saves": (1_000, "checkpoints")}.items():
-        parser.add_argument(f"--{kind}", type=int, default=default, help=what)
+    for kind, (_, what, often) in KINDS.items():
+        parser.add_argument(f"--{kind}", type=int, default=often, help=what)
     given = vars(parser.parse_args())
     torch.set_num_threads(1)
     found = []
