@@ -1,7 +1,7 @@
 """`compose`: the pipe that a configuration asks for, in one place and in its order."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -73,8 +73,7 @@ def compose(task: Task, config: FitConfig, loaders: Any = None, signals: Signals
         clip_value(config.clip_value) if config.clip_value else None,
         clip_norm(config.clip_norm) if config.clip_norm else None,
         apply_in_backward() if config.apply_in_backward else apply(),
-        ema(config.ema) if config.ema is not None else None,
-        whole if config.compile != "model" else None,
+        *_averaged(task, ema(config.ema) if config.ema is not None else None, whole if config.compile != "model" else None),
         _finite(config),
         debug_bundle(config.dir, config=text_of(config)) if config.debug_bundle and config.dir else None,
         _evaluation(task, config, given, signals),
@@ -98,6 +97,12 @@ def compose(task: Task, config: FitConfig, loaders: Any = None, signals: Signals
         stop_when(config.bounds),
     ]
     return pipe(task.train_step, *_fitting(task, [part for part in parts if part is not None]))
+
+
+def _averaged(task: Task, average: Combinator | None, whole: Combinator | None) -> list[Combinator | None]:
+    """Averages of weights and the graph of an update: in front of it, and so a part of it, where a step is one update."""
+    one = not isinstance(task.train_step, Mapping) and not (isinstance(task.train_step, Pipe) and task.train_step.kind == "step")
+    return [average, whole] if one else [whole, average]
 
 
 def _fitting(task: Task, parts: list[Combinator]) -> list[Combinator]:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import attrs
+
 from fnlight.combinator import Combinator
 from fnlight.data import Item
 from fnlight.errors import StepError
@@ -43,27 +45,47 @@ def manual(init: Callable[[Store], Any] | None = None, *, key: str = "manual", g
     """
 
     def wrap(fn: Any) -> Any:
-        def step(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
-            item = Item.of(batch, state=state)
-            for optim in state.live.optims.values():
-                if optim.scheduled:
-                    set_lr(optim, state.progress, state.history)
-            store = state.donated()
-            store.seed(state.key)
-            try:
-                bare = tuple([batch.batch if batch.__class__ is Part else batch for batch in item.batches])
-                metrics = fn(store, bare, state.key)
-            finally:
-                for p in store.params:
-                    p.grad = None
+        def kernel(store: Store, batches: Any, key: int) -> Mapping[str, Any]:
+            store.seed(key)
+            metrics = fn(store, tuple([batch.batch if batch.__class__ is Part else batch for batch in batches]), key)
             if not isinstance(metrics, Mapping):
                 name = getattr(fn, "__name__", type(fn).__name__)
                 raise StepError(
                     f"{name} must return a dict of metrics, which may be empty, but returned {type(metrics).__name__}: {metrics!r:.60}"
                 )
-            return state.advanced(item), metrics
+            return metrics
 
-        return step
+        return ByHand(kernel)
 
     label = "" if key == "manual" else repr(key)
     return Combinator("manual", wrap, "kernel", "step", args=label, key=key, init=init, phase="update", group=group)
+
+
+@attrs.frozen(eq=False)
+class ByHand:
+    """A `Step` of a function that changes the store, with the counting around it.
+
+    Args:
+        kernel: Maps ``(store, batches, key)`` to metrics.
+
+    Example:
+        >>> ByHand(lambda store, batches, key: {}).kernel(None, (), 0)
+        {}
+    """
+
+    kernel: Callable[[Store, Any, int], Mapping[str, Any]]
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
+        """Take one step; the input state is donated."""
+        item = Item.of(batch, state=state)
+        for optim in state.live.optims.values():
+            if optim.scheduled:
+                set_lr(optim, state.progress, state.history)
+        store = state.donated()
+        store.progress = state.progress
+        try:
+            metrics = self.kernel(store, item.batches, state.key)
+        finally:
+            for p in store.params:
+                p.grad = None
+        return state.advanced(item), metrics

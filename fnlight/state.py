@@ -133,6 +133,7 @@ class Store:
     def training(self, name: str) -> "Iterator[Store]":
         """The store of one phase, while no other parameter requires a gradient."""
         phase = self.phases[name]
+        phase.version = self.version
         held = {id(p) for p in phase.params}
         others = [p for p in self.params if id(p) not in held]
         for p in others:

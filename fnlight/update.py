@@ -157,7 +157,9 @@ def apply() -> Combinator:
     """
 
     def wrap(grad_fn: Any) -> Any:
-        return _in_turns(grad_fn) if isinstance(grad_fn, Mapping) else Update(partial(_optimize, grad_fn))
+        if isinstance(grad_fn, Mapping):
+            return Turns(grad_fn, {name: partial(_optimize, turn.grad_fn) for name, turn in grad_fn.items()})
+        return Update(partial(_optimize, grad_fn))
 
     return Combinator("apply", wrap, "grad", "step", phase="update")
 
@@ -228,35 +230,47 @@ class Update:
         return Update(followed, (*self.reads, *reads))
 
 
-def _in_turns(turns: Mapping[str, Turn]) -> Any:
-    """A step in which several optimizers take their turns."""
+@attrs.frozen(eq=False)
+class Turns:
+    """A `Step` in which several optimizers take their turns.
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
+    Args:
+        turns: The phases by name.
+        kernels: What each does to tensors: maps ``(store, batches, key)``, where the store is that of the phase, to metrics.
+
+    Example:
+        >>> list(apply()({"gen": Turn(lambda store, batches, key: None)}).kernels)
+        ['gen']
+    """
+
+    turns: Mapping[str, Turn]
+    kernels: Mapping[str, Callable[[Store, Any, int], Mapping[str, Any]]]
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
+        """Take one step: every phase that is due; the input state is donated."""
         item, before = Item.of(batch, state=state), state.progress
         key, store = state.key, state.donated()
         updates, metrics, made = dict(before.updates), dict[str, Any](), list[bool]()
         tick = Tick(before, before.after(item, True, updates))
-        for i, (name, turn) in enumerate(turns.items()):
+        for i, (name, turn) in enumerate(self.turns.items()):
             if turn.every is None or turn.every(tick):
                 batches = item.batches if turn.group is None else item.batches[: group_at(turn.group, item.epoch)]
                 at = attrs.evolve(before, step=updates[name])
-                found = _turn(store, name, turn.grad_fn, batches, fold_in(key, i), at, state.history)
+                found = _turn(store, name, self.kernels[name], batches, fold_in(key, i), at, state.history)
                 metrics |= {f"{name}/{k}": v for k, v in found.items()}
                 made += [not store.phases[name].skipped]
                 updates[name] += made[-1]
         store.skipped = bool(made) and not any(made)
         return state.advanced(item, updates), metrics
 
-    return step
 
-
-def _turn(store: Store, name: str, grad_fn: Any, batches: Any, key: int, at: Progress, history: Any) -> Mapping[str, Any]:
+def _turn(store: Store, name: str, kernel: Any, batches: Any, key: int, at: Progress, history: Any) -> Mapping[str, Any]:
     with store.training(name) as phase:
         phase.skipped, phase.progress = False, at
         if phase.optim.scheduled:
             set_lr(phase.optim, at, history)
         try:
-            return _optimize(grad_fn, phase, batches, key)
+            return kernel(phase, batches, key)
         except StepError as error:
             raise StepError(f"in the phase {name!r}: {error}") from error
 

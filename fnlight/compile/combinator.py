@@ -13,10 +13,11 @@ from fnlight.data import Item
 from fnlight.data.readers import num_samples
 from fnlight.errors import ConfigError, SeamError
 from fnlight.gradients import join_metrics
+from fnlight.manual import ByHand
 from fnlight.optim import set_lr
 from fnlight.rng import SKIPPED, TRAIN, fold_in
 from fnlight.state import Progress, Store, TrainState
-from fnlight.update import Update
+from fnlight.update import Turns, Update
 
 Level = Literal["trace", "step", "graph", "model"]
 
@@ -37,7 +38,7 @@ def compile(level: Level = "step", *, unroll: int = 1, cache_dir: str | None = N
         cache_dir: Where compiled code is kept for other processes; None leaves it where torch has it.
 
     Returns:
-        A combinator; it stands directly behind `apply` and what adds to its kernel, such as `ema`.
+        A combinator; it stands directly behind `apply` or `manual`, and what adds to its kernel, such as `ema`.
 
     Raises:
         ConfigError: If a level is unknown, or `unroll` does not fit.
@@ -58,13 +59,18 @@ def compile(level: Level = "step", *, unroll: int = 1, cache_dir: str | None = N
         return Combinator("compile", _compiled_model, "loss", "loss", args=label)
 
     def wrap(step: Any) -> Any:
-        if not isinstance(step, Update):
-            raise SeamError(
-                f"compile({label}) makes one graph of an update, so it must stand directly behind apply() and ema(), "
-                "but something else stands between, which it should be moved in front of, or the step has several optimizers"
-            )
-        graph = Graph(step.kernel, level, cache_dir)
-        return attrs.evolve(step, kernel=graph) if unroll == 1 else Unrolled(graph, unroll)
+        if isinstance(step, Update) and unroll > 1:
+            return Unrolled(Graph(step.kernel, level, cache_dir), unroll)
+        if isinstance(step, Turns) and unroll == 1:
+            return attrs.evolve(step, kernels={name: Graph(kernel, level, cache_dir) for name, kernel in step.kernels.items()})
+        if isinstance(step, Update | ByHand) and unroll == 1:
+            return attrs.evolve(step, kernel=Graph(step.kernel, level, cache_dir))
+        if isinstance(step, Turns | ByHand):
+            raise ConfigError(f"compile(unroll={unroll}) takes several updates of one optimizer in a call; leave unroll out here")
+        raise SeamError(
+            f"compile({label}) makes one graph of an update, so it must stand directly behind apply(), manual() and ema(), but something else "
+            "stands between, which it should be moved in front of"
+        )
 
     def start(state: TrainState) -> TrainState:
         check_device(level, state.store)

@@ -191,6 +191,8 @@ def check_device(level: str, store: Store) -> None:
 def _check_store(store: Store) -> None:
     if store.place is not None:
         raise UntraceableError("several processes train together, of which a graph knows nothing")
+    if store.phases:
+        raise UntraceableError("it has several optimizers by hand")
     if store.optim.offload:
         raise UntraceableError("the optimizer takes its step on the host")
     keys = sorted({course.key for course in store.optim.courses} - {"lr"})

@@ -185,8 +185,12 @@ another way, what takes long, and what only one run of a process can have at a t
 
 
 def _fits(choice: str, case: Case) -> bool:
-    """A whole step takes what stands behind a step only. What is no update by one optimizer is no graph; the task of two draws noise in fp32."""
-    if (case.kind == "phases" and choice == "cast") or (case.kind != "loss" and choice in ("compile", "apply_in_backward")):
+    """A whole step takes what stands behind a step only. Two optimizers do not step in backward, and their task draws noise in fp32; that of a whole step decides by tensors."""
+    if (
+        (case.kind == "phases" and choice == "cast")
+        or (case.kind != "loss" and choice == "apply_in_backward")
+        or (case.kind == "whole" and choice == "compile")
+    ):
         return False
     return case.kind != "whole" or choice in (EVERYTHING, "manual") or ENTRIES[choice].build(Path(), None).takes == "step"
 

@@ -1,0 +1,54 @@
+"""A traced step is the eager one, bitwise, with every combinator beside it; what is no part of a graph says so."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+
+from fnlight import CompileWarning, Pipe, TrainState, compile, pipe, run  # noqa: A004  # what everybody in this field calls it
+from fnlight.testing import assert_trees_equal
+from tests.laws.combinators import ENTRIES, pipe_with
+from tests.laws.tasks import TASKS
+
+CASE = TASKS["mlp with BatchNorm and dropout"]
+WITHOUT = {
+    "recompute": "fnlight/recompute.py",
+    "microbatch auto": "repeats a step that runs out of memory",
+    "loss_scale": "must know after every step whether it counts",
+    "autocast fp16": "must know after every step whether it counts",
+}
+"""What goes on without a graph, with the reason that is given."""
+CHOICES = [name for name in ENTRIES if name not in ("compile", "debug_bundle", "profile")]
+"""Bundles hold what an eager step repeats, and only one run of a process is profiled at a time."""
+
+
+def compiled(whole: Pipe, choice: str) -> Pipe:
+    """The same pipe with its update in a graph."""
+    parts = list(whole.combinators)
+    at = 1 + max(i for i, part in enumerate(parts) if part.gives == "step" and part.takes != "step")
+    base = CASE.make().train_step
+    for name in (choice, *ENTRIES[choice].needs):
+        base = ENTRIES[name].base(base)
+    return pipe(base, *parts[:at], compile("trace"), *parts[at:])
+
+
+@pytest.mark.parametrize("choice", [name for name in CHOICES if name != "manual"])
+def test_a_traced_step_is_the_eager_one_with_every_combinator(choice: str, tmp_path: Path) -> None:
+    """Weights, buffers, slots, memory, progress and history after two epochs are bitwise those of the eager step."""
+    ends, said = [], []
+    for place in ("eager", "traced"):
+        whole = pipe_with(choice, CASE.make(), tmp_path / place, CASE.batches(2))
+        step = whole if place == "eager" else compiled(whole, choice)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always", CompileWarning)
+            state = TrainState.create(CASE.make(), seed=3)
+            for state, _ in run(step, state, CASE.batches()):
+                if state.progress.epoch == 2:
+                    break
+        ends.append(state)
+        said.append([str(w.message) for w in found if w.category is CompileWarning])
+    for name in ("params", "buffers", "opt_state", "history"):
+        assert_trees_equal(getattr(ends[0], name), getattr(ends[1], name))
+    assert ends[0].progress == ends[1].progress
+    assert not said[0]
+    assert [WITHOUT.get(choice, "nothing") in text for text in said[1]] == [True] * (choice in WITHOUT)
