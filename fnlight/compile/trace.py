@@ -230,8 +230,10 @@ def _update(call: Call, new: Mapping[int, Tensor], lrs: Sequence[Any], batches: 
     after.seed, after.host = _seeding(number, call.store.device), host
     tables = [m._buffers for m in call.store.module.modules()]
     were = [dict(table) for table in tables]
+    counts = _exact_counts(after.optim.optimizer) if call.options else []
     try:
         metrics = call.kernel(after, batches, _KEY)
+        _put_back(counts)
         moved = changes(before, after, list(zip(were, tables, strict=True)))
     finally:
         for p in after.params:
@@ -242,6 +244,24 @@ def _update(call: Call, new: Mapping[int, Tensor], lrs: Sequence[Any], batches: 
     for table, were_ in zip(tables, were, strict=True):
         table.update(were_)
     return metrics
+
+
+def _exact_counts(optimizer: Any) -> list[tuple[dict[str, Any], Tensor]]:
+    """Count steps in float64, as Python does in an eager step: what optimizers compute of the counts loses digits in float32."""
+    found: list[tuple[dict[str, Any], Tensor]] = []
+    for slots in optimizer.state.values() if optimizer is not None else ():
+        step = slots.get("step")
+        if isinstance(step, Tensor) and not step.dim() and step.dtype == torch.float32:
+            slots["step"] = step.double()
+            found.append((slots, step))
+    return found
+
+
+@torch.no_grad()
+def _put_back(counts: list[tuple[dict[str, Any], Tensor]]) -> None:
+    for slots, step in counts:
+        step.copy_(slots["step"])
+        slots["step"] = step
 
 
 def _seeding(update: int, device: torch.device) -> Callable[[int], None]:

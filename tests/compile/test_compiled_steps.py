@@ -4,6 +4,7 @@ import logging
 import random
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,8 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
 }
 UNTRACED = {"RAdam", "ASGD"}
 """Those whose eager form decides by a step count in a tensor; compilers get their capturable form."""
+COMPILED = ("SGD with momentum", "AdamW", "RAdam")
+"""One of each kind: a plain buffer, two moments, and counts in the exponent."""
 
 
 def train_step(model: nn.Module, batch: Any) -> Any:
@@ -50,9 +53,9 @@ def model_of(dropout: float = 0.5) -> nn.Module:
     return nn.Sequential(nn.Linear(8, 16, bias=False), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 3))
 
 
-def task_of(optimizer: Any = OPTIMIZERS["AdamW"], fn: Any = train_step) -> fl.Task:
+def task_of(optimizer: Any = OPTIMIZERS["AdamW"], fn: Any = train_step, total: int = 40) -> fl.Task:
     """A task whose learning rate changes at every step."""
-    return fl.Task(model_of(), fn, configure_optimizers=lambda m: fl.Optim(optimizer(m.parameters()), schedule=fl.cosine(40)))
+    return fl.Task(model_of(), fn, configure_optimizers=lambda m: fl.Optim(optimizer(m.parameters()), schedule=fl.cosine(total)))
 
 
 def batches_of(sizes: tuple[int, ...] = (6, 6, 6, 6, 6, 6, 6, 3)) -> list[Any]:
@@ -91,14 +94,26 @@ def test_a_traced_step_is_bitwise_the_eager_one(name: str, accumulate: int) -> N
     assert one.progress == two.progress
 
 
-@pytest.mark.parametrize("name", ["SGD with momentum", "AdamW"])
+@pytest.mark.parametrize("name", COMPILED)
 def test_a_compiled_step_is_the_eager_one_up_to_rounding(name: str) -> None:
     """Within 1e-5, dropout included: it draws the numbers of the eager step."""
     task = task_of(OPTIMIZERS[name])
-    (one, metrics), (two, others) = (trained(task, *parts, data=batches_of((6,) * 8)) for parts in ((), (fl.compile("step"),)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fl.CompileWarning)
+        (one, metrics), (two, others) = (trained(task, *parts, data=batches_of((6,) * 8)) for parts in ((), (fl.compile("step"),)))
     assert apart(one, two) < 1e-5
     assert all(a == pytest.approx(b, rel=1e-5, abs=1e-6) for a, b in zip(metrics, others, strict=True))
     assert one.progress == two.progress
+
+
+def test_two_hundred_compiled_steps_stay_with_the_eager_ones() -> None:
+    """Rounding does not add up: within 1e-5 of each tensor's size after 200 steps of AdamW, clipped, averaged, with a schedule."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+    task = fl.Task(model, train_step, configure_optimizers=task_of(OPTIMIZERS["AdamW"], total=200).configure_optimizers)
+    (one, _), (two, _) = (trained(task, *parts, steps=200, data=batches_of((6,) * 8)) for parts in ((), (fl.compile("step", unroll=4),)))
+    assert two.progress == one.progress
+    assert apart(one, two) < 1e-5
 
 
 def test_a_compiled_step_is_reproducible_and_resumes_bitwise(tmp_path: Path) -> None:
@@ -253,6 +268,17 @@ def test_ever_new_shapes_end_in_one_warning() -> None:
     with pytest.warns(fl.CompileWarning, match="16 graphs were made") as found:
         fl.fit(fl.TrainState.create(task), batches_of(tuple(range(2, 24))), fl.FitConfig(max_epochs=1, compile="trace", progress=False))
     assert len(found) == 1
+
+
+def test_compiled_code_is_kept_for_other_processes(tmp_path: Path) -> None:
+    """A cache of one's own is filled, and a step whose code lies there does the same."""
+    task, data = task_of(OPTIMIZERS["SGD"]), batches_of((5, 5, 5))
+    one, _ = trained(task, fl.compile("step", cache_dir=str(tmp_path / "cache")), data=data, steps=3)
+    filled = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    two, _ = trained(task, fl.compile("step", cache_dir=str(tmp_path / "cache")), data=data, steps=3)
+    assert any(name.endswith(".so") for name in filled)
+    assert {path.name for path in (tmp_path / "cache").rglob("*.so")} <= filled
+    assert_trees_equal(dict(one.params), dict(two.params))
 
 
 def test_how_long_compiling_took_is_logged(caplog: pytest.LogCaptureFixture) -> None:
