@@ -208,6 +208,10 @@ def carry(init: Callable[[Any, Any], Any]) -> Combinator:
                 raise StepError(
                     "carry goes from one batch to the next, but microbatch has parted this one by its samples; leave microbatch out"
                 )
+            if store.place is not None:
+                raise ParallelError(
+                    "carry keeps what belongs to the samples of one process, and a checkpoint holds that of one rank only; train in one"
+                )
             store.host.only_if(store, _goes_on)
             epoch = store.memory["carry"]["epoch"] if store.host.traced else store.progress.epoch
             return grad_fn(store, Around(batch, lambda loss_fn: _carried(loss_fn, init, store.memory["carry"], epoch)), key)

@@ -144,3 +144,27 @@ def test_a_sharded_run_is_read_in_one_process(tmp_path: Path) -> None:
     lines = lines_of("fsdp", tmp_path)
     assert number_in(lines[-1], r"the share of words guessed right is (0\.\d{4}|1\.0000)") > 0.9
     assert (tmp_path / "runs/fsdp/checkpoints/step-00000400/state.json").exists()
+
+
+def test_one_script_trains_on_one_process_and_on_two(tmp_path: Path) -> None:
+    """Both commands of the example end with the same accuracy, printed once."""
+    alone = lines_of("ddp", tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(EXAMPLES / "ddp.py")]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert number_in(alone[-1], r"test accuracy (\d\.\d\d)") > 0.94
+    assert number_in(done.stdout.strip(), r"test accuracy (\d\.\d\d)") == pytest.approx(
+        number_in(alone[-1], r"test accuracy (\d\.\d\d)"), abs=0.011
+    )
+
+
+def test_a_training_survives_a_process_that_is_killed(tmp_path: Path) -> None:
+    """torchrun starts all processes again, and they go on from the newest checkpoint."""
+    assert lines_of("elastic", tmp_path)[-1] == "attempt 1 ended at step 40"
+
+
+def test_ray_trains_as_well(tmp_path: Path) -> None:
+    """Two workers of Ray Train, where Ray is there."""
+    pytest.importorskip("ray")
+    assert number_in(lines_of("ray_train", tmp_path)[-1], r"2 workers, loss (\d+\.\d)") < 0.3

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import fnlight as fl
-from tests.parallel.trajectories import Noisy, measured, numbers, plain, task
+from tests.parallel.trajectories import Noisy, listed, numbers, plain, task
 
 RANK, ATTEMPT = int(os.environ.get("RANK", "0")), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
@@ -28,36 +28,19 @@ class Watched(Noisy):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.left == 0 and self.fault == "raise":
             raise ValueError(f"sample {i} cannot be read")
-        if self.left == 0 and self.fault == "signal":
-            os.kill(os.getpid(), signal.SIGTERM)
         with open(f"{self.folder}/read-{ATTEMPT}-{RANK}.txt", "a") as file:
             file.write(f"{i}\n")
         return super().__getitem__(i)
 
 
-def names(model, batch):
-    """Metrics whose names differ from rank to rank."""
-    loss, metrics = plain(model, batch)
-    return loss, {**metrics, f"of rank {RANK}": loss.detach()}
-
-
-def other_seed():
-    return 3 + RANK
-
-
 def main(folder, fault="", steps="12", at="9"):
-    step = names if fault == "names" else plain
-    state = fl.TrainState.create(task(step), seed=other_seed() if fault == "seeds" else 3)
-    size = 16 if fault == "data" and RANK == 1 else 24
-    data = Watched(folder, fault, int(at)) if fault != "data" else Noisy(size)
-    loader = DataLoader(data, batch_size=2 if fault == "small" else 12, shuffle=True)
+    state = fl.TrainState.create(task(plain), seed=3)
+    loader = DataLoader(Watched(folder, fault, int(at)), batch_size=12, shuffle=True)
     config = fl.FitConfig(
-        max_steps=int(steps), dir=f"{folder}/run", resume=True, save_every=fl.steps(1), progress=False, signals=fault == "signal", ema=0.9,
+        max_steps=int(steps), dir=f"{folder}/run", resume=True, save_every=fl.steps(1), progress=False, ema=0.9,
         sinks=fl.JSONL(f"{folder}/log.jsonl"), log_every=fl.steps(3),
     )  # fmt: skip
-    state = fl.fit(
-        state, fl.Loaders(loader, [tuple(torch.stack(each) for each in zip(*[Noisy(6)[i] for i in range(6)], strict=True))]), config
-    )
+    state = fl.fit(state, fl.Loaders(loader, listed(2, 6)), config)
     if RANK == 0:
         found = {"weights": numbers(state.params), "history": [dict(r.metrics) for r in state.history], "stopped": state.stopped}
         Path(folder, "result.json").write_text(json.dumps({**found, "step": state.progress.step, "samples": state.progress.samples}))
@@ -66,5 +49,4 @@ def main(folder, fault="", steps="12", at="9"):
 
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)
-    assert measured
     fl.main(lambda: main(*sys.argv[1:]))
