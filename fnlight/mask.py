@@ -79,8 +79,7 @@ def masks(optimizer: Any) -> bool:
         (False, True)
     """
     known = isinstance(optimizer, torch.optim.Adam | torch.optim.Adagrad) or type(optimizer) is torch.optim.SGD
-    started = not any(group.get("momentum") for group in optimizer.param_groups)
-    return known and started and getattr(optimizer, "_step_supports_amp_scaling", False)
+    return known and all(group.get("fused") and not group.get("momentum") for group in optimizer.param_groups)
 
 
 @attrs.frozen(eq=False)
