@@ -24,6 +24,7 @@ hypothesis.settings.register_profile("default", deadline=None, derandomize=True,
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("default")
 
+_OWN = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")  # variables of pytest, and of the first graph that torch 2.9 makes
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, *(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2", "SIGHUP") if name in dir(signal)))
 
 
@@ -43,7 +44,7 @@ def _process() -> dict[str, Any]:
         "the number of threads": torch.get_num_threads(),
         "float32 precision": torch.get_float32_matmul_precision(),
         "signal handlers": [signal.getsignal(number) for number in _SIGNALS],
-        "the environment": {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
+        "the environment": {k: v for k, v in os.environ.items() if k not in _OWN},
         "logging": (root.level, logging.root.manager.disable),
         "threads that keep the process alive": {t.name for t in threading.enumerate() if not t.daemon},
     }

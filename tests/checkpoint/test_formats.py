@@ -63,7 +63,7 @@ def test_a_kept_run_goes_on_to_the_weights_that_it_reached(path: Path, tmp_path:
     if machine() == kept["machine"]:
         assert end == kept["end"]
     assert end.keys() == kept["end"].keys()
-    for name in end:
+    for name in end.keys() - case.unsure:
         torch.testing.assert_close(torch.tensor(end[name]), torch.tensor(kept["end"][name]), rtol=1e-4, atol=1e-5)
 
 
