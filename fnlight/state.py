@@ -21,7 +21,7 @@ from fnlight.errors import DonatedStateError, OptimizerError, ParallelError
 from fnlight.history import History, Record
 from fnlight.host import Host
 from fnlight.metrics import Tally
-from fnlight.optim import Optim, named_state, prepare, prepare_each, reported, to_device, weights_to_use
+from fnlight.optim import Optim, choose_fused, named_state, prepare, prepare_each, reported, to_device, weights_to_use
 from fnlight.rng import SKIPPED, TRAIN, fold_in, isolated, seed_generators
 from fnlight.task import Task, empty
 from fnlight.times import Times
@@ -238,7 +238,7 @@ class TrainState:
         with isolated(None if device is None else torch.device(device)):
             module = copy.deepcopy(task.model, memo)
             if device is not None:
-                module.to(device)
+                _move(module, torch.device(device))
             placed = None if place is None else place.place(module)
             store = Store(module, _configure(task, module), {}, placed)
         if donate:
@@ -325,11 +325,15 @@ class TrainState:
             )
         store.settle()
         version, resources, times = store.version + 2, store.resources, store.times  # as a step does
-        store.module.to(device)
-        for optim in store.optims.values():
-            to_device(optim)
+        memo: dict[int, Any] = _move(store.module, torch.device(device))
+        optim = store.optims if store.phases else store.optim
+        optim = copy.deepcopy(optim, memo) if memo else optim
+        for each in optim.values() if isinstance(optim, Mapping) else (optim,):
+            if each.chooses:
+                choose_fused(each.optimizer, store.module)
+            to_device(each)
         store.memory = {key: tree if key == "loader" else _moved(tree, torch.device(device)) for key, tree in store.memory.items()}
-        store.__init__(store.module, store.optims if store.phases else store.optim, store.memory, store.place)
+        store.__init__(store.module, optim, store.memory, store.place)
         store.version, store.resources, store.times = version, resources, times
         return attrs.evolve(self, version=version)
 
@@ -385,6 +389,17 @@ def _configure(task: Task, module: nn.Module) -> Optim | dict[str, Optim]:
     if getattr(task.train_step, "kind", None) == "step" and isinstance(made, Mapping):
         phases = list(made)  # a whole step may have as many optimizers as it likes
     return prepare_each(made, phases, module) if phases else prepare(made, module)
+
+
+def _move(module: nn.Module, device: torch.device) -> dict[int, Tensor]:
+    """Move a module in place; where the device makes new parameters of it, as XLA does: by the id of each the new one, tied ones still tied."""
+    before = [(m, key, p) for m in module.modules() for key, p in m._parameters.items() if p is not None]
+    module.to(device)
+    new: dict[int, Any] = {}
+    for m, key, p in before:
+        if m._parameters[key] is not p:
+            m._parameters[key] = new.setdefault(id(p), m._parameters[key])
+    return new
 
 
 def _moved(tree: Any, device: torch.device) -> Any:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fnlight.compile.shadow import UntraceableError
+
 
 def lower(graph: fx.GraphModule, example: Sequence[Tensor], cache_dir: str | None = None) -> Callable[[list[Tensor]], Sequence[Tensor]]:
     """Compile a graph that changes its inputs in place.
@@ -22,6 +24,9 @@ def lower(graph: fx.GraphModule, example: Sequence[Tensor], cache_dir: str | Non
     Returns:
         A function of a list of tensors; it empties the list.
 
+    Raises:
+        UntraceableError: If torch's compiler cannot.
+
     Example:
         >>> from torch.fx.experimental.proxy_tensor import make_fx
         >>> graph = make_fx(lambda x: [x.add_(1) * 2])(torch.zeros(2))
@@ -33,6 +38,7 @@ def lower(graph: fx.GraphModule, example: Sequence[Tensor], cache_dir: str | Non
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.exc import InductorError
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -50,8 +56,11 @@ def lower(graph: fx.GraphModule, example: Sequence[Tensor], cache_dir: str | Non
                 _allow_non_fake_inputs=True,
             )(*inputs)
         _without_aliases(values)
-        with tracing(TracingContext(fake)):
-            made: Any = compile_fx_inner(values, inputs, cpp_wrapper=on_cpu)
+        try:
+            with tracing(TracingContext(fake)):
+                made: Any = compile_fx_inner(values, inputs, cpp_wrapper=on_cpu)
+        except InductorError as error:
+            raise UntraceableError(f"torch's compiler fails at it with {str(error).splitlines()[0]}") from error
     return getattr(made, "current_callable", made)  # without what is only looked at by profilers
 
 

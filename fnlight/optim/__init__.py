@@ -6,7 +6,7 @@ beside it (`Optim.configured`), so that a value that was changed in the code win
 
 from fnlight.optim.groups import GroupRule, frozen, layer_decay, matches, meant, no_decay, param_groups
 from fnlight.optim.host import HOST, take_step_on_host
-from fnlight.optim.kernels import take_step
+from fnlight.optim.kernels import choose_fused, take_step
 from fnlight.optim.lookahead import Lookahead
 from fnlight.optim.memory import OTHER, RAW, class_name, named_groups, named_state, place_slot, to_device, weights_to_use
 from fnlight.optim.names import optimizer, optimizer_class, optimizer_classes
@@ -24,6 +24,7 @@ __all__ = [
     "Lookahead",
     "Optim",
     "by_itself",
+    "choose_fused",
     "class_name",
     "copy_optimizer",
     "ends",

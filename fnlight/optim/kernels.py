@@ -12,11 +12,40 @@ from fnlight.optim.fused import fused_step
 from fnlight.shards import is_sharded
 
 
-def choose_fused(optimizer: Optimizer, module: nn.Module) -> None:
-    """Switch the fused form of a torch optimizer on, where it has one, all its parameters allow it and the user did not choose.
+_FUSED = {
+    torch.optim.Adam: ("cpu", "cuda"),
+    torch.optim.AdamW: ("cpu", "cuda"),
+    torch.optim.SGD: ("cpu", "cuda"),
+    torch.optim.Adagrad: ("cpu",),
+}
+"""Optimizers that have a fused form, and the devices on which it is chosen."""
+
+
+def leaves_open(optimizer: Optimizer) -> bool:
+    """Say whether the user left it to fnlight which kernels an optimizer uses.
 
     Args:
-        optimizer: Any optimizer; changed in place.
+        optimizer: Any optimizer, as the user made it.
+
+    Returns:
+        False where there is nothing to choose, or he chose.
+
+    Example:
+        >>> weight = nn.Parameter(torch.ones(1))
+        >>> leaves_open(torch.optim.AdamW([weight])), leaves_open(torch.optim.AdamW([weight], foreach=True))
+        (True, False)
+    """
+    return type(optimizer) in _FUSED and not any(
+        group.get("fused") is not None or group.get("foreach") is not None or group.get("differentiable") or group.get("capturable")
+        for group in optimizer.param_groups
+    )
+
+
+def choose_fused(optimizer: Optimizer, module: nn.Module) -> None:
+    """Switch the fused form of a torch optimizer on where its parameters allow it, and off where they do not.
+
+    Args:
+        optimizer: One that `leaves_open` what it uses; changed in place.
         module: The module whose parameters it holds.
 
     Example:
@@ -25,25 +54,23 @@ def choose_fused(optimizer: Optimizer, module: nn.Module) -> None:
         >>> choose_fused(optimizer, model); optimizer.param_groups[0]["fused"]
         True
     """
+    fused = True if _can_fuse(optimizer, module) else None
+    for group in optimizer.param_groups:
+        group["fused"] = fused
+    optimizer.defaults["fused"] = fused
+    setattr(optimizer, "_step_supports_amp_scaling", bool(fused))  # noqa: B010  # what the constructor sets with fused=True; unknown to type stubs
+
+
+def _can_fuse(optimizer: Optimizer, module: nn.Module) -> bool:
     if any(isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse for m in module.modules()):
-        return  # fused kernels refuse sparse gradients
-    for group in optimizer.param_groups:
-        chosen = group.get("foreach") is not None or group.get("differentiable") or group.get("capturable")
-        if "fused" not in group or group["fused"] is not None or chosen:
-            return
-        if type(optimizer) is torch.optim.SGD and group["momentum"]:
-            return  # torch's fused kernel fails where a parameter gets its first gradient later than others
+        return False  # fused kernels refuse sparse gradients
+    if type(optimizer) is torch.optim.SGD and any(group["momentum"] for group in optimizer.param_groups):
+        return False  # torch's fused kernel fails where a parameter gets its first gradient later than others
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    if not all(p.is_floating_point() and p.device.type in ("cpu", "cuda") and (type(p) is nn.Parameter or is_sharded(p)) for p in params):
-        return
-    if len({p.device.type for p in params}) != 1 or (type(optimizer) is torch.optim.Adagrad and params[0].device.type != "cpu"):
-        return
-    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad):
-        return
-    for group in optimizer.param_groups:
-        group["fused"] = True
-    optimizer.defaults["fused"] = True
-    setattr(optimizer, "_step_supports_amp_scaling", True)  # noqa: B010  # what the constructor sets with fused=True; unknown to type stubs
+    if not all(p.is_floating_point() and (type(p) is nn.Parameter or is_sharded(p)) for p in params):
+        return False
+    places = {p.device.type for p in params}
+    return len(places) == 1 and places <= set(_FUSED[type(optimizer)])
 
 
 def take_step(optimizer: Any, memo: dict[str, Any] | None = None) -> None:

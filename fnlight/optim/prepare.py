@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fnlight.errors import OptimizerError, OptimizerWarning
-from fnlight.optim.kernels import choose_fused
+from fnlight.optim.kernels import choose_fused, leaves_open
 from fnlight.optim.needs import is_second_order, public_name, wants_closure, why_unfit
 from fnlight.optim.rates import courses_of, group_name
 from fnlight.optim.spec import Optim
@@ -110,7 +110,9 @@ def _completed(optim: Optim, module: nn.Module) -> Optim:
     if unfit is not None:
         raise OptimizerError(f"{public_name(type(optim.optimizer))} {unfit}; take another one, or a combinator of your own")
     _check_own(optim.optimizer, module)
-    choose_fused(optim.optimizer, module)
+    chooses = leaves_open(optim.optimizer)
+    if chooses:
+        choose_fused(optim.optimizer, module)
     _check_groups(optim.optimizer)
     train = getattr(optim.optimizer, "train", None)
     if callable(train):
@@ -126,7 +128,7 @@ def _completed(optim: Optim, module: nn.Module) -> Optim:
         raise OptimizerError(
             f"{public_name(type(optim.optimizer))} cannot step on the host: it {_wants(closure, graph)}; leave offload=True out, or take another one"
         )
-    optim = attrs.evolve(optim, configured=configured, create_graph=graph, closure=closure)
+    optim = attrs.evolve(optim, configured=configured, create_graph=graph, closure=closure, chooses=chooses)
     return attrs.evolve(optim, courses=courses_of(optim))
 
 

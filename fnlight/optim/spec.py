@@ -55,6 +55,7 @@ class Optim:
         closure: True lets the optimizer compute the loss itself, several times a step, as LBFGS does; None finds out.
         configured: The groups as `configure_optimizers` made them; filled by `prepare`.
         courses: Which option of which group follows which schedule; filled by `prepare`.
+        chooses: Whether it is fnlight that chooses the kernels, on each device anew; filled by `prepare`.
 
     Raises:
         OptimizerError: If a schedule is a torch scheduler object or no function, or lacks or does not use its monitor.
@@ -77,6 +78,7 @@ class Optim:
     offload: bool = attrs.field(default=False, kw_only=True)
     configured: Sequence[Mapping[str, Any]] = attrs.field(default=(), kw_only=True)
     courses: Sequence[Course] = attrs.field(default=(), kw_only=True)
+    chooses: bool = attrs.field(default=False, kw_only=True)
     scheduled: bool = attrs.field(init=False, default=attrs.Factory(_is_scheduled, takes_self=True))
     _memo: dict[Any, Any] = attrs.field(factory=dict, init=False, repr=False)  # of a pure function: the last history and what was found
     bound: dict[str, Any] = attrs.field(factory=dict, init=False, repr=False)  # what the optimizer works on, looked up once; never copied

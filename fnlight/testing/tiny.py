@@ -111,7 +111,9 @@ def _train_step(model: nn.Module, batch: Any) -> Any:
     if y.dim() == 1:
         return F.cross_entropy(logits, y), {"acc": (logits.argmax(-1) == y).float().mean()}
     held = y != 0
-    loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=0, reduction="sum")  # picking tokens would make shapes depend on values
+    loss = F.cross_entropy(
+        logits.flatten(0, 1), y.flatten(), ignore_index=0, reduction="sum"
+    )  # picking tokens would make shapes depend on values
     return Mean(loss, held.sum()), {"acc": Mean(((logits.argmax(-1) == y) & held).sum(), held.sum())}
 
 
