@@ -85,6 +85,8 @@ def clip_value(max_value: float) -> Combinator:
 
 
 def _joint_norm(store: Store, held: list[Tensor]) -> Tensor:
+    if not held and store.place is None:
+        return torch.zeros((), device=store.device)  # torch's own would be on the CPU
     return torch.nn.utils.get_total_norm(held) if store.place is None else store.place.norm(held)
 
 

@@ -22,7 +22,6 @@ from fnlight.state import Store, TrainState
 from fnlight.tree import map_tensors
 
 _NOTHING: Any = object()
-
 EvalStep = Callable[[Any, Any], Mapping[str, Any]]
 
 
@@ -129,8 +128,7 @@ def evaluate_sources(
 
 def _one_source(state: TrainState, module: nn.Module, source: Source, fn: EvalStep, signals: Signals | None) -> dict[str, Any]:
     key, tally = fold_in(state.seed, EVALUATE), Tally()
-    found = source.epoch(key, 0)
-    place = state.store.place
+    found, place = source.epoch(key, 0), state.store.place
     first, every = (1, 1) if place is None else (1 + place.world.rank, place.world.size)
     for turn, (batch, _, _) in enumerate(found if signals is None else signals.until(found)):
         i = first + turn * every
@@ -143,6 +141,7 @@ def _one_source(state: TrainState, module: nn.Module, source: Source, fn: EvalSt
             got = "an empty dict" if isinstance(metrics, Mapping) else type(metrics).__name__
             raise StepError(f"eval_step must return a dict of metrics, but returned {got}, at batch {i} of the evaluation")
         tally.add(i, metrics)
+        state.store.end_step()
     if signals is not None:
         signals.check()
     return tally.read() if place is None else read_in_order(tally, place.world.gather)
@@ -376,6 +375,7 @@ def _predictions(
             with inference(store, weights) as module:
                 stands_in = item[0].__class__ is Part
                 out = fn(module, item[0].batch if stands_in else item[0])
+            store.end_step()
         del item
         if not stands_in:
             yield out

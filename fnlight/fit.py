@@ -17,6 +17,7 @@ from fnlight.compose import compose, loaders_of, settings, text_of, train_source
 from fnlight.config import FitConfig
 from fnlight.data import Sharded, Source, placed
 from fnlight.data.order import length_of
+from fnlight.device import default_device
 from fnlight.errors import BrokenCheckpointError, CheckpointWarning, ConfigError
 from fnlight.fp8 import to_fp8
 from fnlight.loop import run
@@ -157,7 +158,9 @@ def _counted(state: TrainState, train: Source, config: FitConfig) -> TrainState:
 
 
 def _placed(state: TrainState, config: FitConfig) -> TrainState:
-    device = torch.device(_auto_device() if config.device == "auto" else config.device)
+    if config.device == "auto" and state.device.type != "cpu":
+        return state  # it was put there
+    device = default_device() if config.device == "auto" else torch.device(config.device)
     if device.type == state.device.type and device.index in (None, state.device.index):
         return state
     return state.moved(device)
@@ -175,11 +178,6 @@ def _converted(state: TrainState, config: FitConfig) -> TrainState:
         for phase in store.phases.values():
             phase.module = store.module
     return state
-
-
-def _auto_device() -> str:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return "cpu" if accelerator is None else accelerator.type
 
 
 def _write_config(config: FitConfig) -> None:

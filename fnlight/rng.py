@@ -14,6 +14,8 @@ from typing import Any
 import attrs
 import torch
 
+from fnlight.device import module_of
+
 _MASK = (1 << 64) - 1
 _PYTHON: Any = random.seed.__self__  # the generator behind `random.random` and the others
 _seed_python: Any = random.Random.__base__.seed  # pyright: ignore[reportOptionalMemberAccess]  # what random.seed comes to for a number
@@ -99,7 +101,7 @@ class _Whole:
 
 
 def _device_generator(device: torch.device) -> Any:
-    module: Any = torch.get_device_module(device)
+    module = module_of(device)
     if getattr(module, "default_generators", None) is None:
         return _Whole(module)
     places = (device.index, module.current_device())  # asking also starts the accelerator, which has no generators before

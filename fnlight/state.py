@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fnlight.device import end_step_on, move
 from fnlight.errors import DonatedStateError, OptimizerError, ParallelError
 from fnlight.history import History, Record
 from fnlight.host import Host
@@ -83,8 +84,8 @@ class Store:
     """
 
     __slots__ = (
-        "back", "bound", "device", "host", "media", "memory", "module", "named", "optim", "owner", "params", "phases", "place", "position",
-        "progress", "resources", "scale", "seed", "skipped", "times", "until", "version",
+        "back", "bound", "device", "end_step", "host", "media", "memory", "module", "named", "optim", "owner", "params", "phases", "place",
+        "position", "progress", "resources", "scale", "seed", "skipped", "times", "until", "version",
     )  # fmt: skip
 
     def __init__(self, module: nn.Module, optim: Optim | Mapping[str, Optim], memory: dict[str, Any], place: Any = None) -> None:
@@ -107,6 +108,7 @@ class Store:
         self.params = [p for p in self.named.values() if p.requires_grad]
         first = next((t for t in (*module.parameters(), *module.buffers())), None)
         self.device = torch.device("cpu") if first is None else first.device
+        self.end_step = end_step_on(self.device)
         self.seed: Callable[[int], None] = partial(
             seed_generators, device=self.device
         )  # what a kernel seeds the generators with; a trace puts its own here
@@ -238,7 +240,7 @@ class TrainState:
         with isolated(None if device is None else torch.device(device)):
             module = copy.deepcopy(task.model, memo)
             if device is not None:
-                _move(module, torch.device(device))
+                move(module, torch.device(device))
             placed = None if place is None else place.place(module)
             store = Store(module, _configure(task, module), {}, placed)
         if donate:
@@ -325,12 +327,10 @@ class TrainState:
             )
         store.settle()
         version, resources, times = store.version + 2, store.resources, store.times  # as a step does
-        memo: dict[int, Any] = _move(store.module, torch.device(device))
-        optim = store.optims if store.phases else store.optim
+        memo, optim = move(store.module, torch.device(device)), store.optims if store.phases else store.optim
         optim = copy.deepcopy(optim, memo) if memo else optim
         for each in optim.values() if isinstance(optim, Mapping) else (optim,):
-            if each.chooses:
-                choose_fused(each.optimizer, store.module)
+            choose_fused(each.optimizer, store.module) if each.chooses else None
             to_device(each)
         store.memory = {key: tree if key == "loader" else _moved(tree, torch.device(device)) for key, tree in store.memory.items()}
         store.__init__(store.module, optim, store.memory, store.place)
@@ -350,6 +350,7 @@ class TrainState:
         if store.version != self.version + 1:  # where it is, `donated` was called for this step
             store = self.live
         store.version = self.version + 2
+        store.end_step()
         store.position, store.media = item.position, None
         after = p.after(item, not store.skipped, p.updates if updates is None else updates)
         return TrainState(self.task, after, self.seed, self.history, None, store, store.version)
@@ -389,17 +390,6 @@ def _configure(task: Task, module: nn.Module) -> Optim | dict[str, Optim]:
     if getattr(task.train_step, "kind", None) == "step" and isinstance(made, Mapping):
         phases = list(made)  # a whole step may have as many optimizers as it likes
     return prepare_each(made, phases, module) if phases else prepare(made, module)
-
-
-def _move(module: nn.Module, device: torch.device) -> dict[int, Tensor]:
-    """Move a module in place; where the device makes new parameters of it, as XLA does: by the id of each the new one, tied ones still tied."""
-    before = [(m, key, p) for m in module.modules() for key, p in m._parameters.items() if p is not None]
-    module.to(device)
-    new: dict[int, Any] = {}
-    for m, key, p in before:
-        if m._parameters[key] is not p:
-            m._parameters[key] = new.setdefault(id(p), m._parameters[key])
-    return new
 
 
 def _moved(tree: Any, device: torch.device) -> Any:

@@ -205,6 +205,7 @@ class Update:
         finally:
             for p in store.params:
                 p.grad = None
+        store.end_step()
         store.position, store.media = item.position, None
         after = progress.after(item, not store.skipped, progress.updates)
         return TrainState(state.task, after, state.seed, state.history, None, store, store.version), metrics

@@ -432,9 +432,10 @@ def test_memory_moves_with_its_parameters() -> None:
     """Once parameters are elsewhere, the memory of their optimizer follows in place, and step counts stay."""
     param = nn.Parameter(torch.zeros(2, device="meta"))
     slots = {"exp_avg": torch.ones(2), "step": torch.tensor(1.0), "phase": "Adam"}
-    to_device(SimpleNamespace(param_groups=[{"params": [param, nn.Parameter(torch.zeros(1))]}], state={param: slots}))
+    made = SimpleNamespace(param_groups=[{"params": [param, nn.Parameter(torch.zeros(1))]}], state={param: slots})
+    to_device(SimpleNamespace(optimizer=made, offload=False))
     assert (slots["exp_avg"].device.type, slots["step"].device.type, slots["phase"]) == ("meta", "cpu", "Adam")
-    assert to_device(None) is None
+    assert to_device(Optim(None)) is None
 
 
 def test_a_gradient_that_comes_late_does_not_break_momentum():

@@ -12,6 +12,7 @@ from fnlight.checkpoint.encode import decode
 from fnlight.checkpoint.manifest import OPTIMIZER
 from fnlight.checkpoint.opened import Opened
 from fnlight.checkpoint.twin import fitted
+from fnlight.device import spread_like
 from fnlight.errors import MismatchError
 from fnlight.optim import HOST, OTHER, RAW, Optim, class_name, named_groups, place_slot
 from fnlight.tree import equal, map_tensors
@@ -139,6 +140,8 @@ def _like(slot: str, value: Any, p: Tensor, group: Mapping[str, Any], offload: b
         return map_tensors(lambda t: t.to(HOST if offload else p.device), value)
     if group.get("fused") and not _kernel_may_read(slot, value, p):
         raise ValueError(f"the slot {slot!r} of a parameter of shape {list(p.shape)} is {value.dtype} {list(value.shape)}")
+    if value.shape == p.shape and not offload:
+        value = spread_like(value, p)
     value = place_slot(slot, value, p, group, offload)
     return value if value.shape != p.shape else fitted(value, p, same_kind=False)
 

@@ -17,6 +17,7 @@ from fnlight.checkpoint.places import Path, open_checkpoint
 from fnlight.checkpoint.rename import Rename, new_name, renamed, renamed_body
 from fnlight.checkpoint.twin import Lent, twin
 from fnlight.checkpoint.weights import LoadReport, extra_states, place_weights, put, split_buffers
+from fnlight.device import spread_like
 from fnlight.dtype import DTYPES, convert
 from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning, MismatchError
 from fnlight.history import History, Record
@@ -246,7 +247,7 @@ def _converted(value: Any, dtype: torch.dtype, like: Tensor | None) -> Any:
     if not isinstance(value, Tensor) or like is None or value.shape != like.shape:
         return value
     value = lying_like(value, like)
-    return value.to(like.dtype) if value.dtype == dtype else value
+    return spread_like(value.to(like.dtype) if value.dtype == dtype else value, like)
 
 
 def _head(state: TrainState, body: Any) -> TrainState:

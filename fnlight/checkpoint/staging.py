@@ -54,8 +54,12 @@ class Buffers:
 
     def _copy(self, device: torch.device, targets: list[Tensor], sources: list[Tensor]) -> Callable[[], None] | None:
         with torch.no_grad():
-            if device.type != "cuda":
+            if device.type == "cpu":
                 torch._foreach_copy_(targets, sources)
+                return None
+            if device.type != "cuda":
+                for target, source in zip(targets, sources, strict=True):  # not every device knows the foreach form
+                    target.copy_(source)
                 return None
             stream = self._streams.setdefault(device, torch.cuda.Stream(device))
             training = torch.cuda.current_stream(device)

@@ -9,6 +9,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from fnlight.device import is_lazy
 from fnlight.shards import lying_like
 from fnlight.state import Store
 
@@ -40,6 +41,7 @@ class Lent:
             memo: What the ``deepcopy`` will be given.
         """
         known = [t for t in {id(t): t for t in tensors}.values() if type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided]
+        known = [t for t in known if not is_lazy(t.device)]  # a lazy device knows no memory that could be lent
         times = Counter(tensor.untyped_storage().data_ptr() for tensor in known)
         for tensor in known:
             if _is_whole(tensor) and times[tensor.untyped_storage().data_ptr()] == 1:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from fnlight.device import is_lazy
 from fnlight.errors import FnlightError
 from fnlight.state import Store
 from fnlight.tree import leaves, map_tensors
@@ -50,6 +51,8 @@ def held(store: Store, reads: Sequence[str]) -> list[Tensor]:
     module, optimizer = store.module, store.optim.optimizer
     if store.place is not None:
         raise UntraceableError(f"{store.place} brings gradients of ranks together while the backward pass goes on, which is in no graph")
+    if is_lazy(store.device):
+        raise UntraceableError(f"the device {str(store.device)!r} compiles steps by itself")
     found: list[Tensor] = [*module.parameters(), *module.buffers()]
     if optimizer is not None:
         _check_optimizer(optimizer)

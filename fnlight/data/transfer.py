@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fnlight.data.combine import Triple
+from fnlight.device import spread_on
 from fnlight.tree import map_tensors
 
 
@@ -33,7 +34,9 @@ def transferred(found: Iterator[Triple], device: torch.device) -> Iterator[Tripl
         >>> [batch.device.type for batch, _, _ in transferred(iter([(torch.ones(1), 1, True)]), torch.device("meta"))]
         ['meta']
     """
-    send = Lane(Streams(device)).send if device.type == "cuda" else lambda batch: moved(batch, device)
+    spread = spread_on(device)
+    arrive = None if spread is None else lambda tensor: spread(tensor.to(device, non_blocking=True))
+    send = Lane(Streams(device)).send if device.type == "cuda" else lambda batch: moved(batch, device, arrive)
     for batch, samples, last in found:
         yield send(batch), samples, last
         batch = None

@@ -11,7 +11,6 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from fnlight.optim.fused import fused_step
 from fnlight.shards import is_sharded
 
-
 _FUSED = {
     torch.optim.Adam: ("cpu", "cuda"),
     torch.optim.AdamW: ("cpu", "cuda"),

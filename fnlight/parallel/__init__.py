@@ -1,7 +1,7 @@
 """Beyond one process: a placement says how a state lies on several processes, given to ``TrainState.create(task, place=...)``.
 
 The processes are started by others: torchrun, SLURM, Ray. `join` brings them together, `ddp` gives every rank the whole model,
-`fsdp` a part of it.
+`fsdp` a part of it. `xla` puts a state on XLA's device, or spreads it over several of them.
 
 Example:
     >>> import torch, fnlight as fl
@@ -21,9 +21,11 @@ from fnlight.parallel.loose import Loose, diloco, loose
 from fnlight.parallel.moving import alone, placed_on
 from fnlight.parallel.placement import Placement
 from fnlight.parallel.world import Pulse, World, first_host, join, named_world, pack, stream_part, unpack, world
+from fnlight.parallel.xla import OnXLA, xla
 
 __all__ = [
     "Loose",
+    "OnXLA",
     "Placement",
     "Pulse",
     "Replicated",
@@ -46,4 +48,5 @@ __all__ = [
     "stream_part",
     "unpack",
     "world",
+    "xla",
 ]

@@ -140,7 +140,9 @@ def ignore(_: Any) -> None:
 
 
 CASES = {
-    "norm, dropout, schedule": Case(lambda: model(nn.BatchNorm1d(6), nn.Dropout(0.25)), adamw, shuffled, 9, 20, draws=True, unsure=frozenset({"0.bias"})),
+    "norm, dropout, schedule": Case(
+        lambda: model(nn.BatchNorm1d(6), nn.Dropout(0.25)), adamw, shuffled, 9, 20, draws=True, unsure=frozenset({"0.bias"})
+    ),
     "momentum": Case(model, momentum, shuffled, 5, 12),
     "nested memory": Case(model, lbfgs, shuffled, 4, 8),
     "own position": Case(model, momentum, Counting, 3, 8),

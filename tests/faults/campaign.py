@@ -73,6 +73,9 @@ def went_on(folder, whole, durable, reference, workers=0, vanished=False):
 OF_WORKERS = ("pymp-",)
 """What Python's multiprocessing leaves in the temporary folder when a process with workers is killed."""
 
+OF_TORCH = ([], ["_remote_module_non_scriptable.py"])
+"""What is in the folder that torch 2.9 makes there when a part of it is imported, and leaves when a process is killed."""
+
 
 class Tally:
     """What was tried, and what was lost."""
@@ -232,6 +235,7 @@ def main():
         if given.disks:
             disks(Path(folder) / "disks", given.disks, tally)
         left, tempfile.tempdir = [n for n in os.listdir(temporary) if not n.startswith(OF_WORKERS)], None
+        left = [n for n in left if not (Path(temporary, n).is_dir() and os.listdir(Path(temporary, n)) in OF_TORCH)]
         same = os.stat(temporary).st_dev == os.stat(folder).st_dev
     for kind, number in sorted(tally.tried.items()):
         print(f"{number:6} {kind}")

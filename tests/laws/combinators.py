@@ -123,7 +123,7 @@ ENTRIES = {
     "cast": Entry(cast, lambda folder, val: cast(torch.float64)),
     "grad": Entry(grad, lambda folder, val: grad()),
     "weighted": Entry(weighted, lambda folder, val: weighted({"main": lambda step: 1 / (1 + step)}), base=named),
-    "carry": Entry(carry, lambda folder, val: carry(lambda model, batch: torch.zeros(())), base=decaying),
+    "carry": Entry(carry, lambda folder, val: carry(lambda model, batch: torch.zeros((), device=batch[0].device)), base=decaying),
     "grad_cache": Entry(
         grad_cache, lambda folder, val: grad_cache(lambda found: found.square().mean(), 2), instead=("grad",), base=embedded
     ),
@@ -144,7 +144,7 @@ ENTRIES = {
     "apply_in_backward": Entry(apply_in_backward, lambda folder, val: apply_in_backward(), instead=("apply",)),
     "freeze": Entry(freeze, lambda folder, val: freeze("*a*", eval_mode=True)),
     "unfreeze_at": Entry(unfreeze_at, lambda folder, val: unfreeze_at({"*t": 1}, eval_mode=True)),
-    "manual": Entry(manual, lambda folder, val: manual(lambda store: {"factor": torch.ones(())})),
+    "manual": Entry(manual, lambda folder, val: manual(lambda store: {"factor": torch.ones((), device=store.device)})),
     "ema": Entry(ema, lambda folder, val: ema(0.9)),
     "ema with warm-up, now and then": Entry(ema, lambda folder, val: ema(ema_warmup(0.9), "slow", every=steps(2))),
     "swa": Entry(swa, lambda folder, val: swa(start=1, every=steps(1))),
@@ -202,7 +202,7 @@ PAIRS = [(name, choice) for name, case in TASKS.items() for choice in CHOICES if
 @torch.no_grad()
 def shrink(store: Store, batches: Any, key: int) -> dict[str, torch.Tensor]:
     """A step by hand for any task: weights shrink by factors that are drawn, and what they have shrunk by is remembered."""
-    factor = 1 - 0.1 * torch.rand(())
+    factor = 1 - 0.1 * torch.rand((), device=store.device)
     for p in store.module.parameters():
         p.mul_(factor)
     store.memory["manual"]["factor"] *= factor

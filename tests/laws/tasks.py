@@ -88,13 +88,13 @@ class Adversaries(nn.Module):
 
 def tell_apart(model: Any, batch: Any) -> Any:
     """The loss of the discriminator."""
-    real, fake = model(batch[0]), model(model.gen(torch.randn(len(batch[0]), 3)))
+    real, fake = model(batch[0]), model(model.gen(torch.randn(len(batch[0]), 3, device=batch[0].device)))
     return (F.softplus(-real) + F.softplus(fake)).mean(), {"real": real.mean(), "fake": fake.mean()}
 
 
 def deceive(model: Any, batch: Any) -> Any:
     """The loss of the generator."""
-    return F.softplus(-model(model.gen(torch.randn(len(batch[0]), 3)))).mean()
+    return F.softplus(-model(model.gen(torch.randn(len(batch[0]), 3, device=batch[0].device)))).mean()
 
 
 def deceived(model: Any, batch: Any) -> Any:
@@ -129,7 +129,7 @@ def draw_near(store: Store, batches: Any, key: int) -> Any:
         for i in range(3):
             own = x[nearest == i]
             counts[i] += len(own)
-            store.module.at[i] += (own - store.module.at[i]).sum(0) / counts[i] if len(own) else 0.1 * torch.randn(4)
+            store.module.at[i] += (own - store.module.at[i]).sum(0) / counts[i] if len(own) else 0.1 * torch.randn(4, device=x.device)
         losses.append(distances.square().mean())
     return {"loss": torch.stack(losses).mean()}
 
@@ -188,7 +188,7 @@ def of(model: Callable[[], nn.Module], *functions: Any) -> Callable[[], Task]:
 
 
 PHASES = {"disc": tell_apart, "gen": Phase(deceive, clip_norm(0.05), every=steps(2))}
-WHOLE = pipe(draw_near, manual(lambda store: {"counts": torch.zeros(3)}, key="k-means"))
+WHOLE = pipe(draw_near, manual(lambda store: {"counts": torch.zeros(3, device=store.device)}, key="k-means"))
 
 TASKS = {
     "mlp with BatchNorm and dropout": Case(lambda: tiny_task("mlp"), "mlp"),

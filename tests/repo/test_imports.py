@@ -7,8 +7,8 @@ from tests.repo.source import PACKAGE, called, functions, lacking, modules, noun
 
 FLOORS = {
     0: {"errors", "protocols"},
-    1: {"host", "rng", "shards", "signals", "tree"},
-    2: {"metrics", "schedules", "replay", "dtype", "history", "task", "times"},
+    1: {"device", "host", "shards", "signals", "tree"},
+    2: {"rng", "metrics", "schedules", "replay", "dtype", "history", "task", "times"},
     3: {"optim"},
     4: {"state", "gradients", "mask", "fp8"},
     5: {"combinator", "checkpoint", "data", "when", "rules", "sinks"},
