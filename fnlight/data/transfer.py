@@ -109,6 +109,8 @@ class Buffers:
 
     Args:
         pins: False takes ordinary memory.
+        sent: The event behind the last copy; None before the first.
+        held: The buffers, by a tensor's place in its batch.
 
     Example:
         >>> buffers = Buffers(pins=False)
@@ -140,6 +142,11 @@ class Lane:
 
     Args:
         streams: The streams of the device.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> Lane(SimpleNamespace(pins=False)).send.__name__
+        'send'
     """
 
     __slots__ = ("_streams", "_turns")

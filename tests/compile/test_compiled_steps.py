@@ -14,6 +14,7 @@ import attrs
 import pytest
 import torch
 from torch import nn
+from torch._inductor.exc import InductorError
 from torch.nn import functional as F
 
 import fnlight as fl
@@ -97,6 +98,8 @@ def test_a_traced_step_is_bitwise_the_eager_one(name: str, accumulate: int) -> N
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_compiled_step_is_the_eager_one_up_to_rounding(name: str) -> None:
     """Within 1e-5, dropout included: it draws the numbers of the eager step."""
+    if name == "SGD with momentum" and torch.__version__.startswith("2.9."):
+        pytest.skip("the C++ that torch 2.9 writes for it does not compile; see the next test")
     task = task_of(OPTIMIZERS[name])
     with warnings.catch_warnings():
         warnings.simplefilter("error", fl.CompileWarning)
@@ -114,6 +117,23 @@ def test_two_hundred_compiled_steps_stay_with_the_eager_ones() -> None:
     (one, _), (two, _) = (trained(task, *parts, steps=200, data=batches_of((6,) * 8)) for parts in ((), (fl.compile("step", unroll=4),)))
     assert two.progress == one.progress
     assert apart(one, two) < 1e-5
+
+
+def test_a_step_that_the_compiler_fails_at_is_taken_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The warning says what the compiler said; the graph is run as it is, bitwise the eager step."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise InductorError(RuntimeError("no such instruction"), None)
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", fail)
+    task = task_of(OPTIMIZERS["AdamW"])
+    with pytest.warns(
+        fl.CompileWarning,
+        match="no graph at level 'step': torch's compiler fails at it with .*no such instruction; going on at level 'trace'",
+    ):
+        two, _ = trained(task, fl.compile("step"))
+    one, _ = trained(task)
+    assert_trees_equal(dict(one.params), dict(two.params))
 
 
 def test_a_compiled_step_is_reproducible_and_resumes_bitwise(tmp_path: Path) -> None:
