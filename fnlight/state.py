@@ -109,9 +109,8 @@ class Store:
         first = next((t for t in (*module.parameters(), *module.buffers())), None)
         self.device = torch.device("cpu") if first is None else first.device
         self.end_step = end_step_on(self.device)
-        self.seed: Callable[[int], None] = partial(
-            seed_generators, device=self.device
-        )  # what a kernel seeds the generators with; a trace puts its own here
+        # what a kernel seeds the generators with; a trace puts its own here
+        self.seed: Callable[[int], None] = partial(seed_generators, device=self.device)
         self.host = Host()  # what Python has to say and to look at around a kernel; a trace puts its own here
         self.phases = {name: self._phase(each) for name, each in optim.items()} if isinstance(optim, Mapping) else {}
 

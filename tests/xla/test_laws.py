@@ -15,11 +15,12 @@ from tests.laws.test_purity import test_a_step_twice_from_one_state_gives_bitwis
 from tests.laws.test_resume import test_a_file_holds_the_state_and_going_on_from_it_is_going_on as law_2
 from tests.xla.device import moved
 
-WHOLE = ("mlp with BatchNorm and dropout", "buffers only")
+WHOLE = ("mlp with BatchNorm and dropout",)
+DROPPED = ("compile", "profile")  # XLA compiles by itself, and has a profiler of its own
 CHOSEN = [
     (name, choice)
     for name, choice in PAIRS
-    if choice != "compile"  # which it does by itself
+    if choice not in DROPPED
     and (
         os.environ.get("FNLIGHT_XLA") == "all" or (choice == EVERYTHING and name in WHOLE) or (choice in OTHERS and name == "frozen parts")
     )
