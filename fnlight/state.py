@@ -238,8 +238,7 @@ class TrainState:
         memo = {id(t): t for t in (*task.model.parameters(), *task.model.buffers())} if donate else _memo
         with isolated(None if device is None else torch.device(device)):
             module = copy.deepcopy(task.model, memo)
-            if device is not None:
-                move(module, torch.device(device))
+            move(module, torch.device(device)) if device is not None else None
             placed = None if place is None else place.place(module)
             store = Store(module, _configure(task, module), {}, placed)
         if donate:
