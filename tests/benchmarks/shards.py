@@ -67,9 +67,9 @@ def sharded(width: int = WIDTH) -> nn.Module:
     return fully_shard(model)
 
 
-def plain_loop() -> Callable[[torch.Tensor], Any]:
+def plain_loop(width: int = WIDTH) -> Callable[[torch.Tensor], Any]:
     """A step by hand."""
-    model = sharded()
+    model = sharded(width)
     optimizer = adamw(model)
 
     def step(batch: torch.Tensor) -> None:
@@ -81,10 +81,10 @@ def plain_loop() -> Callable[[torch.Tensor], Any]:
     return step
 
 
-def fnlight_loop() -> Callable[[torch.Tensor], Any]:
+def fnlight_loop(width: int = WIDTH) -> Callable[[torch.Tensor], Any]:
     """The same by fnlight."""
     step = fl.pipe(train_step, fl.grad(), fl.clip_norm(1.0), fl.apply())
-    held = [step.start(make())]
+    held = [step.start(make(width))]
 
     def one(batch: torch.Tensor) -> None:
         held[0], _ = step(held[0], fl.Item.of(batch, state=held[0]))
@@ -95,7 +95,8 @@ def fnlight_loop() -> Callable[[torch.Tensor], Any]:
 def make(width: int = WIDTH) -> fl.TrainState:
     """A state in parts."""
     torch.manual_seed(0)
-    return fl.TrainState.create(fl.Task(Model(width), train_step, configure_optimizers=adamw), place=fl.parallel.fsdp())
+    task = fl.Task(Model(width), train_step, configure_optimizers=adamw)
+    return fl.TrainState.create(task, place=fl.parallel.fsdp(), donate=True)
 
 
 def batch_of(rank: int) -> torch.Tensor:
@@ -136,10 +137,10 @@ def steps(rank: int, count: int = 30, each: int = 5) -> None:
     say(rank, f"{each} steps, clipped, ms", in_turns(many(ours), many(theirs), count))
 
 
-def memory(rank: int, side: str) -> None:
+def memory(rank: int, side: str, width: int = 768) -> None:
     """The peak of this process after some steps."""
-    step, batch = {"plain": plain_loop, "fnlight": fnlight_loop}[side](), batch_of(rank)
-    for _ in range(20):
+    step, batch = {"plain": plain_loop, "fnlight": fnlight_loop}[side](width), batch_of(rank)
+    for _ in range(4):
         step(batch)
     print(f"{side}, rank {rank}: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB", flush=True)
 
