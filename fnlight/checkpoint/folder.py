@@ -108,11 +108,18 @@ class Folder:
     def part(self, name: str, start: int, end: int) -> bytearray:
         """The bytes of a file from a start to an end, and no others."""
         data = bytearray(end - start)
+        self.into(name, start, memoryview(data))
+        return data
+
+    def into(self, name: str, start: int, view: memoryview) -> None:
+        """Fill memory with the bytes of a file from a start on."""
         with self._open(name) as file:
             file.seek(start)
-            if file.readinto(data) != len(data):
-                raise OSError(errno.EIO, f"it ends before byte {end}", name)
-        return data
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise OSError(errno.EIO, f"it ends {len(view)} bytes too early", name)
+                view = view[count:]
 
     def digest(self, name: str, kind: str) -> str:
         """The digest of a file, of one of `KINDS`."""

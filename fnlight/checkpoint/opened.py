@@ -49,7 +49,8 @@ class Opened:
         entry = self.body["files"][name]
         try:
             if self.like is not None and name not in self.held:
-                return read_pieces(self.folder.part, self.folder.size, name, entry, self.layouts, self.like)
+                into = self.folder.into if isinstance(self.folder, Folder) else None
+                return read_pieces(self.folder.part, self.folder.size, name, entry, self.layouts, self.like, into)
             if name in self.held:
                 found = self.held[name]
             elif "parts" in entry:

@@ -13,6 +13,9 @@ from fnlight.shards import Box, box, like_parts
 Part = Callable[[str, int, int], Any]
 """Gives the bytes of a file from a start to an end."""
 
+Into = Callable[[str, int, memoryview], None]
+"""Fills memory with the bytes of a file from a start on."""
+
 Like = Callable[[str, tuple[int, ...]], Tensor | None]
 """The tensor that a name of a file shall lie like, of its shape; None where all of it is wanted."""
 
@@ -21,7 +24,13 @@ _AS_REAL = ("complex128", "complex32")  # stored with a last dimension of 2
 
 
 def read_pieces(
-    part: Part, size: Callable[[str], int | None], file: str, entry: Mapping[str, Any], layouts: Sequence[Layout], like: Like
+    part: Part,
+    size: Callable[[str], int | None],
+    file: str,
+    entry: Mapping[str, Any],
+    layouts: Sequence[Layout],
+    like: Like,
+    into: Into | None = None,
 ) -> dict[str, Tensor]:
     """Read the tensors of a file, or what is wanted of each.
 
@@ -32,6 +41,7 @@ def read_pieces(
         entry: What the manifest says of it.
         layouts: The layouts that the manifest lists.
         like: How each shall lie here.
+        into: Reads bytes into memory that is there already, where that can be done.
 
     Returns:
         Names to tensors, in the order of the manifest.
@@ -61,7 +71,7 @@ def read_pieces(
                 wishes.setdefault(index, []).append((name, wanted[0], common, (offset, cell)))
     count = len(entry["parts"]) if "parts" in entry else None
     for index, wanted_here in sorted(wishes.items()):
-        _fill(part, size, file if count is None else part_name(file, index, count), wanted_here, found)
+        _fill(part, size, file if count is None else part_name(file, index, count), wanted_here, found, into)
     return {name: _placed(found[name], entry["tensors"][name][0], homes[name]) for name in found}
 
 
@@ -176,7 +186,7 @@ def _stored(kind: str) -> torch.dtype:
     return {"complex128": torch.float64, "complex32": torch.float16}.get(kind) or getattr(torch, kind)
 
 
-def _fill(part: Part, size: Callable[[str], int | None], file: str, wishes: list[Any], found: dict[str, Tensor]) -> None:
+def _fill(part: Part, size: Callable[[str], int | None], file: str, wishes: list[Any], found: dict[str, Tensor], into: Into | None) -> None:
     places = read_header(lambda start, end: bytes(part(file, start, end)), size(file) or 0)
     ranges: list[tuple[int, int, Any]] = []
     for wish in wishes:
@@ -187,12 +197,29 @@ def _fill(part: Part, size: Callable[[str], int | None], file: str, wishes: list
             held = "nothing" if place is None else f"{place.dtype} {list(place.shape)}"
             raise ValueError(f"{file} holds {held} of {name:.80}, but state.json says {found[name].dtype} {list(stored)}")
         ranges.append((*_rows(place, common, cell), wish))
+    ranges = [each for each in ranges if into is None or not _straight(into, file, places[each[2][0]], found, *each)]
     for group in _neighbours(sorted(ranges, key=lambda each: each[0])):
         start = group[0][0]
         data = memoryview(part(file, start, group[-1][1]))
         data = memoryview(bytearray(data)) if data.readonly else data  # torch takes none that cannot be written
         for begin, end, (name, origin, common, cell) in group:
             _copy(data[begin - start : end - start], places[name], found[name], origin, common, cell)
+
+
+def _straight(into: Into, file: str, place: Place, found: Mapping[str, Tensor], begin: int, end: int, wish: Any) -> bool:
+    """Read rows straight to where they belong, if they lie there one behind the other; say whether that was done."""
+    name, origin, common, cell = wish
+    target = _target(found[name], origin, common)
+    if not target.is_contiguous() or target.numel() * target.itemsize != end - begin or common[1][1:] != cell[1][1:]:
+        return False
+    into(file, begin, memoryview(target.reshape(-1).view(torch.uint8).numpy()))  # pyright: ignore[reportArgumentType]  # an array is a buffer
+    return True
+
+
+def _target(whole: Tensor, origin: Sequence[int], common: Box) -> Tensor:
+    for dim, (start, size) in enumerate(zip(*common, strict=True)):
+        whole = whole.narrow(dim, start - origin[dim], size)
+    return whole
 
 
 def _rows(place: Place, common: Box, cell: Box) -> tuple[int, int]:

@@ -166,11 +166,13 @@ def test_any_part_is_read_from_any_cut(layout, kind, monkeypatch):
         files[name] = b"".join(bytes(chunk) for chunk in chunks(cut, {name: box[0] for name, box in own.items()}))
     entry = {"parts": [[0, ""]] * len(files), "tensors": {"x": [str(kind)[6:], [7, 5]]}, "cut": {"x": 0}}
     read = lambda name, start, end: files[name][start:end]  # too short for a name
+    into = lambda name, start, view: view.__setitem__(slice(None), files[name][start : start + len(view)])
     for box in boxes(whole.shape):
         monkeypatch.setattr("fnlight.checkpoint.pieces.box", lambda home, box=box: box)
         monkeypatch.setattr("fnlight.checkpoint.pieces.like_parts", lambda value, home: value)
-        found = read_pieces(read, lambda name: len(files[name]), "a.b", entry, [layout], lambda name, shape: whole)["x"]
-        assert torch.equal(found, whole[tuple(slice(o, o + n) for o, n in zip(*box, strict=True))])
+        for straight in (None, into):
+            found = read_pieces(read, lambda name: len(files[name]), "a.b", entry, [layout], lambda name, shape: whole, straight)["x"]
+            assert torch.equal(found, whole[tuple(slice(o, o + n) for o, n in zip(*box, strict=True))])
 
 
 def test_only_the_rows_that_are_wanted_are_read(monkeypatch):
