@@ -76,7 +76,12 @@ def compile(level: Level = "step", *, unroll: int = 1, cache_dir: str | None = N
         check_device(level, state.store)
         return state
 
-    return Combinator("compile", wrap, "step", "step", args=label, phase="update", repeats=unroll, start=start)
+    def fits(combinators: tuple[Combinator, ...]) -> str | None:
+        at = next(i for i, c in enumerate(combinators) if c.name == "compile")
+        late = [c for c in combinators[at:] if c.name == "ema" and "every=" not in c.args]
+        return f"{late[0]} stands behind compile({label}) and would average once a call; move it in front" if late and unroll > 1 else None
+
+    return Combinator("compile", wrap, "step", "step", args=label, phase="update", repeats=unroll, start=start, fits=fits)
 
 
 def _compiled_model(loss_fn: Any) -> Any:
