@@ -73,7 +73,7 @@ def checkpoint_every(
             state, metrics = step(state, batch)
             saver = state.store.resources.get(name) or _alone(path, name, keep)
             saver.watch(state)
-            tick = Tick(before, state.progress, idle=saver.thread.idle)
+            tick = Tick(before, state.progress, idle=saver.thread.idle or state.store.place is not None)
             forever = lasting(tick)
             if forever or due(tick):
                 saver.save(state, forever)

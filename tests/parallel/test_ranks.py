@@ -32,7 +32,7 @@ def found(tmp_path_factory):
         ("placed later", "cuts up parameters, which must be done before their optimizer is built"),
         ("devices", "takes a model on one device a rank, but this one lies on ['cpu', 'meta']"),
         ("norms", "sync_batchnorm=True) cannot be had"),
-        ("microbatch", 'microbatch("auto") repeats a step'),
+        ("continuous", "all ranks must save at the same steps"),
         ("diloco", "create the state with place=fl.parallel.loose()"),
         ("sides", "uneven parts of loaders side by side"),
         ("hosts", "several processes say that they are the one of local rank 0 on"),

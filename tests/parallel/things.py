@@ -50,7 +50,7 @@ def refused(world):
     yield "placed later", said(lambda: fl.parallel.placed_on(fl.parallel.fsdp(), state))
     yield "devices", said(lambda: fl.TrainState.create(fl.Task(model, plain), place=fl.parallel.ddp()))
     yield "norms", said(lambda: fl.TrainState.create(fl.Task(nn.BatchNorm1d(2), plain), place=fl.parallel.ddp(sync_batchnorm=True)))
-    yield "microbatch", said(lambda: fitted(microbatch="auto"))
+    yield "continuous", said(lambda: fitted(dir="never", save_every=fl.continuous))
     yield "diloco", said(lambda: list(fl.run(fl.pipe(plain, fl.grad(), fl.apply(), fl.parallel.diloco(2)), placed(), loader())))
     yield "sides", said(lambda: fitted(fl.zip_shortest(loader(batch=7), loader(batch=8)), step=lambda model, batch: plain(model, batch[0])))
     local, os.environ["LOCAL_RANK"] = os.environ["LOCAL_RANK"], "0"

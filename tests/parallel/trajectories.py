@@ -17,10 +17,10 @@ from tests.laws.tasks import TASKS
 LEFT_OUT = {
     "carry": "what is carried belongs to the samples of a rank",
     "grad_cache": "its loss is that of all samples at once",
-    "microbatch auto": "a rank cannot repeat a step while others wait",
     "compile": "hooks of ranks are in no graph, so it goes on without one",
     "debug_bundle": "it is about failures",
     "profile": "it is about time",
+    "rollback": "it is refused",
     "apply_in_backward": "it updates before gradients of ranks are together, so it is refused",
     EVERYTHING: "holds some of these",
 }
