@@ -1,9 +1,10 @@
 """Floors: a module imports only from lower floors, so that whoever reads one never has to look up."""
 
 import ast
+import re
 from pathlib import Path
 
-from tests.repo.source import PACKAGE, called, functions, lacking, modules, noun, nouns, place, tree
+from tests.repo.source import PACKAGE, ROOT, called, functions, lacking, modules, noun, nouns, place, tree
 
 FLOORS = {
     0: {"errors", "protocols"},
@@ -47,6 +48,15 @@ def test_every_module_stands_on_a_floor() -> None:
     """Every module of the package has a floor."""
     missing = sorted(nouns() - FLOOR.keys())
     assert not missing, f"give {missing} a floor in FLOORS of {Path(__file__).name}: one above everything that it imports"
+
+
+def test_the_page_on_the_design_knows_every_floor() -> None:
+    """docs/design.md shows people the floors that are checked here."""
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    shown = {int(floor): set(re.findall(r"`(\w+)`", names)) for floor, names in re.findall(r"^\| (\d+) \| ([^|]+) \|", page, re.M)}
+    kept = {floor: names - {"__init__", "__main__"} for floor, names in FLOORS.items()}
+    wrong = {floor: names ^ shown.get(floor, set()) for floor, names in kept.items() if names != shown.get(floor, set())}
+    assert not wrong, f"docs/design.md and FLOORS differ, floor by floor, in {wrong}"
 
 
 def test_imports_point_to_lower_floors_only() -> None:
