@@ -19,6 +19,7 @@ LEFT_OUT = {
     "grad_cache": "its loss is that of all samples at once",
     "compile": "hooks of ranks are in no graph, so it goes on without one",
     "debug_bundle": "it is about failures",
+    "rollback": "it works in one process, and is refused in several",
     "profile": "it is about time",
     "rollback": "it is refused",
     "apply_in_backward": "it updates before gradients of ranks are together, so it is refused",
