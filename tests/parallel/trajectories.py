@@ -21,7 +21,6 @@ LEFT_OUT = {
     "debug_bundle": "it is about failures",
     "rollback": "it works in one process, and is refused in several",
     "profile": "it is about time",
-    "rollback": "it is refused",
     "apply_in_backward": "it updates before gradients of ranks are together, so it is refused",
     EVERYTHING: "holds some of these",
 }
