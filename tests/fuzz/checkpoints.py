@@ -17,10 +17,10 @@ import torch
 import fnlight as fl
 from fnlight.checkpoint.manifest import digest_of
 from fnlight.checkpoint.migrations import FORMAT
-from tests.checkpoint.golden import ASSETS, CASES, unpacked
+from tests.checkpoint.golden import ASSETS, case_of, unpacked
 
 KEPT = {name: json.loads(path.read_text()) for path in sorted((ASSETS / f"format-{FORMAT}").glob("*.json")) for name in [path.stem]}
-TASKS = {name: CASES[kept["case"]].task() for name, kept in KEPT.items()}
+TASKS = {name: case_of(kept["case"]).task() for name, kept in KEPT.items()}
 REFUSED = (fl.BrokenCheckpointError, fl.MismatchError, fl.CheckpointError)
 
 
@@ -41,7 +41,7 @@ class Attempt:
     def corpus(self) -> list[bytes]:
         """What the mutations begin with: sound manifests and sound weights, each with a byte that says what it is."""
         bodies = [self.manifests[name].partition(b"\n")[2] for name in self.names]
-        models = [self.places[name].joinpath("model.safetensors").read_bytes() for name in self.names]
+        models = [min(self.places[name].glob("model*.safetensors")).read_bytes() for name in self.names]
         return [bytes([i]) + body for i, body in enumerate(bodies)] + [bytes([128 + i]) + model for i, model in enumerate(models)]
 
     def __call__(self, data: bytes) -> str:
