@@ -122,6 +122,8 @@ def _check(state: TrainState) -> TrainState:
 @torch.no_grad()
 def _meet(store: Store, tree: Mapping[str, Mapping[str, Tensor]], lr: float, momentum: float) -> None:
     names, anchor = list(tree["anchor"]), list(tree["anchor"].values())
+    if not anchor:
+        return
     params: Sequence[Tensor] = [store.named[name].detach() for name in names]
     way = torch._foreach_sub(anchor, params)
     if store.place is not None:

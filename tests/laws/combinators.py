@@ -56,6 +56,7 @@ from fnlight import (
     unfreeze_at,
     weighted,
 )
+from fnlight.parallel import diloco, exact_ranks
 from fnlight.testing import RecordingSink
 from tests.laws.tasks import TASKS, Case
 
@@ -129,6 +130,7 @@ ENTRIES = {
     ),
     "accumulate": Entry(accumulate, lambda folder, val: accumulate(2)),
     "accumulate by epoch": Entry(accumulate, lambda folder, val: accumulate({0: 1, 1: 2})),
+    "exact_ranks": Entry(exact_ranks, lambda folder, val: exact_ranks(2, parts=2)),
     "microbatch": Entry(microbatch, lambda folder, val: microbatch(4)),
     "microbatch auto": Entry(microbatch, lambda folder, val: microbatch("auto")),
     "loss_scale": Entry(loss_scale, lambda folder, val: loss_scale(init=64.0, interval=2), needs=("autocast fp16",)),
@@ -148,6 +150,7 @@ ENTRIES = {
     "ema": Entry(ema, lambda folder, val: ema(0.9)),
     "ema with warm-up, now and then": Entry(ema, lambda folder, val: ema(ema_warmup(0.9), "slow", every=steps(2))),
     "swa": Entry(swa, lambda folder, val: swa(start=1, every=steps(1))),
+    "diloco": Entry(diloco, lambda folder, val: diloco(2)),
     "compile": Entry(compile, lambda folder, val: compile("trace")),
     "check_finite": Entry(check_finite, lambda folder, val: check_finite(every=steps(2))),
     "rollback": Entry(rollback, lambda folder, val: rollback(folder / "run", every=steps(1)), needs=("checkpoint_every",)),
@@ -174,8 +177,10 @@ OTHERS = (
     "autocast fp16",
     "loss_scale",
     "accumulate",
+    "exact_ranks",
     "microbatch auto",
     "manual",
+    "diloco",
     "compile",
     "rollback",
     "profile",
@@ -211,7 +216,11 @@ def shrink(store: Store, batches: Any, key: int) -> dict[str, torch.Tensor]:
 
 def num_steps(choice: str, case: Case) -> int:
     """Steps that two epochs of three batches have."""
-    return 6 if case.kind == "whole" else {"accumulate": 4, "grad_cache": 4, "accumulate by epoch": 5, EVERYTHING: 5}.get(choice, 6)
+    return (
+        6
+        if case.kind == "whole"
+        else {"accumulate": 4, "exact_ranks": 4, "grad_cache": 4, "accumulate by epoch": 5, EVERYTHING: 5}.get(choice, 6)
+    )
 
 
 def pipe_with(choice: str, task: Task, folder: Path, val: Any, without: str = "nothing") -> Pipe:

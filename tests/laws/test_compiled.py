@@ -13,6 +13,7 @@ from tests.laws.tasks import TASKS
 CASE = TASKS["mlp with BatchNorm and dropout"]
 WITHOUT = {
     "recompute": "fnlight/recompute.py",
+    "exact_ranks": "it seeds the generators with something else than its key",
     "microbatch auto": "repeats a step that runs out of memory",
     "loss_scale": "must know after every step whether it counts",
     "autocast fp16": "must know after every step whether it counts",
