@@ -33,6 +33,7 @@ def preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pipe
         ConfigError: If state, loaders and configuration do not fit.
 
     Example:
+        >>> import torch
         >>> from fnlight.compose import compose
         >>> from fnlight.task import Task
         >>> task = Task(torch.nn.Linear(1, 1), lambda model, batch: model(batch).mean(),

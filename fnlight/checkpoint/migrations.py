@@ -42,10 +42,15 @@ def in_one_part(body: Body) -> Body:
     Returns:
         Those of format 3.
 
+    Raises:
+        ValueError: If there are layouts, which format 2 does not have: a digit of the format was altered.
+
     Example:
         >>> in_one_part({"seed": 0})
         {'seed': 0, 'layouts': []}
     """
+    if "layouts" in body:
+        raise ValueError("it is said to be of format 2 or older, but has layouts, as format 3")
     return {**body, "layouts": []}
 
 

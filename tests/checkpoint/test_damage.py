@@ -127,10 +127,11 @@ def test_a_save_that_was_cut_short_has_no_commit_mark(run: Path) -> None:
 
 
 def test_a_checkpoint_of_format_1_is_read_and_its_damage_found(run: Path) -> None:
-    """Its files have other digests, and all else is the same."""
+    """Its files have other digests, it knows no layouts, and all else is the same."""
     path = Path(step_path(run, 2))
 
     def older(body: dict[str, Any]) -> None:
+        del body["layouts"]
         for name, entry in body["files"].items():
             entry["digest"] = f"sha256:{hashlib.sha256((path / name).read_bytes()).hexdigest()}"
 
@@ -141,6 +142,16 @@ def test_a_checkpoint_of_format_1_is_read_and_its_damage_found(run: Path) -> Non
     assert unlike(load(path, TASK), STATE) == []
     flip(path / "optimizer.safetensors")
     assert verify(path) == ["optimizer.safetensors is altered: its digest differs from the one in state.json"]
+
+
+@pytest.mark.parametrize("older", range(1, FORMAT))
+def test_a_format_that_was_altered_to_an_older_one_is_found(run: Path, older: int) -> None:
+    """A flipped bit may turn the number of the format into that of another one, whose sections are others."""
+    file = Path(step_path(run, 2)) / "state.json"
+    file.write_bytes(file.read_bytes().replace(f'"format": {FORMAT}'.encode(), f'"format": {older}'.encode(), 1))
+    assert verify(file.parent) != []
+    with pytest.warns(CheckpointWarning, match="step-00000002 is broken: .*has layouts, as format 3"):
+        assert newest(run) == step_path(run, 1)
 
 
 def test_a_newer_format_says_which_version_reads_it(run: Path) -> None:
