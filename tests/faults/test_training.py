@@ -55,9 +55,9 @@ def test_a_worker_that_is_killed_is_named_and_the_run_resumes(tmp_path):
     with pytest.raises(
         LoaderError, match=r"DataLoader worker \(pid.* (signal: Killed|unexpectedly): this process read data for the run and died"
     ):
-        train(tmp_path / "run", loaders=loaders)
-    assert load(newest(tmp_path / "run"), make_task()).progress.step >= 1  # workers of the second epoch start before the first one ends
-    assert_goes_on(tmp_path / "run", loaders=loaders)
+        train(tmp_path / "run", loaders=loaders, workers_ahead=False)
+    assert load(newest(tmp_path / "run"), make_task()).progress.step >= 4
+    assert_goes_on(tmp_path / "run", loaders=loaders, workers_ahead=False)
 
 
 def failing_at(nth, fn):
