@@ -15,7 +15,6 @@ import attrs
 
 from fnlight.combinator import Combinator
 from fnlight.data import Item, Source, batches
-from fnlight.data.workers import told
 from fnlight.errors import ConfigError, Interrupted
 from fnlight.evaluate import evaluate_sources, sources_of, step_of
 from fnlight.history import Record
@@ -24,7 +23,7 @@ from fnlight.metrics.ranks import read_all
 from fnlight.pipe import Pipe, pipe
 from fnlight.rng import isolated
 from fnlight.rules import StopRule
-from fnlight.signals import Signals
+from fnlight.signals import Signals, worker_death
 from fnlight.sinks.deliver import deliver, let_go
 from fnlight.state import Store, TrainState
 from fnlight.when import Tick, condition, epochs, steps
@@ -118,7 +117,7 @@ def _run(
                 yield state, metrics
             return state
     except BaseException as failure:
-        error = told(failure) or failure
+        error = worker_death(failure) or failure
         if error is failure:
             raise
         raise error from failure

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
-from fnlight.errors import ConfigError, Interrupted
+from fnlight.errors import ConfigError, Interrupted, LoaderError
 
 _USUAL = ("SIGTERM", "SIGUSR1", "SIGINT")
 _PASSIVE = (signal.SIG_IGN, signal.SIG_DFL, signal.default_int_handler, None)
@@ -279,3 +279,25 @@ def exit_code(name: str) -> int:
     """
     found = signal.Signals.__members__.get(name)
     return 0 if found is None else 128 + found
+
+
+def worker_death(error: BaseException) -> LoaderError | None:
+    """What an exception says of a dead worker. torch raises it in a signal's handler: in whatever happens to run.
+
+    Args:
+        error: Any exception.
+
+    Returns:
+        The error that names it; None if the exception is about something else.
+
+    Example:
+        >>> worker_death(ValueError("x")) is None
+        True
+    """
+    if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader worker (pid"):
+        return None
+    why = str(error.__cause__).strip() if isinstance(error.__cause__, RuntimeError) else ""  # it may name the signal
+    return LoaderError(
+        f"{(why or str(error).strip()).rstrip('.')}: this process read data for the run and died, most often for want of memory; use fewer "
+        "workers or smaller batches and resume: the order of the data does not depend on the number of workers"
+    )

@@ -128,16 +128,21 @@ def test_accumulation_resume_and_a_failure_in_a_later_window(tmp_path):
     assert load_bundle(tmp_path / "short" / "bundles" / "step-00000008", task).state.progress.step == 7
 
 
-def test_watching_changes_nothing():
+def test_watching_changes_nothing(tmp_path):
     """A run with a bundle ends bitwise where one without does."""
     plain = FitConfig(max_epochs=3, ema=0.5, device="cpu", progress=False)
     whole = fit(TrainState.create(tiny_task(), seed=2), data(), plain)
     step = fl.pipe(
-        tiny_task().train_step, fl.grad(), fl.apply(), fl.ema(0.5), fl.debug_bundle("never", every=5), fl.stop_when(fl.max_epochs(3))
+        tiny_task().train_step,
+        fl.grad(),
+        fl.apply(),
+        fl.ema(0.5),
+        fl.debug_bundle(tmp_path / "never", every=5),
+        fl.stop_when(fl.max_epochs(3)),
     )
     *_, (state, _) = fl.run(step, TrainState.create(tiny_task(), seed=2), data())
     assert_trees_equal(dict(state.params), dict(whole.params))
-    assert not os.path.exists("never")
+    assert not (tmp_path / "never").exists()
 
 
 BATCHES = {

@@ -7,7 +7,6 @@ hands to them are tasks (`fnlight.data.order`): before sample ``indices[j]`` is 
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from typing import Any
 
 import attrs
@@ -27,10 +26,10 @@ from torch.utils.data import (
 )
 
 from fnlight.data.order import Span, Task, tasks
-from fnlight.data.workers import follow, owner, told
+from fnlight.data.workers import follow, owner
 from fnlight.gradients import Part
 from fnlight.rng import COLLATE, LOADER, SAMPLE, fold_in, seed_generators
-from fnlight.signals import held_back, leave_to_parent, listening
+from fnlight.signals import held_back, leave_to_parent, listening, worker_death
 
 Todo = tuple[Task, int | None, float | None]
 """A task, the samples of its batch (None where the dataset makes the batches itself), and what they count (None for 1)."""
@@ -120,8 +119,11 @@ class KeyedLoader:
         return _Begun(span, iter(_Started(self._inner(span, todo))), marks)
 
     def _begin_ahead(self, span: Span) -> None:
-        with suppress(Exception):  # what is wrong with the next epoch is said when it is its turn, and it comes to that
+        try:
             self._ahead.append(self._begin(span))
+        except Exception as error:  # what is wrong with the next epoch is said when it is its turn, and it comes to that
+            if worker_death(error) is not None:
+                raise
 
     def _inner(self, span: Span, todo: Iterator[Task]) -> DataLoader[Any]:
         """A loader of ours that goes over the tasks; one for all epochs where the workers persist."""
@@ -283,7 +285,7 @@ def _named(found: Iterator[Any]) -> Iterator[Any]:
     try:
         yield from found
     except RuntimeError as error:
-        dead = told(error)
+        dead = worker_death(error)
         if dead is None:
             raise
         raise dead from error

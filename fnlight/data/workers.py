@@ -1,4 +1,4 @@
-"""The processes of a loader: they do not outlive the process that they read for, and their death is told as what it is."""
+"""The processes of a loader: they do not outlive the process that they read for."""
 
 import ctypes
 import multiprocessing
@@ -7,8 +7,6 @@ import signal
 import sys
 import threading
 from typing import Any
-
-from fnlight.errors import LoaderError
 
 _ON_DEATH = 1  # PR_SET_PDEATHSIG of Linux's prctl: which signal comes when the thread that started this process ends
 
@@ -46,25 +44,3 @@ def follow(parent: int | None) -> None:
     ctypes.CDLL(None).prctl(_ON_DEATH, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it died before it could be watched
         os.kill(os.getpid(), signal.SIGKILL)
-
-
-def told(error: BaseException) -> LoaderError | None:
-    """What an exception says of a dead worker. torch raises it in a signal's handler: in whatever happens to run.
-
-    Args:
-        error: Any exception.
-
-    Returns:
-        The error that names it; None if the exception is about something else.
-
-    Example:
-        >>> told(ValueError("x")) is None
-        True
-    """
-    if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader worker (pid"):
-        return None
-    why = str(error.__cause__).strip() if isinstance(error.__cause__, RuntimeError) else ""  # it may name the signal
-    return LoaderError(
-        f"{(why or str(error).strip()).rstrip('.')}: this process read data for the run and died, most often for want of memory; use fewer "
-        "workers or smaller batches and resume: the order of the data does not depend on the number of workers"
-    )

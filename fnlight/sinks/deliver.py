@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fnlight.errors import FaultWarning, FnlightError
+from fnlight.signals import worker_death
 
 FAILED = "failed_sinks"
 """Where the memory of a state says which sinks failed."""
@@ -16,7 +17,8 @@ def deliver(sinks: Sequence[Any], record: Any, memory: dict[str, Any], told: set
 
     A sink that failed is given the next record all the same, since a full disk or a lost connection may come back. The first failure of a run
     is a `FaultWarning`; each one is counted in ``memory["failed_sinks"]``, which is saved with the state: the first and last step that was
-    missed, how many records, and the first error. An error of fnlight's own, such as a metric that is no number, is not the sink's fault and is raised.
+    missed, how many records, and the first error. What is not the sink's fault is raised: an error of fnlight's own, such as a metric that is
+    no number, and the death of a loader's worker, of which torch tells in whatever runs at that moment.
 
     Args:
         sinks: Functions of a record.
@@ -37,7 +39,9 @@ def deliver(sinks: Sequence[Any], record: Any, memory: dict[str, Any], told: set
             sink(record)
         except FnlightError:
             raise
-        except Exception as error:  # noqa: BLE001  # whatever a sink of the user's raises, hours of training outweigh it
+        except Exception as error:  # whatever a sink of the user's raises, hours of training outweigh it
+            if worker_death(error) is not None:
+                raise
             name, text = name_of(sink), f"{type(error).__name__}: {error}"[:300]
             new = {"first": record.step, "last": record.step, "records": 0, "error": text}
             entry = memory.setdefault(FAILED, {}).setdefault(name, new)

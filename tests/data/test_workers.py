@@ -12,7 +12,8 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from fnlight import LoaderError, TrainState, apply, grad, pipe, run
-from fnlight.data.workers import follow, owner, told
+from fnlight.data.workers import follow, owner
+from fnlight.signals import worker_death
 from fnlight.testing import tiny_batches, tiny_task
 from tests.faults.processes import in_a_child
 
@@ -111,12 +112,12 @@ def test_the_death_of_a_worker_is_told_wherever_it_is_noticed():
     steps = run(pipe(interrupted, grad(), apply()), TrainState.create(task), tiny_batches())
     with pytest.raises(LoaderError, match=r"DataLoader worker \(pid 7\) is killed by signal: Killed: this process read data for the run"):
         list(islice(steps, 1))
-    assert told(RuntimeError("something else")) is None
-    assert told(ValueError("DataLoader worker (pid 7) died")) is None
+    assert worker_death(RuntimeError("something else")) is None
+    assert worker_death(ValueError("DataLoader worker (pid 7) died")) is None
     unexpected = RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly")
     for cause, said in (
         (EOFError(), "exited unexpectedly: this process"),
         (RuntimeError("worker 7 was killed."), "worker 7 was killed: this process"),
     ):
         unexpected.__cause__ = cause
-        assert said in str(told(unexpected))
+        assert said in str(worker_death(unexpected))

@@ -37,7 +37,7 @@ def uneven_names(rank):
     return lambda model, batch: (plain(model, batch)[0], {f"of {rank}": torch.ones(())})
 
 
-def refused(world):
+def refused(world, folder):
     """What does not fit together, and what is said of it."""
     rank, model = world.rank, nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2, device="meta"))
     state = fl.TrainState.create(task())
@@ -50,7 +50,7 @@ def refused(world):
     yield "placed later", said(lambda: fl.parallel.placed_on(fl.parallel.fsdp(), state))
     yield "devices", said(lambda: fl.TrainState.create(fl.Task(model, plain), place=fl.parallel.ddp()))
     yield "norms", said(lambda: fl.TrainState.create(fl.Task(nn.BatchNorm1d(2), plain), place=fl.parallel.ddp(sync_batchnorm=True)))
-    yield "continuous", said(lambda: fitted(dir="never", save_every=fl.continuous))
+    yield "continuous", said(lambda: fitted(dir=Path(folder, "never"), save_every=fl.continuous))
     yield "diloco", said(lambda: list(fl.run(fl.pipe(plain, fl.grad(), fl.apply(), fl.parallel.diloco(2)), placed(), loader())))
     yield "sides", said(lambda: fitted(fl.zip_shortest(loader(batch=7), loader(batch=8)), step=lambda model, batch: plain(model, batch[0])))
     local, os.environ["LOCAL_RANK"] = os.environ["LOCAL_RANK"], "0"
@@ -119,7 +119,12 @@ def main(what, folder):
     with fl.parallel.join() as world:
         found = {"exact": {step: exact(step) for step in ("plain", "weighted")}}
         if what == "all":
-            found |= {"refused": dict(refused(world)), "agreed": dict(agreed(world)), "kept": kept(folder), "others": dict(others())}
+            found |= {
+                "refused": dict(refused(world, folder)),
+                "agreed": dict(agreed(world)),
+                "kept": kept(folder),
+                "others": dict(others()),
+            }
     Path(folder, f"{world.rank}.json").write_text(json.dumps(found))
 
 
