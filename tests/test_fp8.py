@@ -156,7 +156,7 @@ def test_a_configuration_converts_the_state_that_is_trained_only(monkeypatch):
         ),
         (net, {"recipe": "magic"}, r"recipe must be one of \('tensorwise', 'rowwise', 'rowwise_with_gw_hp'\), but got 'magic'"),
     ],
-    ids=str,
+    ids=["too narrow", "all left out", "misspelt", "no such recipe"],
 )
 def test_what_cannot_be_converted_is_refused(monkeypatch, model, options, match):
     """A model without such layers, names that mean nothing, an unknown recipe."""
