@@ -18,106 +18,113 @@ Example:
 Read on in `fnlight.state`, `fnlight.update`, `fnlight.loop` and `fnlight.fit`.
 """
 
+import gc as _gc
 import importlib
 from typing import Any as _Any
 
-from fnlight.averages import average_checkpoints, averaged, ema, ema_warmup, refresh_batch_norm, swa
-from fnlight.bundle import debug_bundle, load_bundle
-from fnlight.checkpoint import (
-    LoadReport,
-    Retention,
-    best,
-    best_checkpoint,
-    checkpoints,
-    every,
-    last,
-    load,
-    load_weights,
-    newest,
-    restore,
-    save,
-    verify,
-)
-from fnlight.clip import clip_adaptive, clip_each, clip_norm, clip_quantile, clip_value
-from fnlight.combinator import Combinator
-from fnlight.compile import compile  # noqa: A004  # what everybody in this field calls it
-from fnlight.compose import compose, total_steps
-from fnlight.config import FitConfig
-from fnlight.data import Item, LengthBuckets, Loaders, Source, TensorLoader, batches, concat, sharded, zip_longest, zip_shortest
-from fnlight.errors import (
-    BrokenCheckpointError,
-    CheckpointError,
-    CheckpointWarning,
-    CompileWarning,
-    ConfigError,
-    DonatedStateError,
-    FaultWarning,
-    FnlightError,
-    Interrupted,
-    LoaderError,
-    LoaderWarning,
-    LockedError,
-    MemoryWarning,
-    MismatchError,
-    MonitorError,
-    NonFiniteError,
-    OptimizerError,
-    OptimizerWarning,
-    ParallelError,
-    SeamError,
-    StepError,
-    TaskCheckError,
-    TaskWarning,
-)
-from fnlight.evaluate import collect, evaluate, predict
-from fnlight.fit import fit
-from fnlight.fp8 import to_fp8
-from fnlight.freezing import freeze, unfreeze_at
-from fnlight.garbage import collect_garbage
-from fnlight.history import History, Record
-from fnlight.loop import evaluate_every, log_to, run, stop_when
-from fnlight.losses import carry, grad_cache, weighted
-from fnlight.main import main
-from fnlight.manual import manual
-from fnlight.metrics import Cat, Figure, Histogram, Image, Last, Max, Mean, Min, Sum, Tally, Text
-from fnlight.microbatch import microbatch
-from fnlight.noise import grad_noise
-from fnlight.optim import GroupRule, Lookahead, Optim, frozen, layer_decay, no_decay, optimizer, param_groups
-from fnlight.pipe import Phase, Pipe, pipe
-from fnlight.precision import autocast, cast, to_dtype
-from fnlight.profile import profile
-from fnlight.protocols import EvalFn, GradFn, Gradients, LossFn, PredictFn, Rule, Schedule, Sink, Step, When
-from fnlight.recompute import recompute
-from fnlight.release import apply_in_backward
-from fnlight.replay import from_torch, plateau
-from fnlight.rng import fold_in, isolated, seed_generators
-from fnlight.rollback import rollback
-from fnlight.rules import diverged, max_epochs, max_steps, max_time, min_epochs, min_steps, nonfinite, patience, reached
-from fnlight.saving import checkpoint_every
-from fnlight.scale import loss_scale
-from fnlight.schedules import (
-    constant,
-    cosine,
-    cosine_restarts,
-    cyclic,
-    exponential,
-    join,
-    linear,
-    one_cycle,
-    polynomial,
-    step_decay,
-    warmup,
-    warmup_cosine,
-    wsd,
-)
-from fnlight.signals import Signals
-from fnlight.sinks import CSV, JSONL, Console, TensorBoard, fan_out
-from fnlight.skip import skip_nonfinite, skip_spikes
-from fnlight.state import Progress, Store, TrainState
-from fnlight.task import Task
-from fnlight.update import accumulate, apply, grad, pure, update
-from fnlight.watch import check_finite, epoch_means
-from fnlight.when import Tick, at_end, continuous, epochs, minutes, seconds, steps
+_collected = _gc.isenabled()
+_gc.disable()  # what is made here stays: a full collection in between would go over all that torch has made, for nothing
+try:
+    from fnlight.averages import average_checkpoints, averaged, ema, ema_warmup, refresh_batch_norm, swa
+    from fnlight.bundle import debug_bundle, load_bundle
+    from fnlight.checkpoint import (
+        LoadReport,
+        Retention,
+        best,
+        best_checkpoint,
+        checkpoints,
+        every,
+        last,
+        load,
+        load_weights,
+        newest,
+        restore,
+        save,
+        verify,
+    )
+    from fnlight.clip import clip_adaptive, clip_each, clip_norm, clip_quantile, clip_value
+    from fnlight.combinator import Combinator
+    from fnlight.compile import compile  # noqa: A004  # what everybody in this field calls it
+    from fnlight.compose import compose, total_steps
+    from fnlight.config import FitConfig
+    from fnlight.data import Item, LengthBuckets, Loaders, Source, TensorLoader, batches, concat, sharded, zip_longest, zip_shortest
+    from fnlight.errors import (
+        BrokenCheckpointError,
+        CheckpointError,
+        CheckpointWarning,
+        CompileWarning,
+        ConfigError,
+        DonatedStateError,
+        FaultWarning,
+        FnlightError,
+        Interrupted,
+        LoaderError,
+        LoaderWarning,
+        LockedError,
+        MemoryWarning,
+        MismatchError,
+        MonitorError,
+        NonFiniteError,
+        OptimizerError,
+        OptimizerWarning,
+        ParallelError,
+        SeamError,
+        StepError,
+        TaskCheckError,
+        TaskWarning,
+    )
+    from fnlight.evaluate import collect, evaluate, predict
+    from fnlight.fit import fit
+    from fnlight.fp8 import to_fp8
+    from fnlight.freezing import freeze, unfreeze_at
+    from fnlight.garbage import collect_garbage
+    from fnlight.history import History, Record
+    from fnlight.loop import evaluate_every, log_to, run, stop_when
+    from fnlight.losses import carry, grad_cache, weighted
+    from fnlight.main import main
+    from fnlight.manual import manual
+    from fnlight.metrics import Cat, Figure, Histogram, Image, Last, Max, Mean, Min, Sum, Tally, Text
+    from fnlight.microbatch import microbatch
+    from fnlight.noise import grad_noise
+    from fnlight.optim import GroupRule, Lookahead, Optim, frozen, layer_decay, no_decay, optimizer, param_groups
+    from fnlight.pipe import Phase, Pipe, pipe
+    from fnlight.precision import autocast, cast, to_dtype
+    from fnlight.profile import profile
+    from fnlight.protocols import EvalFn, GradFn, Gradients, LossFn, PredictFn, Rule, Schedule, Sink, Step, When
+    from fnlight.recompute import recompute
+    from fnlight.release import apply_in_backward
+    from fnlight.replay import from_torch, plateau
+    from fnlight.rng import fold_in, isolated, seed_generators
+    from fnlight.rollback import rollback
+    from fnlight.rules import diverged, max_epochs, max_steps, max_time, min_epochs, min_steps, nonfinite, patience, reached
+    from fnlight.saving import checkpoint_every
+    from fnlight.scale import loss_scale
+    from fnlight.schedules import (
+        constant,
+        cosine,
+        cosine_restarts,
+        cyclic,
+        exponential,
+        join,
+        linear,
+        one_cycle,
+        polynomial,
+        step_decay,
+        warmup,
+        warmup_cosine,
+        wsd,
+    )
+    from fnlight.signals import Signals
+    from fnlight.sinks import CSV, JSONL, Console, TensorBoard, fan_out
+    from fnlight.skip import skip_nonfinite, skip_spikes
+    from fnlight.state import Progress, Store, TrainState
+    from fnlight.task import Task
+    from fnlight.update import accumulate, apply, grad, pure, update
+    from fnlight.watch import check_finite, epoch_means
+    from fnlight.when import Tick, at_end, continuous, epochs, minutes, seconds, steps
+finally:
+    if _collected:
+        _gc.enable()
 
 __all__ = [
     "BrokenCheckpointError",

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
 from fnlight.data.buckets import LengthBuckets
+from fnlight.data.permutation import Permutation, permutation
 from fnlight.data.share import Share
 from fnlight.errors import LoaderError
 from fnlight.rng import SAMPLE, fold_in, isolated, seed_generators
@@ -58,6 +59,11 @@ class Span:
     def key(self, purpose: int) -> int:
         """The key of this epoch for a purpose, such as ``rng.SAMPLE``."""
         return fold_in(self.seed, purpose, self.stream, self.epoch)
+
+    @property
+    def order_key(self) -> int:
+        """The key of the order in which this epoch reads the samples."""
+        return fold_in(self.seed, self.stream, self.epoch)
 
 
 def length_of(loader: Any) -> int | None:
@@ -145,25 +151,8 @@ def tasks(loader: DataLoader[Any], span: Span, shuffle: bool = True) -> Iterator
     check_start(span, end, loader)
     order = None
     if shuffle and type(sampler) is RandomSampler:
-        order = permutation(span, count)
+        order = permutation(span.order_key, count)
     return _sliced_tasks(order, count, size, range(span.start, end), span.key(SAMPLE), collated)
-
-
-def permutation(span: Span, count: int) -> Tensor:
-    """The order of the samples in an epoch, a function of (seed, stream, epoch).
-
-    Args:
-        span: Says which epoch.
-        count: How many samples there are.
-
-    Returns:
-        Their numbers, shape [count], int64, on the CPU.
-
-    Example:
-        >>> permutation(Span(seed=0, epoch=0), 5).sort().values.tolist()
-        [0, 1, 2, 3, 4]
-    """
-    return torch.randperm(count, generator=_generator(fold_in(span.seed, span.stream, span.epoch)))
 
 
 def _generator(key: int) -> torch.Generator:
@@ -185,8 +174,8 @@ def _known(loader: DataLoader[Any]) -> tuple[Any, int, bool] | None:
     return (sampler, size, drop_last) if type(sampler) is SequentialSampler else None
 
 
-def _sliced_tasks(order: Tensor | None, count: int, size: int, numbers: range, key: int, collated: bool) -> Iterator[Task]:
-    for first in range(numbers.start, numbers.stop, _CHUNK):  # a permutation of millions is not turned into a list at once
+def _sliced_tasks(order: Tensor | Permutation | None, count: int, size: int, numbers: range, key: int, collated: bool) -> Iterator[Task]:
+    for first in range(numbers.start, numbers.stop, _CHUNK):  # an order of millions is not turned into a list at once
         begin, end = first * size, min(count, min(numbers.stop, first + _CHUNK) * size)
         chunk = list(range(begin, end)) if order is None else order[begin:end].tolist()
         for low in range(0, end - begin, size):
@@ -202,7 +191,7 @@ def _bucket_tasks(buckets: LengthBuckets, loader: DataLoader[Any], span: Span, s
         )
     end = len(buckets) if span.stop is None else min(len(buckets), span.stop)
     check_start(span, end, loader)
-    order = buckets.order(_generator(fold_in(span.seed, span.stream, span.epoch)) if shuffle else None)
+    order = buckets.order(_generator(span.order_key) if shuffle else None)
     return ((span.key(SAMPLE), indices, indices) for indices in order[span.start : end])
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fnlight.data.combine import Triple
-from fnlight.data.order import Span, check_start, permutation
+from fnlight.data.order import Span, check_start
+from fnlight.data.permutation import Permutation, permutation
 from fnlight.data.share import Share
 from fnlight.errors import LoaderError
 from fnlight.gradients import Part
@@ -75,7 +76,7 @@ class TensorLoader:
         order = torch.randperm(self.num_samples) if self.shuffle else None
         return (batch for batch, _ in self.cut(order, 0, len(self)))
 
-    def share(self, order: Tensor | None, start: int, stop: int, share: Share) -> Iterator[tuple[Any, int]]:
+    def share(self, order: Tensor | Permutation | None, start: int, stop: int, share: Share) -> Iterator[tuple[Any, int]]:
         """Of the batches those of a rank, or its part of them; with the samples of the whole batch.
 
         Args:
@@ -90,28 +91,30 @@ class TensorLoader:
             low, count = number * size, min(total, (number + 1) * size) - number * size
             a, b, counts = (0, count, counts) if share.whole else share.portion(count)
             rows = slice(low + a, low + b)
-            batch = map_tensors(
-                lambda t, rows=rows: t[rows] if order is None else t.index_select(0, order[rows].to(t.device)), self.tensors
-            )
+            batch = map_tensors(lambda t, rows=rows: t[rows] if order is None else _gathered(t, order[rows]), self.tensors)
             yield batch if counts is None else Part(batch, counts), count
 
-    def cut(self, order: Tensor | None, start: int, stop: int) -> Iterator[tuple[Any, int]]:
+    def cut(self, order: Tensor | Permutation | None, start: int, stop: int) -> Iterator[tuple[Any, int]]:
         """Batches and their numbers of samples.
 
         Args:
-            order: The numbers of samples in the order in which they are taken, shape [samples], int64; None takes them as they lie.
+            order: The numbers of samples in the order in which they are taken, [samples], int64; None takes them as they lie.
             start: The first batch.
             stop: The batch before which to end.
         """
         held = [leaf for _, leaf in leaves(self.tensors)]
-        places = {} if order is None else {device: order.to(device) for device in {t.device for t in held}}
+        places: Any = {t.device: order.to(t.device) if isinstance(order, Tensor) else order for t in held}
         size, total, tree = self.batch_size, self.num_samples, self.tensors
         flat = tree.__class__ is tuple and all(isinstance(each, Tensor) for each in tree)
         for first in range(start, stop, _CHUNK):
             begin, end = first * size, min(total, min(stop, first + _CHUNK) * size)
-            rows = [t[begin:end] if order is None else t.index_select(0, places[t.device][begin:end]) for t in held]
+            rows = [t[begin:end] if order is None else _gathered(t, places[t.device][begin:end]) for t in held]
             for parts in zip(*(chunk.split(size) for chunk in rows), strict=True):
                 yield parts if flat else _filled(tree, iter(parts)), parts[0].shape[0]
+
+
+def _gathered(tensor: Tensor, rows: Tensor) -> Tensor:
+    return tensor.index_select(0, rows.to(tensor.device, non_blocking=True))
 
 
 def _filled(tree: Any, parts: Iterator[Tensor]) -> Any:
@@ -161,7 +164,7 @@ class Held:
         loader = self.loader
         end = len(loader) if span.stop is None else min(len(loader), span.stop)
         check_start(span, end, loader)
-        order = permutation(span, loader.num_samples) if self.shuffle and loader.shuffle else None
+        order = permutation(span.order_key, loader.num_samples) if self.shuffle and loader.shuffle else None
         found = loader.cut(order, span.start, end) if span.share is None else loader.share(order, span.start, end, span.share)
         for number, (batch, samples) in enumerate(found, span.start + 1):
             yield batch, samples, number == end

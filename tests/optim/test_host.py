@@ -52,7 +52,9 @@ def test_every_optimizer_steps_bitwise_the_same_or_is_refused(name):
 
 
 @pytest.mark.parametrize("name", [name for name, case in TASKS.items() if case.kind == "loss" and case.trains])
-@pytest.mark.parametrize("parts", [(clip_norm(0.1), apply()), (skip_nonfinite(), apply()), (apply_in_backward(),)], ids=lambda parts: parts[0].name)
+@pytest.mark.parametrize(
+    "parts", [(clip_norm(0.1), apply()), (skip_nonfinite(), apply()), (apply_in_backward(),)], ids=lambda parts: parts[0].name
+)
 def test_every_task_is_trained_bitwise_the_same(name, parts):
     """With clipping, steps that may be left out, averages, and updates in the backward pass."""
     case = TASKS[name]

@@ -63,7 +63,7 @@ def called(node: ast.AST) -> str:
 def names_in_init() -> dict[str, str]:
     """The names that ``fnlight/__init__.py`` takes, with the module each comes from."""
     found: dict[str, str] = {}
-    for node in tree(PACKAGE / "__init__.py").body:
+    for node in ast.walk(tree(PACKAGE / "__init__.py")):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fnlight."):
             found |= {(alias.asname or alias.name): node.module or "" for alias in node.names}
     return found

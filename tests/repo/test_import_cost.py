@@ -12,7 +12,7 @@ HEAVY = (
 )
 
 PROBE = """
-import json, logging, os, random, signal, sys, threading, warnings
+import gc, json, logging, os, random, signal, sys, threading, warnings
 import numpy, torch
 
 def look():
@@ -28,6 +28,7 @@ def look():
         "the number of threads": torch.get_num_threads(),
         "float32 precision": torch.get_float32_matmul_precision(),
         "running threads": threading.active_count(),
+        "collecting garbage": [gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()],
         "warnings filters": repr(warnings.filters),
         "signal handlers": {s.name: repr(signal.getsignal(s)) for s in signal.Signals},
         "loggers": {l.name: (l.level, len(l.handlers), l.propagate, l.disabled) for l in loggers},
