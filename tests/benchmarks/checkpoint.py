@@ -98,8 +98,7 @@ def measure(mib: int, count: int, folder: Path) -> None:
     state = make_state(mib)
     pieces = bytes_of(state)
     size = sum(len(piece) for _, piece in pieces) / 2**20
-    print(f"torch {torch.__version__}, {size:.0f} MiB of state in {len(pieces)} tensors, {count} turns")
-    print("| | fnlight | beside it | ratio |\n|---|---|---|---|")
+    print(f"| {size:.0f} MiB of state in {len(pieces)} tensors, {count} turns | fnlight | beside it | ratio |\n|---|---|---|---|")
 
     whole = turns(lambda: fl.save(state, folder / "a"), lambda: raw_write(pieces, folder), count)
     print(f"| save, MiB/s; write and fsync of the same bytes | {size / whole[0]:.0f} | {size / whole[1]:.0f} | {1 / whole[2]:.2f} |")

@@ -33,5 +33,6 @@ def peak(size):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    print("| | MiB |\n|---|---|")
     for size in (None, 2048, 1024, 512, 256, 128):
         print(f"| {'the whole batch' if size is None else f'`microbatch({size})`'} | {peak(size)} |")

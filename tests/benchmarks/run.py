@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.benchmarks.tables import PAGE, write_section
+from tests.benchmarks.tables import PAGE, header, write_section
 
 PROGRAMS = ("overhead", "steps", "size", "memory", "microbatch", "savings", "checkpoint", "compiled", "peers", "work")
 
@@ -40,7 +40,7 @@ def one(name, given):
     done = subprocess.run([sys.executable, program, *more], check=False, stdout=subprocess.PIPE, text=True)
     print(done.stdout, flush=True)
     if done.returncode == 0 and f"<!-- {name} -->" in PAGE.read_text(encoding="utf-8"):
-        write_section(name, done.stdout)
+        write_section(name, f"{header()}; `{' '.join(['python tests/benchmarks/' + program.name, *more])}`\n\n{done.stdout}")
 
 
 def main():
