@@ -201,3 +201,23 @@ def assign(target: Tensor, value: Tensor) -> None:
         value = local(value) if is_sharded(value) else own_part(value, target)
     with torch.no_grad():
         local(target).copy_(value)
+
+
+def give_memory(tensor: Tensor) -> None:
+    """Let a tensor lie in memory of its own, with the values that it has.
+
+    Args:
+        tensor: Any tensor, whole or in parts; it stays the same object.
+
+    Example:
+        >>> weight = torch.zeros(2)
+        >>> other = weight.data
+        >>> give_memory(other)
+        >>> other.add_(1), weight
+        (tensor([1., 1.]), tensor([0., 0.]))
+    """
+    given: Any = tensor
+    if is_sharded(tensor):
+        given._local_tensor = local(tensor).clone()
+    else:
+        given.data = tensor.data.clone(memory_format=torch.preserve_format)

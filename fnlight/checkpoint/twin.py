@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fnlight.device import is_lazy
-from fnlight.shards import lying_like
+from fnlight.shards import give_memory, is_sharded, like_parts, local, lying_like
 from fnlight.state import Store
 
 
@@ -40,7 +40,11 @@ class Lent:
             tensors: Of the original.
             memo: What the ``deepcopy`` will be given.
         """
-        known = [t for t in {id(t): t for t in tensors}.values() if type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided]
+        given = {id(t): t for t in tensors}.values()
+        for tensor in filter(is_sharded, given):
+            twin = like_parts(local(tensor), tensor)
+            memo[id(tensor)] = self._held[id(twin)] = twin
+        known = [t for t in given if type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided]
         known = [t for t in known if not is_lazy(t.device)]  # a lazy device knows no memory that could be lent
         times = Counter(tensor.untyped_storage().data_ptr() for tensor in known)
         for tensor in known:
@@ -67,7 +71,7 @@ class Lent:
         """Copy what is still lent: of these tensors, or all of it."""
         for tensor in list(self._held.values() if tensors is None else tensors):
             if self._held.pop(id(tensor), None) is not None:
-                tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
+                give_memory(tensor)
 
 
 def _is_whole(tensor: Tensor) -> bool:

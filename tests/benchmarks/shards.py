@@ -61,10 +61,20 @@ def adamw(model: nn.Module) -> Any:
 def sharded(width: int = WIDTH) -> nn.Module:
     """The model as torch cuts it."""
     torch.manual_seed(0)
-    model = Model(width)
+    return cut(Model(width))
+
+
+def cut(model: nn.Module) -> nn.Module:
+    """A model in parts, block by block."""
     for block in model.blocks:
         fully_shard(block)
     return fully_shard(model)
+
+
+def empty(width: int) -> nn.Module:
+    """A model without values."""
+    with torch.device("meta"):
+        return Model(width)
 
 
 def plain_loop(width: int = WIDTH) -> Callable[[torch.Tensor], Any]:
@@ -175,19 +185,22 @@ def saving(rank: int, folder: str, count: int = 7, width: int = 1024) -> None:
 
 
 def loading(rank: int, folder: str, count: int = 7, width: int = 1024) -> None:
-    """Milliseconds of a load."""
-    state, model, optimizer = stepped(width)
+    """Milliseconds of a load, into a model and an optimizer that are made for it, as a process that resumes does; and over those that are there."""
+    on = f"on {distributed.get_world_size()} rank(s), ms"
 
-    def theirs() -> None:
+    def theirs(model: nn.Module, optimizer: Any) -> None:
         weights, slots = get_state_dict(model, optimizer)
         dcp.load({"model": weights, "optimizer": slots}, checkpoint_id=f"{folder}/torch")
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=slots)
 
-    say(
-        rank,
-        f"load on {distributed.get_world_size()} ranks, ms",
-        in_turns(lambda: fl.restore(f"{folder}/fnlight", like=state), theirs, count),
-    )
+    def theirs_anew() -> None:
+        model = cut(empty(width)).to_empty(device="cpu")
+        theirs(model, adamw(model))
+
+    task = fl.Task(empty(width), train_step, configure_optimizers=adamw)
+    say(rank, f"load {on}", in_turns(lambda: fl.load(f"{folder}/fnlight", task, place=fl.parallel.fsdp()), theirs_anew, count))
+    state, model, optimizer = stepped(width)
+    say(rank, f"restore {on}", in_turns(lambda: fl.restore(f"{folder}/fnlight", like=state), lambda: theirs(model, optimizer), count))
 
 
 if __name__ == "__main__":
