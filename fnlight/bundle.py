@@ -56,7 +56,7 @@ def debug_bundle(dir: str | os.PathLike[str], every: int = EVERY, *, config: str
         A combinator from `Step` to `Step`; it stands behind all that changes tensors, and behind `check_finite`.
 
     Raises:
-        ConfigError: If the directory is a URL, or `every` is below 1.
+        ConfigError: If the directory is a URL, or `every` is below 1; at the start of a run, if several processes train together.
 
     Example:
         >>> print(debug_bundle("runs/a"))
@@ -85,7 +85,16 @@ def debug_bundle(dir: str | os.PathLike[str], every: int = EVERY, *, config: str
 
         return watched
 
-    return Combinator("debug_bundle", wrap, "step", "step", args=f"{path!r}, every={every}", phase="update")
+    return Combinator("debug_bundle", wrap, "step", "step", args=f"{path!r}, every={every}", phase="update", start=_alone)
+
+
+def _alone(state: TrainState) -> TrainState:
+    if state.store.place is not None:
+        raise ConfigError(
+            "debug_bundle works in one process: a rank that fails alone cannot repeat steps in which all take part; leave it out, and look for "
+            "the failure in one process, on the same global batches"
+        )
+    return state
 
 
 @attrs.define(eq=False)

@@ -23,6 +23,10 @@ def said(fn):
         return f"{type(error).__name__}: {error}"
 
 
+def embed(model, batch):
+    return model(batch[0])
+
+
 def loader(size=24, batch=8):
     return DataLoader(TensorDataset(*tensors(size)), batch_size=batch, shuffle=True)
 
@@ -51,6 +55,14 @@ def refused(world, folder):
     yield "devices", said(lambda: fl.TrainState.create(fl.Task(model, plain), place=fl.parallel.ddp()))
     yield "norms", said(lambda: fl.TrainState.create(fl.Task(nn.BatchNorm1d(2), plain), place=fl.parallel.ddp(sync_batchnorm=True)))
     yield "continuous", said(lambda: fitted(dir=Path(folder, "never"), save_every=fl.continuous))
+    bundles = {"dir": Path(folder, "never"), "debug_bundle": True, "save_every": fl.at_end}
+    yield "bundle", said(lambda: fitted(**bundles))
+    yield "rollback", said(lambda: fitted(dir=Path(folder, "never"), nonfinite="rollback"))
+    for name, step in (
+        ("carry", (plain, fl.grad(), fl.carry(lambda model, batch: None))),
+        ("cache", (embed, fl.grad_cache(lambda found: found.sum(), 2))),
+    ):
+        yield name, said(lambda step=step: list(fl.run(fl.pipe(*step, fl.apply()), placed(), loader())))
     yield "diloco", said(lambda: list(fl.run(fl.pipe(plain, fl.grad(), fl.apply(), fl.parallel.diloco(2)), placed(), loader())))
     yield "sides", said(lambda: fitted(fl.zip_shortest(loader(batch=7), loader(batch=8)), step=lambda model, batch: plain(model, batch[0])))
     local, os.environ["LOCAL_RANK"] = os.environ["LOCAL_RANK"], "0"
