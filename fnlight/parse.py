@@ -62,3 +62,30 @@ def _call(node: ast.Call, name: str, text: str) -> Any:
         return _NAMES[name](*args, **options)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"cannot read {name}(...) in {text:.80}: {error}") from error
+
+
+def written(name: str, value: Any) -> str:
+    """The text of a value that `parse` reads back.
+
+    Args:
+        name: The field of the configuration that holds it.
+        value: A trigger, rule, retention or sink.
+
+    Returns:
+        Its text.
+
+    Raises:
+        ConfigError: If it is, or holds, a function of the user's.
+
+    Example:
+        >>> written("log_every", when.steps(50))
+        'steps(50)'
+    """
+    text = repr(value)
+    try:
+        parse(text)
+    except ConfigError as error:
+        raise ConfigError(
+            f"FitConfig({name}={text:.80}) has no text that could be read back: it is, or holds, a function of your own"
+        ) from error
+    return text

@@ -1,6 +1,8 @@
 """What can be known to be wrong before the first step of a run."""
 
 import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import attrs
 
@@ -8,7 +10,7 @@ from fnlight.checkpoint import writable
 from fnlight.compose import TRUE, eval_step_of, known_steps
 from fnlight.config import FitConfig
 from fnlight.data import Loaders
-from fnlight.errors import ConfigError, Interrupted, OptimizerWarning, TaskWarning
+from fnlight.errors import ConfigError, Interrupted, LoaderError, OptimizerWarning, TaskWarning
 from fnlight.evaluate import evaluate
 from fnlight.optim import Optim, ends, monitored
 from fnlight.pipe import Pipe
@@ -31,6 +33,7 @@ def preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pipe
 
     Raises:
         ConfigError: If state, loaders and configuration do not fit.
+        LoaderError: If a loader can be gone over only once, but would be twice.
 
     Example:
         >>> import torch
@@ -70,6 +73,7 @@ def preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pipe
         _check_reachable(config, asked)
     if evaluates and (config.sanity_batches or unseen):
         batches = config.sanity_batches or 1
+        _check_again(loaders.val)
         try:
             found = evaluate(state, loaders.val, eval_step=eval_step_of(state.task, config), limit=batches, signals=signals)
         except Interrupted:
@@ -86,6 +90,16 @@ def _check_precision(state: TrainState, config: FitConfig, step: Pipe) -> None:
         dtype = held[0]["dtype"]
         wrong = f"the state was trained with weights in {dtype}, but FitConfig(precision={config.precision!r}) computes otherwise"
         raise ConfigError(f"{wrong}; give the precision that it had, or convert it with fl.to_dtype(state, torch.float32)")
+
+
+def _check_again(loader: Any) -> None:
+    """Refuse, before a batch is tried, what would lack it in the evaluation."""
+    for name, each in loader.items() if isinstance(loader, Mapping) else (("val", loader),):
+        if isinstance(each, Iterator):
+            raise LoaderError(
+                f"the loader {name!r} is an iterator ({type(each).__name__}), which can be gone over only once, but an evaluation is tried before the "
+                "first step; pass an iterable that begins anew each time, such as a DataLoader or a list"
+            )
 
 
 def _check_reachable(config: FitConfig, wanted: list[str]) -> None:

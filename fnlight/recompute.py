@@ -90,7 +90,8 @@ def _parts(model: nn.Module, patterns: Sequence[str]) -> list[_Part]:
         if not any(True for _ in _meant(model, (pattern,), "")):
             names = [name for name, _ in model.named_modules() if name]
             near = get_close_matches(pattern, names, n=4, cutoff=0.5) or names[:4]
-            raise ConfigError(f"recompute means {pattern!r}, but the model has no such module; near to it are {near}")
+            says = f"near to it are {near}" if near else "it has no modules within it at all"
+            raise ConfigError(f"recompute means {pattern!r}, but the model has no such module; {says}")
     found = {id(m): _Part(name, m, [h for h in m.modules() if h._buffers]) for name, m in _meant(model, patterns, "")}
     return list(found.values())
 

@@ -112,6 +112,8 @@ def _bad_loss(out: Any) -> str:
         return f"train_step must return a scalar tensor as the loss, but returned {type(out).__name__}: {out!r:.60}; do not call .item() or float()"
     if out.dim():
         return f"train_step must return a scalar loss of shape [], but its shape is {list(out.shape)}; reduce it, e.g. with .mean()"
+    if not out.is_floating_point():
+        return f"train_step must return a loss of real floating-point numbers, but its dtype is {out.dtype}; convert it, e.g. with .float() or .abs()"
     return "train_step returned a loss without a graph: no gradient can flow from it; is something detached, under no_grad, or is all of it frozen?"
 
 

@@ -61,6 +61,21 @@ def test_text_that_is_no_configuration_is_refused():
         FitConfig.from_json('{"max_epoch": 3}')
     with pytest.raises(ConfigError, match="but got list"):
         FitConfig.from_json("[]")
+    with pytest.raises(ConfigError, match=r"sinks=...\) must be functions of a record, .* but got 5"):
+        FitConfig.from_json('{"max_epochs": 1, "sinks": [5]}')
+    with pytest.raises(ConfigError, match=r"or epochs to such numbers, but got \{'a': 2\}"):
+        FitConfig.from_json('{"max_epochs": 1, "accumulate": {"a": 2}}')
+
+
+def test_what_happens_to_a_mapping_later_is_nothing_to_the_configuration():
+    """A configuration is a value: it holds a mapping of its own; no sinks are no sinks, however that is said."""
+    given, names = {0: 1, 5: 4}, {"a": "b"}
+    config = FitConfig(max_epochs=1, accumulate=given, rename=names, resume=True, dir="runs/a", sinks=None)
+    given[0], names["c"] = 7, "d"
+    assert config.accumulate == {0: 1, 5: 4}
+    assert config.rename == {"a": "b"}
+    assert config.sinks == ()
+    assert repr(FitConfig.from_json('{"max_epochs": 1, "sinks": "JSONL(\'a\')"}').sinks) == repr((JSONL("a"),))
 
 
 @pytest.mark.parametrize(
@@ -75,6 +90,17 @@ def test_text_that_is_no_configuration_is_refused():
         ({"stop": 3}, r"stop=...\) must be something like patience"),
         ({"max_epochs": 1, "accumulate": 0}, r"accumulate=...\) must be batches a step \(>= 1\)"),
         ({"max_epochs": 1, "accumulate": {3: 2}}, r"must say what holds from epoch 0 on"),
+        ({"max_epochs": 1, "accumulate": {0: 1, "a": 2}}, r"or epochs to such numbers, but got \{0: 1, 'a': 2\}"),
+        ({"max_epochs": 1, "accumulate": {0: 1, 0.5: 2}}, r"or epochs to such numbers, but got \{0: 1, 0.5: 2\}"),
+        ({"max_epochs": 1, "accumulate": {0: 1, -1: 2}}, r"or epochs to such numbers, but got \{0: 1, -1: 2\}"),
+        ({"max_epochs": 1, "device": "banana"}, r"device=...\) must be \"auto\" or a device such as .* but got 'banana'"),
+        ({"max_epochs": 1, "device": None}, r"device=...\) must be .* but got None"),
+        ({"max_epochs": 1, "sinks": 5}, r"sinks=...\) must be functions of a record, such as .* but got 5"),
+        ({"max_epochs": 1, "sinks": "log.csv"}, r"sinks=...\) must be functions of a record, such as .* but got 'log.csv'"),
+        ({"max_epochs": 1, "recompute": 5}, r"recompute=...\) must be patterns of modules' names, but got 5"),
+        ({"max_epochs": 1, "allow": "foo"}, r"allow=...\) must be some of 'batch_size', 'dtype', 'model', 'optimizer', but got 'foo'"),
+        ({"max_epochs": 1, "dir": 5}, r"dir=...\) must be a directory or a URL, or None to write nothing, but got 5"),
+        ({"max_epochs": 1, "dir": ""}, r"dir=...\) must be a directory or a URL, or None to write nothing, but got ''"),
         ({"max_epochs": 1, "precision": "int8"}, r"FitConfig\(precision=\.\.\.\) must be one of 'fp32', 'bf16', 'fp16'.*but got 'int8'"),
         ({"max_epochs": 1, "compile": "graphs"}, r"compile=...\) must be one of None, 'trace', 'step', 'graph', 'model'"),
         ({"max_epochs": 1, "parallel": "ddp"}, r"FitConfig\(parallel=\.\.\.\) must be one of 'auto', None, but got 'ddp'"),

@@ -161,11 +161,12 @@ def examine(folder: Folder | Bucket, digests: bool = True, sizes: bool = True) -
 
     Example:
         >>> examine(Folder("no/such/folder"))
-        (None, ['state.json is missing: the save was cut short, or the file was deleted'])
+        (None, ['there is no directory no/such/folder'])
     """
     try:
         if folder.size(STATE) is None:
-            return None, ["state.json is missing: the save was cut short, or the file was deleted"]
+            gone = "state.json is missing: the save was cut short, or the file was deleted"
+            return None, [gone if folder.exists() else f"there is no directory {folder.path}"]
         body = parse(folder.read(STATE))
     except (BrokenCheckpointError, OSError) as error:
         return None, [str(error) if isinstance(error, BrokenCheckpointError) else f"state.json cannot be read: {error}"]

@@ -252,7 +252,7 @@ def verify(path: Path) -> list[str]:
 
     Example:
         >>> verify("no/such/checkpoint")
-        ['state.json is missing: the save was cut short, or the file was deleted']
+        ['there is no directory no/such/checkpoint']
     """
     folder = at(path)
     body, problems = examine(folder)

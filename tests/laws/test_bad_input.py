@@ -103,6 +103,7 @@ BAD_LOSSES = {
     "a number": (lambda model, batch: 0.5, r"must return a scalar tensor as the loss, but returned float: 0\.5"),
     "a vector": (lambda model, batch: model(batch[0]).mean(1), r"scalar loss of shape \[\], but its shape is \[6\]; reduce it"),
     "detached": (lambda model, batch: plain_loss(model, batch).detach(), r"a loss without a graph: no gradient can flow"),
+    "whole numbers": (lambda model, batch: plain_loss(model, batch).long(), r"real floating-point numbers, but its dtype is torch.int64"),
     "under no_grad": (torch.no_grad()(plain_loss), r"a loss without a graph"),
     "a dict": (lambda model, batch: {"loss": plain_loss(model, batch)}, r"as the loss, but returned dict"),
     "three things": (lambda model, batch: (plain_loss(model, batch), {}, 3), r"a tuple of Tensor, dict, int"),
@@ -335,6 +336,17 @@ def test_an_iterator_that_is_used_up(tmp_path):
     ):
         fit(state, used, FitConfig(max_epochs=2, dir=tmp_path / "run", **QUIET))
     assert load(tmp_path / "run", state.task).progress.epoch == 1
+
+
+def test_an_iterator_for_an_evaluation_that_is_tried_first(tmp_path):
+    """A batch that was tried would be missing in the evaluation, which nobody would notice."""
+    for val in (iter(tiny_batches()), {"a": tiny_batches(), "b": iter(tiny_batches())}):
+        state = TrainState.create(tiny_task())
+        with (
+            nothing_is_lost(state, tmp_path),
+            pytest.raises(LoaderError, match=r"the loader '(val|b)' is an iterator .* tried before the first step"),
+        ):
+            fit(state, Loaders(train=tiny_batches(), val=val), FitConfig(max_epochs=1, sanity_batches=1, **QUIET))
 
 
 @pytest.mark.parametrize("given", [{"limit_train": 0.5}, {"limit_eval": 0.5}], ids=str)

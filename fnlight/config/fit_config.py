@@ -4,122 +4,21 @@ Triggers, rules, retentions and sinks are written as their source text, see `fnl
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from typing import Any, Self
 
 import attrs
 
-from fnlight import checkpoint, rules
+import fnlight.config._checks as checks
+from fnlight import rules
 from fnlight.checkpoint import Retention, last
 from fnlight.errors import ConfigError
-from fnlight.parse import parse
+from fnlight.parse import parse, written
 from fnlight.rules import StopRule
 from fnlight.when import epochs, steps
 
 _TEXTS = ("stop", "eval_every", "save_every", "keep", "permanent", "log_every")
-_DIFFERENCES = checkpoint.ALLOWED | {"batch_size"}
 _BOUNDS = ("max_epochs", "max_steps", "max_time", "stop", "fast_dev_run")
-
-
-def _count(least: int, optional: bool = True) -> Any:
-    def check(_: Any, field: Any, value: Any) -> None:
-        if value is None and optional:
-            return
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            off = "None for no limit, " if optional else ""
-            raise ConfigError(f"FitConfig({field.name}=...) must be {off}a whole number of at least {least}, but got {value!r}")
-
-    return check
-
-
-def _limit(_: Any, field: Any, value: Any) -> None:
-    if (
-        value is None
-        or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
-        or (isinstance(value, float) and 0 < value <= 1)
-    ):
-        return
-    raise ConfigError(f"FitConfig({field.name}=...) must be batches (an int >= 1), a fraction (a float in 0..1) or None, but got {value!r}")
-
-
-def _above_zero(_: Any, field: Any, value: Any) -> None:
-    if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf")):
-        raise ConfigError(f"FitConfig({field.name}=...) must be a number above 0, or None to switch it off, but got {value!r}")
-
-
-def _decay(_: Any, field: Any, value: Any) -> None:
-    if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1):
-        raise ConfigError(f"FitConfig(ema=...) must be a decay of at least 0 and below 1, or None to switch it off, but got {value!r}")
-
-
-def _flag_or_count(_: Any, field: Any, value: Any) -> None:
-    if not isinstance(value, bool) and (not isinstance(value, int) or value < 1):
-        raise ConfigError(f"FitConfig({field.name}=...) must be True, False or a number of batches >= 1, but got {value!r}")
-
-
-def _accumulate(_: Any, field: Any, value: Any) -> None:
-    numbers = list(value.values()) if isinstance(value, Mapping) else [value]
-    if not numbers or not all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in numbers):
-        raise ConfigError(f"FitConfig(accumulate=...) must be batches a step (>= 1), or epochs to such numbers, but got {value!r}")
-    if isinstance(value, Mapping) and 0 not in value:
-        raise ConfigError(f"FitConfig(accumulate=...) as a mapping must say what holds from epoch 0 on, but got {dict(value)!r}")
-
-
-def _part(_: Any, field: Any, value: Any) -> None:
-    if value is not None and value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ConfigError(
-            f'FitConfig(microbatch=...) must be a number of samples >= 1, "auto", or None to switch it off, but got {value!r}'
-        )
-
-
-def _one_of(*allowed: Any) -> Any:
-    def check(_: Any, field: Any, value: Any) -> None:
-        if value not in allowed:
-            raise ConfigError(f"FitConfig({field.name}=...) must be one of {', '.join(map(repr, allowed))}, but got {value!r}")
-
-    return check
-
-
-def _callable(_: Any, field: Any, value: Any) -> None:
-    if value is not None and not callable(value):
-        example = {"stop": 'patience("val/loss", 3)', "keep": "last(1)"}.get(field.name, "steps(50)")
-        raise ConfigError(f"FitConfig({field.name}=...) must be something like {example}, or None, but got {value!r}")
-
-
-def _seconds(value: Any) -> Any:
-    return value.total_seconds() if isinstance(value, timedelta) else value
-
-
-def _sinks(value: Any) -> tuple[Any, ...]:
-    return (value,) if callable(value) else tuple(value)
-
-
-def _names(value: Any) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
-
-
-def _renames(_: Any, field: Any, value: Any) -> None:
-    if value is not None and not (isinstance(value, Mapping) and all(isinstance(v, str) for pair in value.items() for v in pair)):
-        raise ConfigError(f"FitConfig(rename=...) must map names in the checkpoint to names in the model, but got {value!r}")
-
-
-def _pair(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _first_and_last(_: Any, field: Any, value: Any) -> None:
-    if value is None:
-        return
-    if not isinstance(value, tuple) or len(value) != 2 or not all(type(n) is int for n in value) or not 1 <= value[0] <= value[1]:
-        raise ConfigError(
-            f"FitConfig({field.name}=...) must be the first and the last step, such as (100, 102), or None, but got {value!r}"
-        )
-
-
-def _path(value: Any) -> Any:
-    return None if value is None else os.fspath(value)
 
 
 @attrs.frozen(kw_only=True)
@@ -193,55 +92,64 @@ class FitConfig:
         True
     """
 
-    max_epochs: int | None = attrs.field(default=None, validator=_count(0))
-    max_steps: int | None = attrs.field(default=None, validator=_count(0))
-    max_time: float | None = attrs.field(default=None, converter=_seconds, validator=_above_zero)
-    min_epochs: int = attrs.field(default=0, validator=_count(0, optional=False))
-    min_steps: int = attrs.field(default=0, validator=_count(0, optional=False))
-    stop: Callable[[Any], str | None] | None = attrs.field(default=None, validator=_callable)
-    accumulate: int | Mapping[int, int] = attrs.field(default=1, validator=_accumulate)
-    microbatch: int | str | None = attrs.field(default=None, validator=_part)
-    recompute: tuple[str, ...] = attrs.field(default=(), converter=_names)
-    apply_in_backward: bool = attrs.field(default=False, validator=_one_of(True, False))
-    precision: str = attrs.field(default="fp32", validator=_one_of("fp32", "bf16", "fp16", "fp8", "bf16-true", "fp16-true", "fp64"))
-    matmul_precision: str | None = attrs.field(default=None, validator=_one_of(None, "highest", "high", "medium"))
-    clip_norm: float | None = attrs.field(default=None, validator=_above_zero)
-    clip_value: float | None = attrs.field(default=None, validator=_above_zero)
-    ema: float | None = attrs.field(default=None, validator=_decay)
-    eval_every: Callable[[Any], bool] | None = attrs.field(default=epochs(1), validator=_callable)
-    sanity_batches: int = attrs.field(default=0, validator=_count(0, optional=False))
-    dir: str | None = attrs.field(default=None, converter=_path)
-    save_every: Callable[[Any], bool] | None = attrs.field(default=epochs(1), validator=_callable)
-    keep: Retention = attrs.field(default=last(1), validator=_callable)
-    permanent: Callable[[Any], bool] | None = attrs.field(default=None, validator=_callable)
-    save_in_background: bool = attrs.field(default=True, validator=_one_of(True, False))
-    resume: bool = attrs.field(default=False, validator=_one_of(True, False))
-    allow: tuple[str, ...] = attrs.field(default=(), converter=_names)
-    rename: Mapping[str, str] | None = attrs.field(default=None, validator=_renames)
-    log_every: Callable[[Any], bool] = attrs.field(default=steps(50), validator=_callable)
-    log_times: bool = attrs.field(default=False, validator=_one_of(True, False))
-    sinks: tuple[Any, ...] = attrs.field(default=(), converter=_sinks, eq=repr)
-    progress: bool = attrs.field(default=True, validator=_one_of(True, False))
-    workers_ahead: bool = attrs.field(default=True, validator=_one_of(True, False))
-    limit_train: int | float | None = attrs.field(default=None, validator=_limit)
-    limit_eval: int | float | None = attrs.field(default=None, validator=_limit)
-    fast_dev_run: bool | int = attrs.field(default=False, validator=_flag_or_count)
-    overfit_batches: int = attrs.field(default=0, validator=_count(0, optional=False))
-    device: str = attrs.field(default="auto", converter=str)
-    deterministic: bool = attrs.field(default=False, validator=_one_of(True, False))
-    detect_anomaly: bool = attrs.field(default=False, validator=_one_of(True, False))
-    donate: bool = attrs.field(default=False, validator=_one_of(True, False))
-    gc: str = attrs.field(default="auto", validator=_one_of("auto", "managed"))
-    compile: str | None = attrs.field(default=None, validator=_one_of(None, "trace", "step", "graph", "model"))
-    exact_ranks: bool = attrs.field(default=False, validator=_one_of(True, False))
-    unroll: int = attrs.field(default=1, validator=_count(1, optional=False))
-    parallel: str | None = attrs.field(default="auto", validator=_one_of("auto", None))
-    signals: bool = attrs.field(default=False, validator=_one_of(True, False))
-    signals_deadline: float | None = attrs.field(default=None, validator=_above_zero)
-    profile_steps: tuple[int, int] | None = attrs.field(default=None, converter=_pair, validator=_first_and_last)
-    debug_bundle: bool = attrs.field(default=False, validator=_one_of(True, False))
-    nonfinite: str = attrs.field(default="raise", validator=_one_of("raise", "skip", "rollback", "ignore"))
-    max_nonfinite: int | None = attrs.field(default=None, validator=_count(1))
+    max_epochs: int | None = attrs.field(default=None, validator=checks.count(0))
+    max_steps: int | None = attrs.field(default=None, validator=checks.count(0))
+    max_time: float | None = attrs.field(default=None, converter=checks.seconds, validator=checks.above_zero)
+    min_epochs: int = attrs.field(default=0, validator=checks.count(0, optional=False))
+    min_steps: int = attrs.field(default=0, validator=checks.count(0, optional=False))
+    stop: Callable[[Any], str | None] | None = attrs.field(default=None, validator=checks.function)
+    accumulate: int | Mapping[int, int] = attrs.field(default=1, converter=checks.own, validator=checks.accumulate)
+    microbatch: int | str | None = attrs.field(default=None, validator=checks.part)
+    recompute: tuple[str, ...] = attrs.field(
+        default=(), converter=checks.several, validator=checks.each(checks.is_text, "patterns of modules' names")
+    )
+    apply_in_backward: bool = attrs.field(default=False, validator=checks.one_of(True, False))
+    precision: str = attrs.field(default="fp32", validator=checks.one_of("fp32", "bf16", "fp16", "fp8", "bf16-true", "fp16-true", "fp64"))
+    matmul_precision: str | None = attrs.field(default=None, validator=checks.one_of(None, "highest", "high", "medium"))
+    clip_norm: float | None = attrs.field(default=None, validator=checks.above_zero)
+    clip_value: float | None = attrs.field(default=None, validator=checks.above_zero)
+    ema: float | None = attrs.field(default=None, validator=checks.decay)
+    eval_every: Callable[[Any], bool] | None = attrs.field(default=epochs(1), validator=checks.function)
+    sanity_batches: int = attrs.field(default=0, validator=checks.count(0, optional=False))
+    dir: str | None = attrs.field(default=None, converter=checks.path, validator=checks.folder)
+    save_every: Callable[[Any], bool] | None = attrs.field(default=epochs(1), validator=checks.function)
+    keep: Retention = attrs.field(default=last(1), validator=checks.function)
+    permanent: Callable[[Any], bool] | None = attrs.field(default=None, validator=checks.function)
+    save_in_background: bool = attrs.field(default=True, validator=checks.one_of(True, False))
+    resume: bool = attrs.field(default=False, validator=checks.one_of(True, False))
+    allow: tuple[str, ...] = attrs.field(
+        default=(), converter=checks.several, validator=checks.each(checks.DIFFERENCES.__contains__, checks.DIFFERENT)
+    )
+    rename: Mapping[str, str] | None = attrs.field(default=None, converter=checks.own, validator=checks.renames)
+    log_every: Callable[[Any], bool] = attrs.field(default=steps(50), validator=checks.function)
+    log_times: bool = attrs.field(default=False, validator=checks.one_of(True, False))
+    sinks: tuple[Any, ...] = attrs.field(
+        default=(),
+        converter=checks.several,
+        eq=repr,
+        validator=checks.each(callable, 'functions of a record, such as fl.JSONL("log.jsonl")'),
+    )
+    progress: bool = attrs.field(default=True, validator=checks.one_of(True, False))
+    workers_ahead: bool = attrs.field(default=True, validator=checks.one_of(True, False))
+    limit_train: int | float | None = attrs.field(default=None, validator=checks.limit)
+    limit_eval: int | float | None = attrs.field(default=None, validator=checks.limit)
+    fast_dev_run: bool | int = attrs.field(default=False, validator=checks.flag_or_count)
+    overfit_batches: int = attrs.field(default=0, validator=checks.count(0, optional=False))
+    device: str = attrs.field(default="auto", converter=checks.device, validator=checks.known_device)
+    deterministic: bool = attrs.field(default=False, validator=checks.one_of(True, False))
+    detect_anomaly: bool = attrs.field(default=False, validator=checks.one_of(True, False))
+    donate: bool = attrs.field(default=False, validator=checks.one_of(True, False))
+    gc: str = attrs.field(default="auto", validator=checks.one_of("auto", "managed"))
+    compile: str | None = attrs.field(default=None, validator=checks.one_of(None, "trace", "step", "graph", "model"))
+    exact_ranks: bool = attrs.field(default=False, validator=checks.one_of(True, False))
+    unroll: int = attrs.field(default=1, validator=checks.count(1, optional=False))
+    parallel: str | None = attrs.field(default="auto", validator=checks.one_of("auto", None))
+    signals: bool = attrs.field(default=False, validator=checks.one_of(True, False))
+    signals_deadline: float | None = attrs.field(default=None, validator=checks.above_zero)
+    profile_steps: tuple[int, int] | None = attrs.field(default=None, converter=checks.pair, validator=checks.first_and_last)
+    debug_bundle: bool = attrs.field(default=False, validator=checks.one_of(True, False))
+    nonfinite: str = attrs.field(default="raise", validator=checks.one_of("raise", "skip", "rollback", "ignore"))
+    max_nonfinite: int | None = attrs.field(default=None, validator=checks.count(1))
 
     def __attrs_post_init__(self) -> None:
         if all(getattr(self, name) is None or getattr(self, name) is False for name in _BOUNDS):
@@ -276,8 +184,6 @@ class FitConfig:
         asked = [f"{name}={getattr(self, name)!r}" for name in ("allow", "rename") if getattr(self, name)]
         if asked and not self.resume:
             raise ConfigError(f"FitConfig({asked[0]}) is about going on from a checkpoint, but resume is False; set it, or leave it out")
-        if not set(self.allow) <= _DIFFERENCES:
-            raise ConfigError(f"FitConfig(allow=...) knows {sorted(_DIFFERENCES)}, but got {sorted(set(self.allow) - _DIFFERENCES)}")
         if self.dir is None:
             asked = [
                 n
@@ -338,9 +244,9 @@ class FitConfig:
             if value == field.default:
                 continue
             if field.name in _TEXTS:
-                value = None if value is None else _text(field.name, value)
+                value = None if value is None else written(field.name, value)
             elif field.name == "sinks":
-                value = [_text("sinks", sink) for sink in value]
+                value = [written("sinks", sink) for sink in value]
             elif isinstance(value, Mapping):
                 value = {str(k): v for k, v in value.items()}
             out[field.name] = value
@@ -366,10 +272,9 @@ class FitConfig:
         for name in _TEXTS:
             if isinstance(given.get(name), str):
                 given[name] = parse(given[name])
-        if isinstance(given.get("sinks"), list):
-            given["sinks"] = tuple(parse(sink) for sink in given["sinks"])
+        given["sinks"] = tuple(parse(sink) if isinstance(sink, str) else sink for sink in checks.several(given.get("sinks")))
         if isinstance(given.get("accumulate"), dict):
-            given["accumulate"] = {int(k): v for k, v in given["accumulate"].items()}
+            given["accumulate"] = {int(k) if k.isdecimal() else k: v for k, v in given["accumulate"].items()}
         return cls(**given)
 
 
@@ -378,14 +283,3 @@ def _guarded(rule: Any, guards: list[StopRule]) -> StopRule:
     for guard in guards:
         whole = whole & guard
     return whole
-
-
-def _text(name: str, value: Any) -> str:
-    text = repr(value)
-    try:
-        parse(text)
-    except ConfigError as error:
-        raise ConfigError(
-            f"FitConfig({name}={text:.80}) has no text that could be read back: it is, or holds, a function of your own"
-        ) from error
-    return text
