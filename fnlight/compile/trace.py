@@ -28,8 +28,7 @@ Kernel = Callable[[Store, Any, int], Mapping[str, Any]]
 """``(store, batches, key) -> metrics``"""
 
 _KEY = fold_in(0, 0)  # what a kernel is given while it is traced
-_FOLDED = {fold_in(_KEY, part): (part,) for part in (*range(4096), NOISE)} | {_KEY: ()}
-"""What a kernel may make of its key, by what has come out."""
+_PARTS = (*range(4096), NOISE)  # what a kernel may fold into its key
 
 _MONOIDS = (Mean, Sum, Max, Min, Last)
 _TORCH = os.path.dirname(torch.__file__)
@@ -268,12 +267,14 @@ def _seeding(update: int, device: torch.device) -> Callable[[int], None]:
     """What a kernel calls to seed: it writes down that the graph shall do so, with the key of each call."""
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+    folded = {fold_in(_KEY, part): (part,) for part in _PARTS} | {_KEY: ()}
+
     def seed(key: int) -> None:
-        if key not in _FOLDED:
+        if key not in folded:
             raise UntraceableError("it seeds the generators with something else than its key and the number of a micro-batch")
         mode = get_proxy_mode()
         if mode is not None:
-            mode.tracer.create_proxy("call_function", reseed, (0, update, _FOLDED[key], device), {})
+            mode.tracer.create_proxy("call_function", reseed, (0, update, folded[key], device), {})
 
     return seed
 
