@@ -22,6 +22,7 @@ from torch.utils.data import get_worker_info
 from fnlight.checkpoint.encode import decode, encode
 from fnlight.errors import ParallelError
 
+_SILENCE = re.compile(r"gloo|NCCL|ProcessGroup", re.IGNORECASE)  # what stands in the errors of torch's backends
 _BEAT = 0.5  # seconds, about, between two agreements of a `Pulse`
 
 
@@ -80,6 +81,17 @@ class World:
         parts = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(self.size)]
         distributed.all_gather(parts, padded, group=self.group)
         return [unpack(part[: int(size)].cpu().numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+
+    def lost(self, error: BaseException, step: int) -> ParallelError | None:
+        """What an error of torch says of the others: that they were waited for in vain. None if it is about something else."""
+        text = str(error).strip()
+        if not isinstance(error, RuntimeError) or not (isinstance(error, distributed.DistError) or _SILENCE.search(text)):
+            return None
+        return ParallelError(
+            f"rank {self.rank} of {self.size} has waited in vain for the others behind step {step} ({text.splitlines()[0][:300]}): one of them has "
+            "ended, stands still or cannot be reached; look for the first error among the ranks. Started again with resume=True, the run goes on "
+            "from its newest checkpoint"
+        )
 
     def apart(self) -> "World":
         """The same ranks in a group of their own, on the CPU: what a thread tells in it is not mixed with what goes on meanwhile."""
