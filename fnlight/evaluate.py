@@ -130,7 +130,8 @@ def _one_source(state: TrainState, module: nn.Module, source: Source, fn: EvalSt
     key, tally = fold_in(state.seed, EVALUATE), Tally()
     found, place = source.epoch(key, 0), state.store.place
     first, every = (1, 1) if place is None else (1 + place.world.rank, place.world.size)
-    for turn, (batch, _, _) in enumerate(found if signals is None else signals.until(found)):
+    single = place is None or not place.lockstep
+    for turn, (batch, _, _) in enumerate(found if signals is None else signals.until(found, single=single)):
         i = first + turn * every
         seed_generators(fold_in(key, i), state.device)
         if batch.__class__ is Part:
@@ -143,6 +144,7 @@ def _one_source(state: TrainState, module: nn.Module, source: Source, fn: EvalSt
         tally.add(i, metrics)
         state.store.end_step()
     if signals is not None:
+        signals.agreed(signals.number if place is None else int(place.world.most([signals.number])[0]))
         signals.check()
     return tally.read() if place is None else read_in_order(tally, place.world.gather)
 
@@ -366,10 +368,8 @@ def _predictions(
     while True:
         with isolated(store.device):  # around each batch: the caller's code runs in between
             item = next(batches, None)
-            if item is None and signals is not None:
-                signals.check()
             if item is None:
-                return
+                return None if signals is None else signals.check()
             i += every
             seed_generators(fold_in(key, i), store.device)
             with inference(store, weights) as module:

@@ -100,29 +100,43 @@ class Signals:
                 os.close(file)
         self._pipe = self._watcher = None
 
+    @property
+    def number(self) -> int:
+        """The number of the first signal that this process has had; 0 while there is none."""
+        return 0 if self.noted is None else int(signal.Signals[self.noted])
+
+    def agreed(self, number: int) -> None:
+        """Take note of what processes that train together have received: the number of a signal, or 0."""
+        if number and self.received is None:
+            self.received = signal.Signals(number).name
+
     def check(self) -> None:
         """Raise `Interrupted` if a signal has come."""
         if self.received is not None:
             raise Interrupted(self.received)
 
-    def until(self, items: Iterator[Any]) -> Iterator[Any]:
+    def until(self, items: Iterator[Any], single: bool = False) -> Iterator[Any]:
         """The items, up to the moment at which a signal comes; the wait for an item ends at once then.
 
         Args:
             items: An iterator whose next item may take long, and which may be left in the middle of making one.
+            single: Of processes that train together, each may leave off by itself; False waits until all know of the signal.
         """
         while True:
             try:
                 self._waiting = True
-                item = None if self.received is not None else next(items, None)
+                item = None if self._ends(single) else next(items, None)
             except _Wake:
                 return
             finally:
                 self._waiting = False
-            if item is None or self.received is not None:
+            if item is None or self._ends(single):
                 return
             yield item
             item = None  # not kept while the next one is fetched
+
+    def _ends(self, single: bool) -> bool:
+        return self.received is not None or (single and self.noted is not None)
 
     def between(self, items: Iterator[Any]) -> Iterator[Any]:
         """The items, up to the first one that would be begun after a signal came; none is left in the middle.

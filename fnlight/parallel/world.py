@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from signal import Signals
 from typing import Any
 
 import attrs
@@ -140,12 +139,11 @@ class Pulse:
         passed, signals = self.clock() - self.begun, self.signals
         per_step = max(passed - self.now, 1e-6) / self.every
         wanted = min(max(1, int(_BEAT / per_step)), 4 * self.every) if self.world.rank == 0 else 0
-        noted = 0 if signals is None or signals.noted is None else Signals[signals.noted].value
-        self.now, number, every = self.world.most([passed, noted, wanted])
+        self.now, number, every = self.world.most([passed, 0 if signals is None else signals.number, wanted])
         self.left = self.every = int(every) or 1
         self.left -= 1
-        if number and signals is not None and signals.received is None:
-            signals.received = Signals(int(number)).name
+        if signals is not None:
+            signals.agreed(int(number))
 
 
 def pack(tree: Any) -> bytes:

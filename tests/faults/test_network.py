@@ -109,7 +109,7 @@ def ran(hosts: Hosts, folder: Path, steps: int) -> dict[str, object]:
 def until_saved(ranks: list[subprocess.Popen[str]], folder: Path) -> None:
     """Wait for the first checkpoint."""
     while newest(folder / "run") is None:
-        with pytest.raises(subprocess.TimeoutExpired):  # it goes on
+        with pytest.raises(subprocess.TimeoutExpired, match="timed out after"):  # it goes on
             ranks[0].wait(0.05)
 
 
@@ -121,7 +121,7 @@ def test_a_slow_network_and_a_slow_rank_change_nothing(hosts, tmp_path):
     ranks = hosts.start(tmp_path / "slow", 12)
     until_saved(ranks, tmp_path / "slow")
     ranks[1].send_signal(signal.SIGSTOP)
-    with pytest.raises(subprocess.TimeoutExpired):  # it waits
+    with pytest.raises(subprocess.TimeoutExpired, match="timed out after"):  # it waits
         ranks[0].wait(1)
     ranks[1].send_signal(signal.SIGCONT)
     assert [code for code, _ in ended(ranks)] == [0, 0]

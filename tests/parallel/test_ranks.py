@@ -49,10 +49,12 @@ def test_what_does_not_fit_is_refused_on_all_ranks(what, says, found):
 
 
 def test_what_one_rank_learns_happens_on_all_at_one_step(found):
-    """A signal to one of them, a limit of time by clocks that differ, and data that ends for one of them first."""
+    """A signal to one of them, in training or in an evaluation, which that one leaves at once; a limit of time by clocks that differ, and data that ends for one of them first."""
     first, second = (each["agreed"] for each in found)
     assert first["signal"] == second["signal"]
     assert first["signal"][0] == "SIGTERM"
+    assert first["evaluation"] == ["SIGTERM", 1, 0, 6]
+    assert second["evaluation"] == ["SIGTERM", 1, 0, 2]
     assert first["time"] == second["time"]
     assert first["lengths"] == second["lengths"] == [6, 2 * 2 * 12]
 

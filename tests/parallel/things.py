@@ -87,6 +87,19 @@ def agreed(world):
     """What happens at one step on all ranks."""
     ending = fitted(DataLoader(Ending(*tensors(24)), batch_size=8), max_epochs=100_000, signals=True)
     yield "signal", [ending.stopped, ending.progress.step]
+    calls = []
+
+    def measuring(model, batch):
+        calls.append(model.training)
+        if world.rank and len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measured(model, batch)
+
+    with fl.Signals() as signals:
+        every = fl.evaluate_every(loader(48, 4), fl.steps(1), eval_step=measuring, signals=signals)
+        step = fl.pipe(plain, fl.grad(), fl.apply(), every, fl.stop_when(fl.max_epochs(9)))
+        state = [state for state, _ in fl.run(step, placed(), loader(), signals=signals)][-1]
+    yield "evaluation", [state.stopped, state.progress.step, len(state.history), len(calls)]
     clock = iter(range(10**6)) if world.rank else iter(range(0, 10**7, 7))
     step = fl.pipe(plain, fl.grad(), fl.apply(), fl.stop_when(fl.max_time(60)))
     state = [state for state, _ in fl.run(step, placed(), loader(), clock=lambda: float(next(clock)))][-1]
