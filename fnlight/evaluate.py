@@ -1,7 +1,7 @@
 """Evaluation and prediction: every batch of a loader once, in eval mode and without gradients, leaving the state as it was."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import zip_longest
 from typing import Any
 
@@ -117,9 +117,10 @@ def evaluate_sources(
         {'n': 2.0}
     """
     found: dict[str, Any] = {}
-    with inference(state.live, weights) as module:
-        if state.store.place is not None:
-            state.store.place.sync(state.store)
+    place = state.store.place
+    with inference(state.live, weights) as module, nullcontext() if signals is None else signals.together(place is not None):
+        if place is not None:
+            place.sync(state.store)
         for name, source in sources.items():
             prefix = f"{name}/" if name else ""
             found |= {prefix + metric: value for metric, value in _one_source(state, module, source, fn, signals).items()}
@@ -130,8 +131,7 @@ def _one_source(state: TrainState, module: nn.Module, source: Source, fn: EvalSt
     key, tally = fold_in(state.seed, EVALUATE), Tally()
     found, place = source.epoch(key, 0), state.store.place
     first, every = (1, 1) if place is None else (1 + place.world.rank, place.world.size)
-    single = place is None or not place.lockstep
-    for turn, (batch, _, _) in enumerate(found if signals is None else signals.until(found, single=single)):
+    for turn, (batch, _, _) in enumerate(found if signals is None else signals.until(found, place is None or not place.lockstep)):
         i = first + turn * every
         seed_generators(fold_in(key, i), state.device)
         if batch.__class__ is Part:
@@ -296,8 +296,7 @@ def predict(
         state: Where training stands; it is left as it was, and may train on while predictions are read.
         loader: A loader; call it once for each of several.
         predict_step: ``(model, batch) -> output``; None takes the task's.
-        weights: The memory whose averaged weights are used, such as ``"ema"``; None takes the parameters (of a schedule-free
-            optimizer: the averaged ones).
+        weights: The memory whose averaged weights are used; None takes the parameters (a schedule-free optimizer's: the averaged ones).
         limit: Batches at most (int), or a fraction of them (float).
         donate: True works on the state's own module rather than on a copy; do not train on it meanwhile.
         signals: What listens; when a signal comes, `Interrupted` is raised in place of the next output.
@@ -306,7 +305,7 @@ def predict(
         An iterator of outputs, in the order of the loader.
 
     Raises:
-        ConfigError: If there is no `predict_step`, or no memory of that name.
+        ConfigError: If there is no `predict_step`, no memory of that name, or signals are to end one of several ranks.
         Interrupted: If a signal came, once the outputs are read.
 
     Example:
@@ -317,6 +316,8 @@ def predict(
     """
     if isinstance(loader, Mapping):
         raise ConfigError(f"predict takes one loader at a time, but got a mapping of {sorted(loader)}; call it once for each")
+    if signals is not None and state.store.place is not None:
+        raise ConfigError("predict(signals=...) is for one process: of several, one that ends would let the others wait; leave it out")
     fn = step_of(state, "predict_step", predict_step)
     store, place = state.live, state.store.place
     if not donate or weights_to_use(store.optims.values(), store.module):  # averaged weights are computed once, not for each batch
@@ -362,8 +363,7 @@ class Outputs:
 def _predictions(
     store: Store, key: int, source: Source, fn: Callable[[Any, Any], Any], weights: str | None, signals: Signals | None, world: Any
 ) -> Iterator[Any]:
-    found = source.epoch(key, 0)
-    batches = found if signals is None else signals.until(found)
+    batches = source.epoch(key, 0) if signals is None else signals.until(source.epoch(key, 0))
     i, every = (0, 1) if world is None else (1 + world.rank - world.size, world.size)
     while True:
         with isolated(store.device):  # around each batch: the caller's code runs in between

@@ -125,6 +125,8 @@ def _run(
         try:
             step.close()
         finally:
+            if signals is not None:
+                signals.alone()
             store.times.end()
             _release(store, error)
 

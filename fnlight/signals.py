@@ -110,6 +110,19 @@ class Signals:
         if number and self.received is None:
             self.received = signal.Signals(number).name
 
+    @contextmanager
+    def together(self, others: bool) -> Iterator[None]:
+        """While it lasts, a signal counts once all that train together know of it, if there are others."""
+        before, self.shared = self.shared, self.shared or others
+        try:
+            yield
+        finally:
+            self.shared = before
+
+    def alone(self) -> None:
+        """From here on this process listens for itself: what it has been sent it has received."""
+        self.shared, self.received = False, self.received or self.noted
+
     def check(self) -> None:
         """Raise `Interrupted` if a signal has come."""
         if self.received is not None:

@@ -21,7 +21,9 @@ from torch.utils.data import get_worker_info
 from fnlight.checkpoint.encode import decode, encode
 from fnlight.errors import ParallelError
 
-_SILENCE = re.compile(r"gloo|NCCL|ProcessGroup", re.IGNORECASE)  # what stands in the errors of torch's backends
+_SILENCE = re.compile(
+    r"gloo/|NCCL error|ProcessGroup(Gloo|NCCL)|Connection (closed|reset) by peer"
+)  # what stands in the errors of torch's backends
 _BEAT = 0.5  # seconds, about, between two agreements of a `Pulse`
 
 

@@ -36,7 +36,8 @@ def found(tmp_path_factory):
         ("bundle", "debug_bundle works in one process"),
         ("rollback", "rollback works in one process"),
         ("carry", "carry keeps what belongs to the samples of one process"),
-        ("cache", "grad_cache"),
+        ("cache", "grad_cache takes the loss of all samples of a step at once"),
+        ("predict", "predict(signals=...) is for one process"),
         ("diloco", "create the state with place=fl.parallel.loose()"),
         ("sides", "uneven parts of loaders side by side"),
         ("hosts", "several processes say that they are the one of local rank 0 on"),
@@ -55,6 +56,7 @@ def test_what_one_rank_learns_happens_on_all_at_one_step(found):
     assert first["signal"][0] == "SIGTERM"
     assert first["evaluation"] == ["SIGTERM", 1, 0, 6]
     assert second["evaluation"] == ["SIGTERM", 1, 0, 2]
+    assert first["sharded evaluation"] == second["sharded evaluation"] == ["Interrupted", 6]
     assert first["time"] == second["time"]
     assert first["lengths"] == second["lengths"] == [6, 2 * 2 * 12]
 

@@ -63,6 +63,8 @@ def refused(world, folder):
         ("cache", (embed, fl.grad_cache(lambda found: found.sum(), 2))),
     ):
         yield name, said(lambda step=step: list(fl.run(fl.pipe(*step, fl.apply()), placed(), loader())))
+    with fl.Signals() as signals:
+        yield "predict", said(lambda: fl.predict(placed(), loader(), predict_step=embed, signals=signals))
     yield "diloco", said(lambda: list(fl.run(fl.pipe(plain, fl.grad(), fl.apply(), fl.parallel.diloco(2)), placed(), loader())))
     yield "sides", said(lambda: fitted(fl.zip_shortest(loader(batch=7), loader(batch=8)), step=lambda model, batch: plain(model, batch[0])))
     local, os.environ["LOCAL_RANK"] = os.environ["LOCAL_RANK"], "0"
@@ -100,6 +102,10 @@ def agreed(world):
         step = fl.pipe(plain, fl.grad(), fl.apply(), every, fl.stop_when(fl.max_epochs(9)))
         state = [state for state, _ in fl.run(step, placed(), loader(), signals=signals)][-1]
     yield "evaluation", [state.stopped, state.progress.step, len(state.history), len(calls)]
+    calls.clear()
+    with fl.Signals() as signals:
+        what = said(lambda: fl.evaluate(placed(fl.parallel.fsdp()), loader(48, 4), eval_step=measuring, signals=signals))
+    yield "sharded evaluation", [what.split(":")[0], len(calls)]
     clock = iter(range(10**6)) if world.rank else iter(range(0, 10**7, 7))
     step = fl.pipe(plain, fl.grad(), fl.apply(), fl.stop_when(fl.max_time(60)))
     state = [state for state, _ in fl.run(step, placed(), loader(), clock=lambda: float(next(clock)))][-1]
