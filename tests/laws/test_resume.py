@@ -1,5 +1,6 @@
 """Laws 2 and 6: going on from a file is going on, bitwise, from every step; and a file holds bitwise the state."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -19,6 +20,15 @@ from tests.laws.combinators import PAIRS, num_steps, pipe_with
 from tests.laws.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_loaded_is_no_garbage():
+    """Each of hundreds of runs that collect garbage would go over all of torch."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def loader_of(case):
