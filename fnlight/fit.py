@@ -4,7 +4,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import attrs
@@ -183,11 +183,13 @@ def _converted(state: TrainState, config: FitConfig) -> TrainState:
 def _write_config(config: FitConfig) -> None:
     if config.dir is None or "://" in config.dir:
         return
-    text = text_of(config)
-    if text is None:
+    text, path = text_of(config), os.path.join(config.dir, "config.json")
+    if text is None:  # what an earlier part of the run was told does not hold any more
+        with suppress(FileNotFoundError):
+            os.remove(path)
         return
     os.makedirs(config.dir, exist_ok=True)
-    with open(os.path.join(config.dir, "config.json"), "w", encoding="utf-8") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write(text + "\n")
 
 

@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from fnlight.errors import Interrupted
@@ -46,7 +46,7 @@ def _code(result: Any) -> int:
     if isinstance(result, int):
         return result
     if isinstance(result, Mapping):
-        result = result.values()
-    if isinstance(result, Iterable):
+        result = list(result.values())
+    if isinstance(result, list | tuple):
         return max((_code(each) for each in result if isinstance(each, TrainState)), default=0)
     return 0

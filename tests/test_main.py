@@ -4,6 +4,7 @@ import signal
 
 import attrs
 import pytest
+import torch
 
 from fnlight import Interrupted, TrainState, main
 from fnlight.testing import tiny_task
@@ -16,7 +17,7 @@ TERMINATED, DONE = (attrs.evolve(STATE, stopped=reason) for reason in ("SIGTERM"
     ("result", "code"),
     [
         (None, 0), (STATE, 0), (DONE, 0), (TERMINATED, 143), (attrs.evolve(STATE, stopped="SIGINT"), 130), ([DONE, TERMINATED], 143),
-        ({"a": TERMINATED, "b": DONE}, 143), ((), 0), (3, 3), (True, 0), ("SIGTERM", 0), (0.5, 0),
+        ({"a": TERMINATED, "b": DONE}, 143), ((), 0), (3, 3), (True, 0), ("SIGTERM", 0), (0.5, 0), (torch.tensor(1.0), 0), (torch.ones(2), 0),
     ],
 )  # fmt: skip
 def test_the_exit_code_is_that_of_the_signal_that_ended_a_run(result, code):

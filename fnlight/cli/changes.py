@@ -102,6 +102,10 @@ def prune(path: Place, keep: str, yes: bool = False, dry_run: bool = False) -> i
         raise ConfigError(f"--keep must be a retention such as \"last(3) | best('val/loss', 2)\", but got {keep}")
     body = open_checkpoint(path).body
     newest, history = body["progress"]["step"], history_of(body)
+    unknown = [name for name in rule.monitors if not any(name in record.metrics for record in history)]
+    if unknown:
+        known = sorted({name for record in history for name in record.metrics})
+        raise ConfigError(f"--keep asks for {unknown[0]!r}, but the history of this run has {known or 'no metrics'}; nothing was removed")
     there = {step: place for step, place in checkpoints(path) if step in _own(body) and step <= newest}
     stay = rule(sorted(there), history) | {newest}
     rows = [[at(place).name(), "stays" if step in stay else "goes", size(_bytes(place))] for step, place in there.items()]

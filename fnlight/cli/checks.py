@@ -27,7 +27,7 @@ _ROWS = 40
 _ASIDE = (
     "max_epochs", "max_steps", "max_time", "min_epochs", "min_steps", "stop", "sanity_batches", "dir", "save_every", "keep", "resume",
     "log_every", "log_times", "sinks", "progress", "fast_dev_run", "detect_anomaly", "donate", "gc", "signals", "signals_deadline", "debug_bundle",
-    "workers_ahead", "profile_steps",
+    "workers_ahead", "profile_steps", "permanent", "save_in_background", "allow", "rename",
 )  # fmt: skip
 """Fields of a configuration about files, ends and what is shown; the others decide what a step does."""
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from fnlight.compile.shadow import UntraceableError
+from fnlight.rng import isolated, seed_generators
 
 
 def lower(graph: fx.GraphModule, example: Sequence[Tensor], cache_dir: str | None = None) -> Callable[[list[Tensor]], Sequence[Tensor]]:
@@ -61,7 +62,22 @@ def lower(graph: fx.GraphModule, example: Sequence[Tensor], cache_dir: str | Non
                 made: Any = compile_fx_inner(values, inputs, cpp_wrapper=on_cpu)
         except InductorError as error:
             raise UntraceableError(f"torch's compiler fails at it with {str(error).splitlines()[0]}") from error
-    return getattr(made, "current_callable", made)  # without what is only looked at by profilers
+    found = getattr(made, "current_callable", made)  # without what is only looked at by profilers
+    if not _agree(graph, found, example):
+        raise UntraceableError("the code that torch's compiler makes of it gives NaN where the operations themselves give none")
+    return found
+
+
+def _agree(graph: Any, made: Any, example: Sequence[Tensor]) -> bool:
+    """Whether machine code gives numbers where its graph gives some: a compiler may be wrong, and what it spoils is a model."""
+    found = []
+    for call in (lambda inputs: graph(*inputs), made):
+        held = [tensor.detach().clone() for tensor in example]
+        with torch.no_grad(), isolated(example[0].device):
+            seed_generators(0, example[0].device)
+            given = call(list(held))
+        found.append([torch.isnan(each) for each in (*given, *held) if isinstance(each, Tensor) and each.is_floating_point()])
+    return all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 def _norms(tensors: Sequence[Tensor], ord: float = 2.0, dtype: torch.dtype | None = None) -> list[Tensor]:

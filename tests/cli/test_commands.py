@@ -103,6 +103,14 @@ def test_export_writes_what_load_would_give(folder, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors", "run"]
 
 
+def test_prune_refuses_a_metric_that_the_run_has_not(folder, capsys):
+    """A typing error in a name would leave only the newest."""
+    code, _, err = called(capsys, "prune", folder, "--keep", "last(1) | best('val/nope')", "--yes")
+    assert code == 2
+    assert "--keep asks for 'val/nope', but the history of this run has" in err
+    assert len(checkpoints(folder)) == 4
+
+
 def test_prune_touches_only_what_the_run_has_saved(folder, capsys, monkeypatch):
     """Foreign checkpoints stay, the newest stays, and without --yes somebody has to agree."""
     foreign = save(load(folder, tiny_task()), folder / "checkpoints" / "step-00000001")
@@ -221,3 +229,12 @@ def test_a_run_that_could_go_back_is_replayed_without_a_place_to_go_back_to() ->
     """Steps are trained again without files, so a NaN among them is an error; the rest of the configuration stands."""
     chosen = decisive(FitConfig(max_epochs=1, dir="runs/a", nonfinite="rollback", max_nonfinite=2, clip_norm=1.0), 5)
     assert (chosen.nonfinite, chosen.max_nonfinite, chosen.dir, chosen.clip_norm) == ("raise", None, None, 1.0)
+
+
+def test_whatever_a_run_says_about_files_is_no_matter_when_it_is_replayed() -> None:
+    """Fields that make sense only beside a directory are left out, each of them."""
+    config = FitConfig(
+        max_epochs=1, dir="runs/a", resume=True, allow="optimizer", rename={"a": "b"}, permanent=steps(3), save_in_background=False,
+        save_every=steps(2), keep=last(3), debug_bundle=True, profile_steps=(1, 2),
+    )  # fmt: skip
+    assert decisive(config, 7) == FitConfig(max_steps=7, progress=False, donate=True)

@@ -332,3 +332,21 @@ def test_what_cannot_be_compiled_is_refused_before_any_work(make: Any, error: ty
     """The message says what to give or to move."""
     with pytest.raises(error, match=match):
         make()
+
+
+def test_code_that_gives_nan_where_the_operations_give_none_is_not_used():
+    """torch's compiler is wrong about a model with BatchNorm, dropout and clipping: whatever it makes, weights stay those of the eager step."""
+    gen = torch.Generator().manual_seed(0)
+    data = [(torch.randn(8, 4, generator=gen), torch.randn(8, 1, generator=gen)) for _ in range(3)]
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 1))
+    task = fl.Task(net, lambda m, b: F.mse_loss(m(b[0]), b[1]), configure_optimizers=lambda m: torch.optim.SGD(m.parameters(), lr=1e-2))
+    ends = []
+    for level in (None, "step"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", fl.CompileWarning)  # a compiler of another day may be right
+            ends.append(
+                fl.fit(fl.TrainState.create(task, seed=3), data, fl.FitConfig(max_epochs=1, clip_norm=1.0, compile=level, progress=False))
+            )
+    for name, value in ends[0].params.items():
+        torch.testing.assert_close(ends[1].params[name], value, rtol=1e-4, atol=1e-5)
