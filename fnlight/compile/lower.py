@@ -58,7 +58,7 @@ def lower(graph: fx.GraphModule, example: Sequence[Tensor], cache_dir: str | Non
             )(*inputs)
         _without_aliases(values)
         try:
-            with tracing(TracingContext(fake)):
+            with tracing(TracingContext(fake)), _writes_before_reads():
                 made: Any = compile_fx_inner(values, inputs, cpp_wrapper=on_cpu)
         except InductorError as error:
             raise UntraceableError(f"torch's compiler fails at it with {str(error).splitlines()[0]}") from error
@@ -111,6 +111,28 @@ def _without_aliases(graph: fx.GraphModule) -> None:
             graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
+
+
+@contextmanager
+def _writes_before_reads() -> Iterator[None]:
+    """Let torch's scheduler know of reads that come after a write in place, also once it has changed the loops of the reader.
+
+    It forgets what such a read waits for when it makes the ranges of two loops the same, and may then fuse the reader with what comes before
+    the write: a dropout mask is used before it is drawn (torch 2.9 to 2.13).
+    """
+    from torch._inductor.scheduler import SchedulerNode
+
+    forgets = SchedulerNode.recompute_size_and_body
+
+    def recompute(self: Any, *args: Any, **kwargs: Any) -> None:
+        forgets(self, *args, **kwargs)
+        self.set_read_writes(self.read_writes.rename(self.mutation_renames))
+
+    SchedulerNode.recompute_size_and_body = recompute  # an assignment, since torch has no setting for it
+    try:
+        yield
+    finally:
+        SchedulerNode.recompute_size_and_body = forgets
 
 
 @contextmanager

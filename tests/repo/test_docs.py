@@ -1,14 +1,16 @@
 """Docs cannot rot: every Python block of every page runs, every page is in the menu, every link leads somewhere."""
 
+import multiprocessing
 import os
 import re
-import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 import pytest
 
+from tests.repo.run_page import run_page
 from tests.repo.source import ROOT, fences, lacking
 
 DOCS = ROOT / "docs"
@@ -23,12 +25,32 @@ NEEDS = {"xla.md": "torch_xla"}
 
 def assert_page_runs(page: Path) -> None:
     """Run the Python blocks of a page in a process and a folder of their own."""
+    processes = multiprocessing.get_context("forkserver")  # each page in a copy of one process that has only imported what all of them would
+    processes.set_forkserver_preload(["fnlight", "torch._dynamo"])
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-        command = [sys.executable, str(Path(__file__).with_name("run_page.py")), str(page)]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    output = (done.stdout[-2000:] + done.stderr[-4000:]).strip()
-    assert done.returncode == 0, f"a block of {page.name} fails (try: python tests/repo/run_page.py {page}):\n{output}"
+        process = processes.Process(target=_run_page, args=(page, folder))
+        process.start()
+        process.join(timeout=300)
+        late = process.is_alive()
+        process.kill()
+        process.join()
+        output = Path(folder, "output").read_text(encoding="utf-8", errors="replace").strip()
+    what = "takes more than 300 s" if late else "fails"
+    assert process.exitcode == 0, f"a block of {page.name} {what} (try: python tests/repo/run_page.py {page}):\n{output[-6000:]}"
+
+
+def _run_page(page: Path, folder: str) -> None:
+    os.chdir(folder)
+    sys.path.insert(0, str(ROOT))
+    os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", MPLBACKEND="agg")
+    with Path("output").open("wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    try:
+        run_page(page)
+    except Exception:
+        traceback.print_exc()
+        raise
 
 
 def _has_code(page: Path) -> bool:
