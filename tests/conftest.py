@@ -28,13 +28,6 @@ _OWN = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")  # variables of pytest
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, *(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2", "SIGHUP") if name in dir(signal)))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep together, where several processes test, what shares the results of one launch of ranks; the longest such files come first."""
-    for item in items:
-        if item.path.parent.name == "parallel":
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-
-
 def _process() -> dict[str, Any]:
     """What a test must leave as it found it; cheap to look at."""
     root = logging.getLogger()

@@ -5,7 +5,6 @@ import os
 import re
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 
 import pytest
@@ -46,11 +45,7 @@ def _run_page(page: Path, folder: str) -> None:
     with Path("output").open("wb") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    try:
-        run_page(page)
-    except Exception:
-        traceback.print_exc()
-        raise
+    run_page(page)
 
 
 def _has_code(page: Path) -> bool:
