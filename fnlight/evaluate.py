@@ -144,7 +144,7 @@ def _one_source(state: TrainState, module: nn.Module, source: Source, fn: EvalSt
         tally.add(i, metrics)
         state.store.end_step()
     if signals is not None:
-        signals.agreed(signals.number if place is None else int(place.world.most([signals.number])[0]))
+        signals.agreed(signals.number if place is None else int(place.everyone.most([signals.number])[0]))
         signals.check()
     return tally.read() if place is None else read_in_order(tally, place.world.gather)
 

@@ -79,7 +79,7 @@ def _together(state: TrainState, config: FitConfig, train: Source) -> Iterator[t
     """The state on all ranks that train together, the placement, and whether the state may be donated."""
     place, donate = state.store.place, config.donate
     with join() if config.parallel == "auto" and place is None else nullcontext() as world:
-        world = world if place is None else place.world
+        world = world if place is None else place.everyone
         if world is not None and world.size > 1:
             own = isinstance(train.loader, Sharded)
             samples = None if own else length_of(getattr(train.loader, "dataset", None))
@@ -113,7 +113,7 @@ def _resumed(state: TrainState, config: FitConfig, donate: bool) -> TrainState:
     place = state.store.place
     found = newest(config.dir) if config.dir is not None and (place is None or place.writes) else None
     if place is not None:
-        found = place.world.gather(found)[0]  # one of them looks, so that all go on from the same
+        found = place.everyone.gather(found)[0]  # one of them looks, so that all go on from the same
     if found is not None and not config.resume:
         raise ConfigError(
             f"{config.dir} holds a run already, up to {os.path.basename(found)}; go on from it with FitConfig(resume=True), or give another dir"

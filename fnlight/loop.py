@@ -74,7 +74,7 @@ def run(
     """
     whole = step if isinstance(step, Pipe) else pipe(step)
     state = state if donate else state.copy()
-    beat = None if state.store.place is None else state.store.place.world.pulse(clock, signals)
+    beat = None if state.store.place is None else state.store.place.everyone.pulse(clock, signals)
     source = (
         Source(loader, limit=limit, shuffle=shuffle, device=state.device)
         if signals is not None and not isinstance(loader, Source)

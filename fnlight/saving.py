@@ -116,8 +116,8 @@ def _open(state: TrainState, saver: "Saver", initial: bool) -> TrainState:
     first = initial and not checkpoints(saver.dir)
     if place is not None:
         tree = state.store.memory[saver.key]
-        tree.update(place.world.gather(tree)[0])  # what is there is known to the rank that writes
-        first = place.world.gather(first)[0]
+        tree.update(place.everyone.gather(tree)[0])  # what is there is known to the rank that writes
+        first = place.everyone.gather(first)[0]
     if first:
         saver.save(state, wait=True)
     return state
@@ -209,7 +209,7 @@ class Saver:
         else:
             self.save(state, wait=True)
         if state.store.place is not None:
-            state.store.place.world.gather(None)  # once it is there, it is there for all ranks
+            state.store.place.everyone.gather(None)  # once it is there, it is there for all ranks
 
     def close(self, error: BaseException | None) -> None:
         """At the end of a run, however it ended: nothing is left half done, and no error is swallowed."""

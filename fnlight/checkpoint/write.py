@@ -67,7 +67,7 @@ def save(state: TrainState, path: Path, *, overwrite: bool = True) -> str:
     if place is None or place.writes:
         write(folder, body, tensors, overwrite)
     if place is not None:
-        place.world.gather(None)  # once it is there, it is there for all ranks
+        place.everyone.gather(None)  # once it is there, it is there for all ranks
     return folder.path
 
 

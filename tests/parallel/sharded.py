@@ -1,6 +1,8 @@
 """Run under torchrun by test_fsdp.py: cases by name, one after the other; says as JSON what became of each."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+from torch.utils.data import DataLoader, TensorDataset
 
 import fnlight as fl
 from fnlight.shards import is_sharded, local
@@ -230,6 +233,29 @@ def four(folder, world):
     yield "tensor parallel", by_hand(tensor, *given)
     for name in ("clip_each", "clip_adaptive", "grad_noise"):
         yield f"{name}, tensor parallel", by_hand(tensor, ENTRIES[name].build(Path(folder), None))
+    yield "ends", world.gather(ends(tensor, folder, world))
+
+
+def ends(place, folder, world):
+    """Where runs end that rank 1 alone has a reason to end: its clock is fast, and it is sent a signal; and where the second goes on to."""
+    loader = DataLoader(TensorDataset(*data(0, 24)), batch_size=8, shuffle=True)
+    clock = iter(range(0, 10**7, 7 if world.rank == 1 else 1))
+    step = fl.pipe(plain, fl.grad(), fl.apply(), fl.stop_when(fl.max_time(60)))
+    timed = [s for s, _ in fl.run(step, fl.TrainState.create(make(), seed=3, place=place), loader, clock=lambda: float(next(clock)))][-1]
+    calls = iter(range(10**7))
+
+    def told_to_end(model, batch):
+        if next(calls) == 7 and world.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(model, batch)
+
+    def fitted(loss_fn, **options):
+        config = fl.FitConfig(dir=Path(folder, "ends"), resume=True, progress=False, **options)
+        return fl.fit(fl.TrainState.create(make(loss_fn), seed=3, place=place), loader, config)
+
+    ended = fitted(told_to_end, max_epochs=100_000, signals=True)
+    gone_on = fitted(told_to_end, max_steps=ended.progress.step + 2)
+    return [[state.stopped, state.progress.step] for state in (timed, ended, gone_on)]
 
 
 def main(cases, folder):

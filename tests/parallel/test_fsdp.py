@@ -104,6 +104,15 @@ def test_combinators_know_both_cuts(four, tmp_path, name):
     assert close(four[f"{name}, tensor parallel"], sharded.by_hand(None, ENTRIES[name].build(tmp_path, None)))
 
 
+def test_ranks_that_share_a_batch_end_at_the_same_step(four):
+    """A clock or a signal of one rank ends all of a mesh at one step, those with parts of the same weights among them, and all go on from there."""
+    assert all(each == four["ends"][0] for each in four["ends"])
+    timed, ended, gone_on = four["ends"][0]
+    assert timed[0].endswith("seconds of training done")
+    assert ended[0] == "SIGTERM"
+    assert gone_on[1] == ended[1] + 2
+
+
 @pytest.mark.parametrize(
     "name, says",
     [
