@@ -24,7 +24,7 @@ from fnlight.host import Host
 from fnlight.metrics import Tally
 from fnlight.optim import Optim, choose_fused, named_state, prepare, prepare_each, reported, to_device, weights_to_use
 from fnlight.rng import SKIPPED, TRAIN, fold_in, isolated, seed_generators
-from fnlight.task import Task, empty
+from fnlight.task import Task, copied, empty
 from fnlight.times import Times
 
 
@@ -167,7 +167,7 @@ class Store:
         """An independent store with the same values; the optimizer follows the copied parameters."""
         self.settle()
         memo: dict[int, Any] = {}
-        module = copy.deepcopy(self.module, memo) if self.place is None else self.place.copy(self.module, memo)
+        module = copied(self.module, memo) if self.place is None else self.place.copy(self.module, memo)
         optim = copy.deepcopy(self.optims if self.phases else self.optim, memo)
         twin = Store(module, optim, copy.deepcopy(self.memory, memo), self.place)
         twin.times = self.times.copy()
@@ -237,7 +237,7 @@ class TrainState:
             )
         memo = {id(t): t for t in (*task.model.parameters(), *task.model.buffers())} if donate else _memo
         with isolated(None if device is None else torch.device(device)):
-            module = copy.deepcopy(task.model, memo)
+            module = copied(task.model, memo)
             move(module, torch.device(device)) if device is not None else None
             placed = None if place is None else place.place(module)
             store = Store(module, _configure(task, module), {}, placed)

@@ -162,6 +162,26 @@ def test_hooks_of_a_copied_module_see_the_copy() -> None:
     assert seen == [twin.store.module]
 
 
+def threefold(parameter: Any) -> None:
+    """A hook that changes a gradient in place."""
+    parameter.grad.mul_(3)
+
+
+@pytest.mark.parametrize(("kind", "hook"), [("register_hook", lambda grad: 3 * grad), ("register_post_accumulate_grad_hook", threefold)])
+def test_hooks_on_gradients_follow_the_copies(kind: str, hook: Callable[[Any], Any]) -> None:
+    """What changes a gradient where it arises does so whether or not a state is copied, and however often."""
+    ends = []
+    for donate in (True, False):
+        model = nn.Linear(2, 1, bias=False)
+        nn.init.ones_(model.weight)
+        getattr(model.weight, kind)(hook)
+        task = Task(model, lambda model, batch: model(batch).sum(), configure_optimizers=lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+        state = TrainState.create(task, donate=donate)
+        state, _ = pipe(task.train_step, grad(), apply())(state if donate else state.copy().copy(), torch.ones(1, 2))
+        ends.append(state.params["weight"].tolist())
+    assert ends[0] == ends[1] == [[pytest.approx(0.7), pytest.approx(0.7)]]
+
+
 def test_a_copy_of_a_donated_state_s_successor_is_a_state_of_its_own() -> None:
     """Versions count a store's steps; a copy has a new store and may be read while the old goes on."""
     state = trained(3)

@@ -15,6 +15,7 @@ from torch.optim import LBFGS, Optimizer
 from fnlight.device import is_lazy
 from fnlight.errors import FnlightError
 from fnlight.state import Store
+from fnlight.task import hooked
 from fnlight.tree import leaves, map_tensors
 
 
@@ -53,6 +54,9 @@ def held(store: Store, reads: Sequence[str]) -> list[Tensor]:
         raise UntraceableError(f"{store.place} brings gradients of ranks together while the backward pass goes on, which is in no graph")
     if is_lazy(store.device):
         raise UntraceableError(f"the device {str(store.device)!r} compiles steps by itself")
+    hooks = hooked(module)
+    if hooks:
+        raise UntraceableError(f"the gradient of {hooks[0]} has a hook")
     found: list[Tensor] = [*module.parameters(), *module.buffers()]
     if optimizer is not None:
         _check_optimizer(optimizer)

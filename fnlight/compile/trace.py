@@ -191,6 +191,10 @@ def _trace(call: Call, lowers: bool) -> Traced:
 
     with _compiling(lowers), _explained():
         graph = make_fx(fn, tracing_mode="fake", _allow_non_fake_inputs=True)(*twins)
+    if any("mkldnn_rnn_layer_backward" in str(node.target) for node in graph.graph.nodes):
+        raise UntraceableError(
+            "a recurrent layer on the CPU keeps a workspace from its forward to its backward pass, which no graph can hold"
+        )
     draws = any(_draws(node.target) for node in graph.graph.nodes if node.op == "call_function")
     return Traced(_finished(graph, draws and not lowers), metrics, [host.duties for host in hosts], draws)
 

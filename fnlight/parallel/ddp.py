@@ -16,6 +16,7 @@ from fnlight.metrics import Mean
 from fnlight.parallel.apart import Apart
 from fnlight.parallel.world import World, named_world, world
 from fnlight.protocols import Gradients
+from fnlight.task import copied
 
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -213,7 +214,7 @@ class Replicated:
 
     def copy(self, module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         """An independent module."""
-        return copy.deepcopy(module, memo)
+        return copied(module, memo)
 
     def plain(self, module: nn.Module) -> nn.Module:
         """An independent module."""

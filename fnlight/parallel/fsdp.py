@@ -16,6 +16,7 @@ from fnlight.parallel.twin import stripped_copy
 from fnlight.parallel.world import World, named_world, world
 from fnlight.protocols import Gradients
 from fnlight.shards import box_of, cuts, is_sharded, local
+from fnlight.task import hooked
 
 
 def fsdp(
@@ -165,6 +166,11 @@ class Sharded:
         cut = [name for name, p in module.named_parameters() if is_sharded(p)]
         if cut:
             raise ParallelError(f"the model is cut already, e.g. {cut[0]}; give fl.Task the plain model, and let the placement cut it")
+        hooks = hooked(module)
+        if hooks:
+            raise ParallelError(
+                f"the gradient of {hooks[0]} has a hook, which parts of a parameter do not have; change gradients in a combinator behind grad() instead"
+            )
         missing = [name for name in self.methods if not callable(getattr(module, name, None))]
         if missing:
             raise ParallelError(f"fsdp(methods={missing}): {type(module).__name__} has no such method")

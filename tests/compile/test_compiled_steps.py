@@ -253,6 +253,24 @@ def looks_up(model: nn.Module, batch: Any) -> Any:
     return F.cross_entropy(model(batch[0]) + torch.tensor([random.random()] * 3), batch[1])
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer, whose backward pass on the CPU takes more than a graph can hand over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.LSTM(1, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer(x[:, :, None])[0][:, -1])
+
+
+def hooked_model() -> nn.Module:
+    """A model one of whose gradients is changed where it arises."""
+    model = model_of()
+    model[0].weight.register_hook(lambda grad: 2 * grad)
+    return model
+
+
 @pytest.mark.parametrize(
     ("task", "match"),
     [
@@ -262,8 +280,10 @@ def looks_up(model: nn.Module, batch: Any) -> Any:
         (task_of(fn=looks_up), "makes the tensor .* of shape .3. from other numbers each time"),
         (task_of(Counting), "Counting keeps 'steps' as a Python value, which a graph would freeze"),
         (task_of(partial(torch.optim.LBFGS, max_iter=2)), "LBFGS evaluates the loss as often as it likes"),
+        (attrs.evolve(task_of(), model=Recurrent()), "a recurrent layer on the CPU keeps a workspace"),
+        (attrs.evolve(task_of(), model=hooked_model()), "the gradient of 0.weight has a hook"),
     ],
-    ids=["decides", "draws", "clock", "constant", "counts", "closure"],
+    ids=["decides", "draws", "clock", "constant", "counts", "closure", "recurrent", "hook"],
 )
 def test_what_a_graph_would_freeze_is_said_and_goes_on_without_one(task: fl.Task, match: str) -> None:
     """One warning names the part and the reason; the result is the eager one."""

@@ -6,6 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
+import attrs
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -50,6 +51,12 @@ def net(**options):
     with fl.isolated():
         torch.manual_seed(0)
         return Net(**options)
+
+
+def hooked_net():
+    model = net()
+    model.first.weight.register_hook(lambda grad: 2 * grad)
+    return model
 
 
 def evaluated(model, batch):
@@ -195,6 +202,7 @@ def refusals(world):
         "plan": said(
             lambda: create(make(), place=fl.parallel.fsdp({"data": 1, "tensor": 2}, tensor_parallel={"block.*": ColwiseParallel()}))
         ),
+        "hook": said(lambda: create(attrs.evolve(make(), model=hooked_net()), place=fl.parallel.fsdp())),
         "no tensor": said(lambda: create(make(), place=fl.parallel.fsdp(tensor_parallel={"blocks.*.up": ColwiseParallel()}))),
         "method": said(lambda: create(make(), place=fl.parallel.fsdp(methods=["encode"]))),
     }

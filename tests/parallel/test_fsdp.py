@@ -128,6 +128,7 @@ def test_ranks_that_share_a_batch_end_at_the_same_step(four):
         ("partly", "StepError: the loss function computes with parameters that have not come together"),
         ("closure", "ParallelError: LBFGS lays all gradients end to end"),
         ("plan", "ParallelError: tensor_parallel= names ['block.*'], but the model has no such modules"),
+        ("hook", "ParallelError: the gradient of first.weight has a hook, which parts of a parameter do not have"),
         ("no tensor", "ParallelError: tensor_parallel= needs a mesh with a dimension called 'tensor'"),
         ("method", "ParallelError: fsdp(methods=['encode']): Net has no such method"),
     ],

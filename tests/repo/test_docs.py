@@ -24,7 +24,9 @@ NEEDS = {"xla.md": "torch_xla"}
 
 def assert_page_runs(page: Path) -> None:
     """Run the Python blocks of a page in a process and a folder of their own."""
-    processes = multiprocessing.get_context("forkserver")  # each page in a copy of one process that has only imported what all of them would
+    processes = multiprocessing.get_context(
+        "forkserver"
+    )  # each page in a copy of one process that has only imported what all of them would
     processes.set_forkserver_preload(["fnlight", "torch._dynamo"])
     with tempfile.TemporaryDirectory() as folder:
         process = processes.Process(target=_run_page, args=(page, folder))
