@@ -181,11 +181,17 @@ def join_metrics(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
 
 def _join(a: Any, b: Any) -> Any:
     if isinstance(a, Tensor | int | float):
-        return Mean(a, 1).merge(b if isinstance(b, Mean) else Mean(b, 1))
+        return _once(a).merge(b if isinstance(b, Mean) else _once(b))
     if isinstance(a, Mean) and not isinstance(b, Mean):
-        return a.merge(Mean(b, 1))
+        return a.merge(_once(b))
     merge = getattr(a, "merge", None)
     return b if merge is None else merge(b)
+
+
+def _once(value: Any) -> Mean:
+    """A plain number counts once; many of few digits would add up to less."""
+    few = isinstance(value, Tensor) and value.is_floating_point() and value.itemsize < 4
+    return Mean(value.float() if few else value, 1)
 
 
 def _divide(found: Gradients, weight: Any) -> Gradients:

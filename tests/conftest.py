@@ -28,6 +28,19 @@ _OWN = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")  # variables of pytest
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, *(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2", "SIGHUP") if name in dir(signal)))
 
 
+_LONG = (
+    "test_examples.py", "test_compiled_steps.py", "test_elastic.py", "test_resume.py", "test_law.py", "test_saved.py", "test_microbatch.py",
+    "test_network.py", "test_purity.py", "test_kills.py", "test_fsdp.py", "test_compiled.py", "test_ranks.py", "test_docs.py",
+)  # fmt: skip
+"""Files that take more than twenty seconds."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that of several processes none is left with one of them when the others have ended."""
+    places = {name: i for i, name in enumerate(_LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(_LONG)))
+
+
 def _process() -> dict[str, Any]:
     """What a test must leave as it found it; cheap to look at."""
     root = logging.getLogger()

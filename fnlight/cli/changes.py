@@ -54,6 +54,8 @@ def export(path: Place, file: Place, weights: str | None = None, overwrite: bool
     if weights is not None:
         tensors |= _averaged(found, weights)
     folder = at(os.path.dirname(os.path.abspath(file)))
+    if not os.path.isdir(folder.path):
+        raise CheckpointError(f"there is no folder {folder.path} to write {os.path.basename(file)} into; make it, or give another path")
     hidden = f".{os.path.basename(file)}.tmp-{secrets.token_hex(4)}"
     try:
         written = folder.write(hidden, chunks(tensors))

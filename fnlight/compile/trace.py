@@ -5,6 +5,7 @@ kernel is traced twice, and one that does not give the same graph again is refus
 """
 
 import os
+import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ _PARTS = (*range(4096), NOISE)  # what a kernel may fold into its key
 
 _MONOIDS = (Mean, Sum, Max, Min, Last)
 _TORCH = os.path.dirname(torch.__file__)
+_PYTHON = re.compile(rf"{re.escape(os.path.dirname(os.__file__))}/(?!(site|dist)-packages)")  # modules of the language itself
 _ALIASES = {
     torch.ops.aten.detach.default,
     torch.ops.aten.alias.default,
@@ -315,7 +317,11 @@ def _explained() -> Iterator[None]:
     except (UntraceableError, WantedError):
         raise
     except Exception as error:
-        ours = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_TORCH, "<"))]
+        ours = [
+            f
+            for f in traceback.extract_tb(error.__traceback__)
+            if not _PYTHON.match(f.filename) and not f.filename.startswith((_TORCH, "<"))
+        ]
         where = f"{ours[-1].filename}:{ours[-1].lineno} ({ours[-1].line})" if ours else "the model"
         text = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         if type(error).__name__ == "GuardOnDataDependentSymNode" or "get value out of a tracing tensor" in text:

@@ -148,7 +148,7 @@ MISTAKES = [
     (["diff", "users.py", "{run}"], "users.py cannot be read as a safetensors file"),
     (["export", "{run}", "a.safetensors", "--weights", "swa"], "holds no averaged weights of that name; its memory holds ['ema'"),
     (["export", "{run}", "s3://b/a.safetensors"], "is a URL; give a path"),
-    (["export", "{run}", "no/such/folder/a.safetensors"], "No such file or directory"),
+    (["export", "{run}", "no/such/folder/a.safetensors"], "there is no folder"),
     (["prune", "{run}", "--keep", "steps(3)"], "--keep must be a retention such as"),
     (["prune", "{run}", "--keep", "__import__('os')"], "cannot read __import__('os')"),
 ]

@@ -23,11 +23,9 @@ NEEDS = {"xla.md": "torch_xla"}
 
 
 def assert_page_runs(page: Path) -> None:
-    """Run the Python blocks of a page in a process and a folder of their own."""
-    processes = multiprocessing.get_context(
-        "forkserver"
-    )  # each page in a copy of one process that has only imported what all of them would
-    processes.set_forkserver_preload(["fnlight", "torch._dynamo"])
+    """Run the Python blocks of a page in a process and a folder of their own; the process is a copy of one that has only imported things."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["fnlight", "torch._dynamo"])  # what every page would import first
     with tempfile.TemporaryDirectory() as folder:
         process = processes.Process(target=_run_page, args=(page, folder))
         process.start()
