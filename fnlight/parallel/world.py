@@ -7,6 +7,7 @@ a group that is there already is used as it is.
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,6 +26,7 @@ _SILENCE = re.compile(
     r"gloo/|NCCL error|ProcessGroup(Gloo|NCCL)|Connection (closed|reset) by peer"
 )  # what stands in the errors of torch's backends
 _BEAT = 0.5  # seconds, about, between two agreements of a `Pulse`
+_LETTING_GO = 0.05  # seconds in which the threads of gloo end what they are about
 
 
 @attrs.frozen
@@ -276,6 +278,9 @@ def join(*, backend: str | None = None, timeout: float | None = None) -> Iterato
     yield named
     distributed.barrier()  # a process that leaves early would look like one that died
     distributed.destroy_process_group()
+    # The threads of gloo outlive their group where DDP has held it. What they let go of behind the last collective takes the interpreter, and an
+    # interpreter that has ended by then aborts the process.
+    time.sleep(_LETTING_GO)
 
 
 def _enter(named: World, backend: str | None, timeout: float | None) -> None:
