@@ -124,6 +124,9 @@ try:
     from fnlight.when import Tick, at_end, continuous, epochs, minutes, seconds, steps
 finally:
     if _collected:
+        if not _gc.get_freeze_count():
+            _gc.freeze()
+            _gc.unfreeze()  # into the oldest generation, without a look at it
         _gc.enable()
 
 __all__ = [
