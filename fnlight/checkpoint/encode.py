@@ -39,8 +39,11 @@ def encode(tree: Any, put: Put, path: str) -> Any:
         >>> encode({"a": (1, None), 0.5: [float("nan")]}, lambda name, tensor: name, "memory")
         {'$dict': [['a', {'$tuple': [1, None]}], [0.5, [{'$float': 'nan'}]]]}
     """
-    if tree is None or isinstance(tree, bool):
+    kind = type(tree)
+    if tree is None or kind is bool or kind is str or kind is int:  # most of a history
         return tree
+    if kind is float:
+        return tree if math.isfinite(tree) else {"$float": str(tree)}
     if isinstance(tree, Tensor):
         return {"$tensor": put(path, tree)}
     if isinstance(tree, str | bytes | numbers.Complex):
@@ -49,7 +52,7 @@ def encode(tree: Any, put: Put, path: str) -> Any:
         return _mapping(tree, put, path)
     if isinstance(tree, list):
         return [encode(item, put, f"{path}/{i}") for i, item in enumerate(tree)]
-    if type(tree) in (tuple, Size):  # of named ones, only code could make another
+    if kind in (tuple, Size):  # of named ones, only code could make another
         return {"$tuple": [encode(item, put, f"{path}/{i}") for i, item in enumerate(tree)]}
     if isinstance(tree, Tally):
         return {"$tally": _encoded_tally(tree, put, path)}

@@ -1,8 +1,8 @@
 """What sharded training costs beside a loop around torch's ``fully_shard``, and sharded checkpoints beside ``torch.distributed.checkpoint``.
 
     torchrun --nproc-per-node=2 tests/benchmarks/shards.py steps
-    torchrun --nproc-per-node=2 tests/benchmarks/shards.py memory plain     # each in processes of its own
-    torchrun --nproc-per-node=2 tests/benchmarks/shards.py memory fnlight
+    torchrun --nproc-per-node=2 tests/benchmarks/shards.py memory plain 1536    # how wide; each in processes of its own
+    torchrun --nproc-per-node=2 tests/benchmarks/shards.py memory fnlight 1536
     torchrun --nproc-per-node=2 tests/benchmarks/shards.py save runs/shards
     torchrun --nproc-per-node=1 tests/benchmarks/shards.py load runs/shards  # on another number of ranks
 
@@ -147,8 +147,9 @@ def steps(rank: int, count: int = 30, each: int = 5) -> None:
     say(rank, f"{each} steps, clipped, ms", in_turns(many(ours), many(theirs), count))
 
 
-def memory(rank: int, side: str, width: int = 768) -> None:
+def memory(rank: int, side: str, wide: str = "768") -> None:
     """The peak of this process after some steps."""
+    width = int(wide)
     step, batch = {"plain": plain_loop, "fnlight": fnlight_loop}[side](width), batch_of(rank)
     for _ in range(4):
         step(batch)
