@@ -249,7 +249,7 @@ def named_world(environ: Mapping[str, str]) -> World:
 
 
 @contextmanager
-def join(*, backend: str | None = None, timeout: float | None = None) -> Iterator[World]:
+def join(*, backend: str | None = None, timeout: float | None = None, sleep: Callable[[float], Any] = time.sleep) -> Iterator[World]:
     """Join the processes that the environment names, for as long as the block lasts.
 
     A group that was made before is used as it is and left alone. Where this process is alone, nothing is done. After an error the group is left
@@ -258,6 +258,7 @@ def join(*, backend: str | None = None, timeout: float | None = None) -> Iterato
     Args:
         backend: Such as ``"gloo"``; None lets torch choose for each kind of device.
         timeout: Seconds after which a process that waits for others gives up; None takes torch's own.
+        sleep: Waits for seconds, at the end, while the threads of the network end.
 
     Yields:
         Where this process stands.
@@ -280,7 +281,7 @@ def join(*, backend: str | None = None, timeout: float | None = None) -> Iterato
     distributed.destroy_process_group()
     # The threads of gloo outlive their group where DDP has held it. What they let go of behind the last collective takes the interpreter, and an
     # interpreter that has ended by then aborts the process.
-    time.sleep(_LETTING_GO)
+    sleep(_LETTING_GO)
 
 
 def _enter(named: World, backend: str | None, timeout: float | None) -> None:
