@@ -30,7 +30,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, *(getattr(signal, name) for name in (
 
 _LONG = (
     "test_examples.py", "test_compiled_steps.py", "test_elastic.py", "test_resume.py", "test_law.py", "test_saved.py", "test_microbatch.py",
-    "test_network.py", "test_purity.py", "test_kills.py", "test_fsdp.py", "test_compiled.py", "test_ranks.py", "test_docs.py",
+    "test_network.py", "test_purity.py", "test_kills.py", "test_fsdp.py", "test_compiled.py", "test_ranks.py",
 )  # fmt: skip
 """Files that take more than twenty seconds."""
 
