@@ -34,7 +34,8 @@ def compile(level: Level = "step", *, unroll: int = 1, cache_dir: str | None = N
 
     Args:
         level: How much is compiled.
-        unroll: Updates in one call, with the means of their metrics; a state stands behind all of them. At the end of an epoch fewer are made.
+        unroll: Updates in one call, whose metrics are merged (`Cat` keeps the value of each). A state stands behind all of them. At the end of
+            an epoch fewer are made.
         cache_dir: Where compiled code is kept for other processes; None leaves it where torch has it.
 
     Returns:

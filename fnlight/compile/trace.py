@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
+from types import FunctionType
 from typing import Any
 
 import attrs
@@ -20,7 +21,7 @@ from torch.fx.node import has_side_effect
 from fnlight.compile.recorder import Duties, Recorder
 from fnlight.compile.shadow import UnsettledError, UntraceableError, WantedError, changes, shadow, swapped
 from fnlight.gradients import join_metrics
-from fnlight.metrics import Last, Max, Mean, Min, Sum
+from fnlight.metrics import Cat, Last, Max, Mean, Min, Sum
 from fnlight.rng import NOISE, fold_in, seed_generators
 from fnlight.state import Store
 from fnlight.tree import leaves, map_tensors
@@ -31,7 +32,7 @@ Kernel = Callable[[Store, Any, int], Mapping[str, Any]]
 _KEY = fold_in(0, 0)  # what a kernel is given while it is traced
 _PARTS = (*range(4096), NOISE)  # what a kernel may fold into its key
 
-_MONOIDS = (Mean, Sum, Max, Min, Last)
+_MONOIDS = (Mean, Sum, Max, Min, Last, Cat)
 _TORCH = os.path.dirname(torch.__file__)
 _PYTHON = re.compile(rf"{re.escape(os.path.dirname(os.__file__))}/(?!(site|dist)-packages)")  # modules of the language itself
 _ALIASES = {
@@ -96,6 +97,8 @@ def _filled(value: Any, tensors: Sequence[Tensor]) -> Any:
         return tensors[value.number]
     if value.__class__ in _MONOIDS:
         return value.__class__(*(_filled(getattr(value, field.name), tensors) for field in attrs.fields(value.__class__)))
+    if value.__class__ is tuple:
+        return tuple(_filled(part, tensors) for part in value)
     return value
 
 
@@ -291,11 +294,19 @@ def _placed(value: Any, out: list[Tensor]) -> Any:
         return _Place(len(out) - 1)
     if value.__class__ in _MONOIDS:
         return value.__class__(*(_placed(getattr(value, field.name), out) for field in attrs.fields(value.__class__)))
-    if isinstance(value, int | float):
+    if value.__class__ is tuple:
+        return tuple(_placed(part, out) for part in value)
+    if value is None or isinstance(value, int | float) or _holds_nothing(value):
         return value
     raise UntraceableError(
-        f"it returns a metric of type {type(value).__name__}; scalars, Mean, Sum, Max, Min and Last are what a graph can give"
+        f"a metric is or holds a {type(value).__name__}; scalars, Mean, Sum, Max, Min, Last, and Cat whose function holds nothing are "
+        "what a graph can give"
     )
+
+
+def _holds_nothing(fn: Any) -> bool:
+    """Whether it is a function that is the same in every step."""
+    return isinstance(fn, FunctionType) and not (fn.__closure__ or fn.__defaults__ or fn.__kwdefaults__)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ hands to them are tasks (`fnlight.data.order`): before sample ``indices[j]`` is 
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -105,7 +106,8 @@ class KeyedLoader:
             for batch in begun.batches:
                 if follows and begun.marks[-1][2]:
                     follows = False
-                    self._begin_ahead(attrs.evolve(span, epoch=span.epoch + 1, start=0, position=None))
+                    with _early():
+                        self._ahead.append(self._begin(span.following()))
                 samples, counts, last = begun.marks.popleft()
                 yield batch if counts is None else Part(batch, counts), samples, last
                 batch = None  # not kept while the next one is fetched
@@ -117,13 +119,6 @@ class KeyedLoader:
         marks: Marks = deque()
         todo = _marked(self._todo(span), marks)
         return _Begun(span, iter(_Started(self._inner(span, todo))), marks)
-
-    def _begin_ahead(self, span: Span) -> None:
-        try:
-            self._ahead.append(self._begin(span))
-        except Exception as error:  # what is wrong with the next epoch is said when it is its turn, and it comes to that
-            if worker_death(error) is not None:
-                raise
 
     def _inner(self, span: Span, todo: Iterator[Task]) -> DataLoader[Any]:
         """A loader of ours that goes over the tasks; one for all epochs where the workers persist."""
@@ -249,9 +244,25 @@ class KeyedStream:
 
     loader: DataLoader[Any]
     _kept: dict[str, DataLoader[Any]] = attrs.field(factory=dict, init=False, repr=False)
+    _ahead: dict[int, Iterator[Any]] = attrs.field(factory=dict, init=False, repr=False)  # by its key, the epoch whose workers have started
 
     def fresh(self, span: Span) -> Iterable[Any]:
-        """A loader of ours for one epoch; the same one for all epochs where the workers persist."""
+        """A loader of ours for one epoch, or what it yields where its workers have started; one for all epochs where they persist."""
+        begun = self._ahead.pop(span.key(LOADER), None)
+        self._ahead.clear()
+        return _Started(self._inner(span)) if begun is None else begun
+
+    def begin_ahead(self, span: Span) -> None:
+        """Start the workers of an epoch whose turn comes next."""
+        if self.loader.num_workers and not self.loader.persistent_workers:
+            with _early():
+                self._ahead[span.key(LOADER)] = iter(_Started(self._inner(span)))
+
+    def forget(self) -> None:
+        """Let workers go whose epoch will not be read."""
+        self._ahead.clear()
+
+    def _inner(self, span: Span) -> DataLoader[Any]:
         loader, key = self.loader, span.key(LOADER)
         inner = self._kept.get("inner")
         if inner is None:
@@ -266,7 +277,7 @@ class KeyedStream:
             inner.dataset.key.fill_(key >> 1)
         if inner.generator is not None:
             inner.generator.manual_seed(key >> 1)
-        return _Started(inner)
+        return inner
 
 
 @attrs.frozen(eq=False)
@@ -279,6 +290,16 @@ class _Started:
         with held_back():
             found = iter(self.loader)
         return _named(found)
+
+
+@contextmanager
+def _early() -> Iterator[None]:
+    """What is wrong with the next epoch is said when it is its turn, if it comes to that; but not that a worker of this one has died."""
+    try:
+        yield
+    except Exception as error:
+        if worker_death(error) is not None:
+            raise
 
 
 def _named(found: Iterator[Any]) -> Iterator[Any]:

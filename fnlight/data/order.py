@@ -60,6 +60,10 @@ class Span:
         """The key of this epoch for a purpose, such as ``rng.SAMPLE``."""
         return fold_in(self.seed, purpose, self.stream, self.epoch)
 
+    def following(self) -> "Span":
+        """The epoch behind this one, from its first batch on."""
+        return attrs.evolve(self, epoch=self.epoch + 1, start=0, position=None)
+
     @property
     def order_key(self) -> int:
         """The key of the order in which this epoch reads the samples."""

@@ -86,7 +86,7 @@ def reader_of(loader: Any, shuffle: bool) -> "Listed | Held | Mapped | Stateful 
     if not isinstance(loader, DataLoader) or kind.__iter__ is not DataLoader.__iter__ or kind._get_iterator is not DataLoader._get_iterator:
         return Iterated(loader, shuffle)
     if isinstance(loader.dataset, IterableDataset):
-        return Iterated(loader, shuffle, KeyedStream(loader).fresh, loader.num_workers == 0)
+        return Iterated(loader, shuffle, KeyedStream(loader), loader.num_workers == 0)
     return Mapped(loader, KeyedLoader(loader, shuffle))
 
 
@@ -188,7 +188,7 @@ class Iterated:
     Args:
         loader: The user's loader.
         shuffle: False seeds the generators as in epoch 0.
-        fresh: What makes another loader, to be iterated instead, for every epoch.
+        stream: The same loader, made anew for every epoch, to be iterated instead.
         seeds: Whether batches are made in this process, and the generators are seeded for it.
 
     Example:
@@ -198,7 +198,7 @@ class Iterated:
 
     loader: Any
     shuffle: bool
-    fresh: Callable[[Span], Any] | None = None
+    stream: KeyedStream | None = None
     seeds: bool = True
 
     def length(self) -> int | None:
@@ -207,10 +207,20 @@ class Iterated:
 
     def epoch(self, span: Span) -> Iterator[Triple]:
         """A part of an epoch."""
-        keyed = span if self.shuffle else attrs.evolve(span, epoch=0)
-        found = _seeded(self.loader if self.fresh is None else self.fresh(keyed), keyed.key(LOADER), 0, self.seeds)
+        keyed, stream = self._keyed(span), self.stream
+        found = _seeded(self.loader if stream is None else stream.fresh(keyed), keyed.key(LOADER), 0, self.seeds)
         _skip(found, span, self.loader)
-        yield from _looking_ahead(found, span, self.loader)
+        if stream is None or not span.ahead:
+            yield from _looking_ahead(found, span, self.loader)
+            return
+        try:
+            yield from _looking_ahead(found, span, self.loader, end=lambda: stream.begin_ahead(self._keyed(span.following())))
+        except BaseException:  # the run is over, or broken
+            stream.forget()
+            raise
+
+    def _keyed(self, span: Span) -> Span:
+        return span if self.shuffle else attrs.evolve(span, epoch=0)
 
 
 @attrs.frozen(eq=False)
@@ -300,8 +310,10 @@ def _skip(found: Iterator[Any], span: Span, loader: Any) -> None:
     check_start(span, sum(1 for _ in itertools.islice(found, span.start)), loader)
 
 
-def _looking_ahead(found: Iterator[Any], span: Span, loader: Any, mark: Callable[[], None] = lambda: None) -> Iterator[Triple]:
-    """Batches of which the last is known by reading one ahead; `mark` is called before that."""
+def _looking_ahead(
+    found: Iterator[Any], span: Span, loader: Any, mark: Callable[[], None] = lambda: None, end: Callable[[], None] = lambda: None
+) -> Iterator[Triple]:
+    """Batches of which the last is known by reading one ahead; `mark` is called before that, `end` behind the last one read."""
     number, stop = span.start, span.stop
     batch = _END if number == stop else next(found, _END)
     if batch is _END and number == 0:
@@ -310,6 +322,8 @@ def _looking_ahead(found: Iterator[Any], span: Span, loader: Any, mark: Callable
         number += 1
         mark()
         after = _END if number == stop else next(found, _END)
+        if after is _END:
+            end()
         yield batch, num_samples(batch), after is _END
         batch, after = after, None
 

@@ -68,9 +68,9 @@ class Source:
         limit: Batches an epoch at most (int), or a fraction of them in 0..1 (float).
         shuffle: False takes a shuffled dataset in its own order, and anything random as in epoch 0.
         device: Where batches are moved to, without waiting; None or the CPU leaves them as they are.
-        ahead: True starts the workers of the next epoch when those of the one before have no more to begin, so that its first batch need not
-            be waited for; a number does so for epochs below it only, False for none. It changes no batch. Only a map-style ``DataLoader``
-            whose workers do not persist has such.
+        ahead: True starts the workers of the next epoch when those of the one before have no more to begin, or where they read a stream, when
+            it has ended, so that its first batch need not be waited for; a number does so for epochs below it only, False for none. It
+            changes no batch. Only a ``DataLoader`` whose workers do not persist has such.
         share: A rank's share of the data; None reads all of it.
 
     Raises:

@@ -167,6 +167,45 @@ def test_several_updates_in_one_call_are_those_updates_one_by_one(accumulate: in
     assert means[1] == pytest.approx(sum(m["grad_norm"] for m in first) / 3)
 
 
+def test_a_function_that_holds_something_is_no_part_of_a_graph() -> None:
+    """What it holds may be another thing in the next step, so such a metric is computed without a graph, which a warning says."""
+
+    def told(model: nn.Module, batch: Any) -> Any:
+        loss, _ = train_step(model, batch)
+        size = len(batch[1])
+        return loss, {"each": fl.Cat(loss.total.detach()[None], lambda totals: totals.sum() / size)}
+
+    task = fl.Task(model_of(), told, configure_optimizers=task_of().configure_optimizers)
+    step = fl.pipe(task.train_step, fl.grad(), fl.apply(), fl.compile("trace"), fl.stop_when(fl.max_steps(2)))
+    with pytest.warns(fl.CompileWarning, match="Cat whose function holds nothing"):
+        found = [metrics for _, metrics in fl.run(step, fl.TrainState.create(task, seed=0), batches_of((6, 3)))]
+    assert len(found) == 2
+
+
+def test_each_update_of_a_call_is_told_apart_by_a_metric_that_collects() -> None:
+    """`Cat` holds the values of all updates in their order, `Last` that of the last one, beside the mean of a plain number."""
+
+    def told(model: nn.Module, batch: Any) -> Any:
+        loss, _ = train_step(model, batch)
+        value = loss.total / loss.weight
+        both = fl.Cat((value.detach()[None], value.detach()[None] + 1), lambda a, b: (b - a).sum())
+        return value, {"each": fl.Cat(value.detach()[None]), "both": both, "last": fl.Last(value.detach()), "mean": value.detach()}
+
+    task = fl.Task(model_of(), told, configure_optimizers=task_of().configure_optimizers)
+    ways = []
+    for parts in ((), (fl.compile("trace", unroll=4),)):
+        step = fl.pipe(task.train_step, fl.grad(), fl.apply(), *parts, fl.stop_when(fl.max_steps(8)))
+        ways.append([metrics for _, metrics in fl.run(step, fl.TrainState.create(task, seed=0), batches_of((6,) * 8))])
+    one, four = ways
+    assert (len(one), len(four)) == (8, 2)
+    for call, of_call in zip(four, (one[:4], one[4:]), strict=True):
+        each = [float(metrics["mean"]) for metrics in of_call]
+        assert call["each"].compute().tolist() == each
+        assert float(call["both"].compute()) == pytest.approx(4)
+        assert float(call["last"].compute()) == each[-1]
+        assert float(call["mean"].compute()) == pytest.approx(sum(each) / 4, rel=1e-5)
+
+
 @pytest.mark.parametrize("steps", [4, 7, 11])
 def test_max_steps_is_exact_with_several_updates_in_a_call(steps: int) -> None:
     """The last call takes fewer; the place in the data is behind what was taken, so a run that goes on is one that never stopped."""

@@ -152,3 +152,49 @@ class Pairs(Numbers):
 
     def __getitem__(self, index: int) -> Any:
         return (torch.tensor([float(index), torch.rand(()).item()]),)
+
+
+class Stream(torch.utils.data.IterableDataset[Any]):
+    """Numbers with a draw each, as many for every worker."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __iter__(self) -> Any:
+        return (number + torch.rand(1) for number in range(self.length))
+
+
+def stream_of(length: int, **options: Any) -> DataLoader[Any]:
+    return DataLoader(Stream(length), batch_size=2, **{**WORKERS, **options})
+
+
+@pytest.mark.filterwarnings("ignore::fnlight.errors.LoaderWarning")  # a stream is skipped by reading it
+@pytest.mark.parametrize(
+    ("start", "options"), [((0, 0), {}), ((1, 1), {}), ((0, 0), {"persistent_workers": True}), ((0, 0), {"num_workers": 0})]
+)
+def test_a_stream_yields_what_it_does_where_workers_start_late(start: tuple[int, int], options: dict[str, Any]) -> None:
+    """Also from within an epoch on, with workers that persist, and with none."""
+    if not options.get("num_workers", 2):
+        options = {**options, "multiprocessing_context": None}
+    at = state_at(seed=5, epoch=start[0], batch=start[1])
+    early, late = (values(batches(Source(stream_of(6, **options), ahead=ahead), at), 15) for ahead in (True, False))
+    assert early == late
+    assert {item[1] for item in early} >= {start[0] + 1, start[0] + 2}
+    assert early[0][0] != early[6 - start[1]][0]  # another epoch draws other numbers
+
+
+def test_workers_of_a_stream_are_there_when_its_last_batch_is_handed_out() -> None:
+    """They start while the last step, the evaluation and the checkpoint are under way; none beyond the last epoch."""
+    items = batches(Source(stream_of(6), ahead=2), state_at())
+    counts = [(item.epoch, item.last, alive()) for item in islice(items, 12)]
+    assert [count for _, last, count in counts if last] == [2, 0]  # those of the ended epoch are gone
+    items.close()  # pyright: ignore[reportAttributeAccessIssue]  # a generator
+
+
+@pytest.mark.parametrize("count", [5, 6, 7])
+def test_a_run_over_a_stream_that_stops_leaves_no_worker(count: int) -> None:
+    """At the last batch of an epoch, where the next one's workers have started, and beside it."""
+    step = pipe(lambda model, batch: model(torch.ones(2, 4)).square().mean(), grad(), apply(), stop_when(max_steps(count)))
+    *_, (state, _) = run(step, TrainState.create(tiny_task()), Source(stream_of(6)))
+    assert state.progress.step == count
+    assert alive() == 0
