@@ -65,8 +65,8 @@ def evaluate(
         {'mean': 0.75}
     """
     fn = step_of(state, "eval_step", eval_step)
-    with isolated(state.device):
-        found = evaluate_sources(state, sources_of(loader, state.device, limit, state.store.place), fn, weights, signals)
+    with isolated(state.device), nullcontext() if (place := state.store.place) is None else place.everyone.waiting("in an evaluation"):
+        found = evaluate_sources(state, sources_of(loader, state.device, limit, place), fn, weights, signals)
     return {name: value for name, value in found.items() if not isinstance(value, MEDIA)}
 
 
@@ -270,12 +270,10 @@ def average_of(store: Store, weights: str | None) -> dict[str, Tensor]:
 
 
 def _tensors_of(tree: Any, bare: bool) -> dict[str, Tensor] | None:
-    if not isinstance(tree, dict):
-        return None
-    nested = tree.get("weights")
+    nested = tree.get("weights") if isinstance(tree, dict) else None
     if isinstance(nested, dict):
         return nested
-    return tree if (tree or bare) and all(isinstance(value, Tensor) for value in tree.values()) else None
+    return tree if isinstance(tree, dict) and (tree or bare) and all(isinstance(t, Tensor) for t in tree.values()) else None
 
 
 def predict(
@@ -324,7 +322,7 @@ def predict(
         module = state.module() if place is None else place.copy(store.module, {})
         store = Store(module, type(store.optim)(None), {weights: store.memory[weights]} if weights in store.memory else {}, place)
     average_of(store, weights)
-    world = None if place is None else place.world
+    world = place and place.world
     if place is not None:
         place.sync(store)
     source = sources_of(loader, state.device, limit, place)[""]
@@ -365,21 +363,22 @@ def _predictions(
 ) -> Iterator[Any]:
     batches = source.epoch(key, 0) if signals is None else signals.until(source.epoch(key, 0))
     i, every = (0, 1) if world is None else (1 + world.rank - world.size, world.size)
-    while True:
-        with isolated(store.device):  # around each batch: the caller's code runs in between
-            item = next(batches, None)
-            if item is None:
-                return None if signals is None else signals.check()
-            i += every
-            seed_generators(fold_in(key, i), store.device)
-            with inference(store, weights) as module:
-                stands_in = item[0].__class__ is Part
-                out = fn(module, item[0].batch if stands_in else item[0])
-            store.end_step()
-        del item
-        if not stands_in:
-            yield out
-        del out
+    with nullcontext() if world is None else world.waiting("in a prediction"):
+        while True:
+            with isolated(store.device):  # around each batch: the caller's code runs in between
+                item = next(batches, None)
+                if item is None:
+                    return None if signals is None else signals.check()
+                i += every
+                seed_generators(fold_in(key, i), store.device)
+                with inference(store, weights) as module:
+                    stands_in = item[0].__class__ is Part
+                    out = fn(module, item[0].batch if stands_in else item[0])
+                store.end_step()
+            del item
+            if not stands_in:
+                yield out
+            del out
 
 
 def collect(outputs: Iterable[Any]) -> list[Any]:
@@ -396,5 +395,6 @@ def collect(outputs: Iterable[Any]) -> list[Any]:
         [tensor([1.])]
     """
     mine, world = [map_tensors(lambda t: t.cpu(), out) for out in outputs], outputs.world if isinstance(outputs, Outputs) else None
-    turns = zip_longest(*([mine] if world is None else world.gather(mine)), fillvalue=_NOTHING)
+    with nullcontext() if world is None else world.waiting("behind a prediction"):
+        turns = zip_longest(*([mine] if world is None else world.gather(mine)), fillvalue=_NOTHING)
     return [out for turn in turns for out in turn if out is not _NOTHING]

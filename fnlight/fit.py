@@ -21,7 +21,7 @@ from fnlight.device import default_device
 from fnlight.errors import BrokenCheckpointError, CheckpointWarning, ConfigError
 from fnlight.fp8 import to_fp8
 from fnlight.loop import run
-from fnlight.parallel import alone, check_same, ddp, join, placed_on
+from fnlight.parallel import World, alone, check_same, ddp, join, placed_on
 from fnlight.preflight import preflight
 from fnlight.signals import Signals
 from fnlight.state import TrainState
@@ -78,14 +78,15 @@ def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
 def _together(state: TrainState, config: FitConfig, train: Source) -> Iterator[tuple[TrainState, Any, bool]]:
     """The state on all ranks that train together, the placement, and whether the state may be donated."""
     place, donate = state.store.place, config.donate
-    with join() if config.parallel == "auto" and place is None else nullcontext() as world:
-        world = world if place is None else place.everyone
-        if world is not None and world.size > 1:
+    before = World() if place is None else place.everyone
+    with join() if config.parallel == "auto" and place is None else nullcontext(before) as world:
+        if world.size > 1:
             own = isinstance(train.loader, Sharded)
             samples = None if own else length_of(getattr(train.loader, "dataset", None))
-            check_same(world, state, batches=None if own else train.num_batches, samples=samples, config=text_of(config))
-        if place is None and world is not None and world.size > 1:
-            state, donate = placed_on(ddp(), state if donate else state.copy()), True
+            with world.waiting("before the first step"):
+                check_same(world, state, batches=None if own else train.num_batches, samples=samples, config=text_of(config))
+                if place is None:
+                    state, donate = placed_on(ddp(), state if donate else state.copy()), True
         yield state, state.store.place, donate
 
 

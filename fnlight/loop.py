@@ -117,7 +117,9 @@ def _run(
                 yield state, metrics
             return state
     except BaseException as failure:
-        error = worker_death(failure) or (store.place and store.place.everyone.lost(failure, state.progress.step)) or failure
+        error = (
+            worker_death(failure) or (store.place and store.place.everyone.lost(failure, f"behind step {state.progress.step}")) or failure
+        )
         if error is failure:
             raise
         raise error from failure

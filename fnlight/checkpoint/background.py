@@ -4,6 +4,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from fnlight.signals import worker_death
+
 
 class Background:
     """Runs a job beside the training; never two at a time, and none is ever queued.
@@ -31,15 +33,22 @@ class Background:
     def begin(self, job: Callable[[], Any]) -> None:
         """Start a job; the one before it must have been waited for."""
         assert self.idle, "two jobs at a time"
-        thread = threading.Thread(target=self._run, args=(job,), name="fnlight save", daemon=False)
+        jobs = [job]  # whoever takes it out does it
+        thread = threading.Thread(target=self._run, args=(jobs,), name="fnlight save", daemon=False)
         try:
             thread.start()
-        except RuntimeError:  # no more threads: it is done at once, which takes longer but loses nothing
-            self._run(job)
-        else:
-            self._thread = thread
+        except BaseException as error:  # no more threads, or a signal's handler has raised, before or behind the start
+            self._run(jobs)  # it takes longer but loses nothing
+            if not isinstance(error, RuntimeError) or thread.ident is not None or worker_death(error) is not None:
+                raise
+        finally:
+            self._thread = None if thread.ident is None else thread
 
-    def _run(self, job: Callable[[], Any]) -> None:
+    def _run(self, jobs: list[Callable[[], Any]]) -> None:
+        try:
+            job = jobs.pop()
+        except IndexError:
+            return
         try:
             job()
         except BaseException as error:  # noqa: BLE001  # raised again by wait()

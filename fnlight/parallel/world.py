@@ -85,13 +85,25 @@ class World:
         distributed.all_gather(parts, padded, group=self.group)
         return [unpack(part[: int(size)].cpu().numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
-    def lost(self, error: BaseException, step: int) -> ParallelError | None:
+    @contextmanager
+    def waiting(self, where: str) -> Iterator[None]:
+        """Say of an error of torch's network what it says of the others: that they were waited for in vain, and where."""
+        try:
+            yield
+        except RuntimeError as error:
+            lost = self.lost(error, where)
+            if lost is None:
+                raise
+            raise lost from error
+
+    def lost(self, error: BaseException, where: str) -> ParallelError | None:
         """What an error of torch says of the others: that they were waited for in vain. None if it is about something else."""
         text = str(error).strip()
-        if not isinstance(error, RuntimeError) or not (isinstance(error, distributed.DistError) or _SILENCE.search(text)):
+        known = isinstance(error, RuntimeError) and not isinstance(error, ParallelError)
+        if not known or not (isinstance(error, distributed.DistError) or _SILENCE.search(text)):
             return None
         return ParallelError(
-            f"rank {self.rank} of {self.size} has waited in vain for the others behind step {step} ({text.splitlines()[0][:300]}): one of them has "
+            f"rank {self.rank} of {self.size} has waited in vain for the others {where} ({text.splitlines()[0][:300]}): one of them has "
             "ended, stands still or cannot be reached; look for the first error among the ranks. Started again with resume=True, the run goes on "
             "from its newest checkpoint"
         )
@@ -277,7 +289,8 @@ def join(*, backend: str | None = None, timeout: float | None = None, sleep: Cal
         return
     _enter(named, backend, timeout)
     yield named
-    distributed.barrier()  # a process that leaves early would look like one that died
+    with named.waiting("at the end"):
+        distributed.barrier()  # a process that leaves early would look like one that died
     distributed.destroy_process_group()
     # The threads of gloo outlive their group where DDP has held it. What they let go of behind the last collective takes the interpreter, and an
     # interpreter that has ended by then aborts the process.

@@ -1,5 +1,8 @@
 """Staging: what is copied is what was there, whatever is written over it afterwards."""
 
+import threading
+
+import pytest
 import torch
 
 from fnlight.checkpoint.background import Background
@@ -47,3 +50,27 @@ def test_a_job_is_done_at_once_where_no_thread_can_be_started(monkeypatch) -> No
 
 def _refuse(_):
     raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("behind", [True, False], ids=["behind the start", "before it"])
+def test_a_job_is_done_once_where_a_signal_is_raised_in_the_middle_of_its_start(monkeypatch, behind) -> None:
+    """torch raises in a signal's handler that a worker has died: the error comes through, and two do not write into one folder."""
+    start, go_on = threading.Thread.start, threading.Event()
+
+    def interrupted(thread):
+        if behind:
+            start(thread)
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    def job():
+        go_on.wait(10) if behind else None
+        done.append(1)
+
+    monkeypatch.setattr("threading.Thread.start", interrupted)
+    done, background = [], Background()
+    with pytest.raises(RuntimeError, match="is killed by signal"):
+        background.begin(job)
+    assert background.idle is not behind
+    go_on.set()
+    assert background.wait()
+    assert done == [1]

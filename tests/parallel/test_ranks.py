@@ -1,13 +1,16 @@
 """Ranks that do not fit together are refused, what must happen at one step does, and there are other ways to train together."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from fnlight.errors import ConfigError
 from fnlight.parallel import Pulse, World, ddp, diloco, exact_ranks
-from tests.parallel.launch import ran
+from tests.parallel.launch import ROOT, ran
 from tests.parallel.things import exact
 from tests.parallel.trajectories import numbers, task
 
@@ -47,6 +50,18 @@ def test_what_does_not_fit_is_refused_on_all_ranks(what, says, found):
     """Every rank says what is wrong, and what to do; none waits for another."""
     for each in found:
         assert says in each["refused"][what]
+
+
+def test_a_rank_that_is_waited_for_in_vain_is_named_wherever_that_is():
+    """Beside the steps of a run, which say so themselves: before the first of them, in an evaluation, behind a prediction, and at the end."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "tests/parallel/waiting.py"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    places = {"start": "before the first step", "evaluation": "in an evaluation", "prediction": "behind a prediction", "end": "at the end"}
+    said = json.loads(done.stdout)
+    assert said.keys() == places.keys()
+    for place, where in places.items():
+        assert said[place].startswith(f"ParallelError: rank 0 of 2 has waited in vain for the others {where} ("), said[place]
 
 
 def test_what_one_rank_learns_happens_on_all_at_one_step(found):

@@ -42,8 +42,8 @@ def test_processes_that_were_not_told_where_to_meet_are_told_so(monkeypatch):
 def test_what_torch_says_of_the_others_is_told_apart_from_other_errors():
     """An error of a backend is that nobody answers; whatever else is raised in a step stays what it is."""
     for text in ("[gloo/transport/tcp/pair.cc] Connection closed by peer [::1]:1", "NCCL error: remote process exited"):
-        found = World(1, 2).lost(RuntimeError(text), 7)
+        found = World(1, 2).lost(RuntimeError(text), "behind step 7")
         assert "rank 1 of 2 has waited in vain for the others behind step 7" in str(found)
         assert text in str(found)
-    assert World(1, 2).lost(RuntimeError("shapes do not fit"), 7) is None
-    assert World(1, 2).lost(ValueError("gloo"), 7) is None
+    assert World(1, 2).lost(RuntimeError("shapes do not fit"), "behind step 7") is None
+    assert World(1, 2).lost(ValueError("gloo"), "behind step 7") is None
