@@ -29,7 +29,7 @@ from fnlight.when import Tick, condition, epochs, steps
 Decay = float | Callable[[int], float]
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class _Warmup:
     """What `ema_warmup` gives."""
 

@@ -97,7 +97,7 @@ def _alone(state: TrainState) -> TrainState:
     return state
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class _Window:
     """A copy of a state, and the history and the item of each step since then."""
 

@@ -329,7 +329,7 @@ def predict(
     return Outputs(_predictions(store, fold_in(state.seed, PREDICT), source, fn, weights, signals, world), world)
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Outputs:
     """What `predict` gives: an iterator of the outputs of this process.
 

@@ -49,7 +49,7 @@ def collect_garbage(every: Callable[[Tick], bool] = steps(100) | epochs(1)) -> C
     return Combinator("collect_garbage", wrap, "step", "step", args=f"every={every}", start=start)
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class _Kept:
     """How Python collected before a run; None and False where a run around this one has seen to it."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Host:
     """The host of eager steps; `fnlight.compile` puts its own there.
 

@@ -61,7 +61,7 @@ def manual(init: Callable[[Store], Any] | None = None, *, key: str = "manual", g
     return Combinator("manual", wrap, "kernel", "step", args=label, key=key, init=init, phase="update", group=group)
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class ByHand:
     """A `Step` of a function that changes the store, with the counting around it.
 

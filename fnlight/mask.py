@@ -82,7 +82,7 @@ def masks(optimizer: Any) -> bool:
     return known and all(group.get("fused") and not group.get("momentum") for group in optimizer.param_groups)
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Buffers:
     """Buffers as they stood before a step that may be left out; made by `buffers_before`.
 

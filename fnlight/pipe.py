@@ -24,7 +24,7 @@ _SAYS = {
 }
 
 
-@attrs.frozen(eq=False, init=False)
+@attrs.frozen(eq=False, init=False, repr=False)
 class Phase:
     """One of several losses that take turns, each with its own optimizer; a value in the mapping that is a task's ``train_step``.
 
@@ -59,7 +59,7 @@ class Phase:
         return self.train_step(model, batch)
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Turn:
     """A phase as `apply` is given it.
 

@@ -117,7 +117,7 @@ def _alone(step: Any, state: TrainState, batch: Any, recorder: "Recorder") -> An
     return found
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Recorder:
     """What records traces; it lies in the resources of a run, which close it however the run ends.
 

@@ -76,7 +76,7 @@ def recompute(*patterns: str) -> Combinator:
     return combinator
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class _Part:
     """A module that is run again, with the modules in it that have buffers."""
 
@@ -153,7 +153,7 @@ def _watching(part: _Part, changed: list[tuple[nn.Module, str, Tensor]]) -> Iter
             changed.append((m, name, copy))
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class _AsBefore:
     """The buffers as the first pass found them, for a second one whose writes are dropped."""
 

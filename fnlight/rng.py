@@ -84,7 +84,7 @@ def seed_generators(key: int, device: torch.device | None = None) -> None:
         _device_generator(extra).manual_seed(key >> 1)  # signed 64 bits
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class _Whole:
     """The random numbers of an accelerator that has no list of generators, such as MPS, behind a generator's methods."""
 

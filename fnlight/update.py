@@ -166,7 +166,7 @@ def apply() -> Combinator:
     return Combinator("apply", wrap, "grad", "step", phase="update")
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Update:
     """A `Step` in two parts: a kernel, which changes tensors of the store and nothing else, and the counting around it.
 
@@ -233,7 +233,7 @@ class Update:
         return Update(followed, (*self.reads, *reads))
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Turns:
     """A `Step` in which several optimizers take their turns.
 

@@ -30,7 +30,7 @@ NAME = ".lock"
 _WITHOUT = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Lock:
     """A lock that is held; made by `hold`.
 

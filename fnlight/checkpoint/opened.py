@@ -15,7 +15,7 @@ from fnlight.checkpoint.tensors import as_listed
 from fnlight.errors import BrokenCheckpointError
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Opened:
     """A checkpoint whose manifest and digests hold.
 

@@ -32,7 +32,7 @@ def describe(tensor: Tensor) -> list[Any]:
     return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class Chunks:
     """The bytes of a safetensors file, which can be gone over again; made by `chunks`.
 

@@ -19,7 +19,7 @@ Tensors = Mapping[str, Mapping[str, Tensor]]
 """By file, names to tensors."""
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class Parts:
     """What one rank writes, and what all of them know; made by `parts_of`.
 

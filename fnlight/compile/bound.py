@@ -16,7 +16,7 @@ _CHANGES = ("params", "lr", "initial_lr")  # what a graph takes as inputs, or ha
 _PLAIN = (bool, int, float, str, type(None))
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Bound:
     """One store, looked through once: from step to step it is only checked.
 

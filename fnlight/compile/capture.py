@@ -19,7 +19,7 @@ def _capture_on_cuda(fn: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], N
     return graph.replay, found
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Captured:
     """A function of a list of tensors that is captured the second time it is called; the first time warms up, and is an update too.
 

@@ -100,7 +100,7 @@ def _compiled_model(loss_fn: Any) -> Any:
     return compiled
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Unrolled:
     """A `Step` of several updates, which one graph takes in one call.
 

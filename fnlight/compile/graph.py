@@ -27,7 +27,7 @@ _FOR_COMPILERS = {"fused": False, "foreach": False, "capturable": True}
 _ABSENT: Any = object()
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Graph:
     """A kernel ``(store, batches, key) -> metrics`` that is one graph where it can be, and the eager kernel where it cannot.
 

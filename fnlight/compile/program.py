@@ -15,7 +15,7 @@ from fnlight.rng import fold_in
 from fnlight.state import Progress, Store
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Program:
     """A graph that can be called.
 

@@ -11,7 +11,7 @@ from fnlight.compile.shadow import UnsettledError, UntraceableError, WantedError
 from fnlight.state import Store
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Duties:
     """What the host does around one update of a graph.
 
@@ -30,7 +30,7 @@ class Duties:
     conditions: list[Callable[[Store], bool]] = attrs.field(factory=list)
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Recorder:
     """Takes the place of `fnlight.host.Host` in a shadow; one for each update of a call.
 

@@ -60,7 +60,7 @@ def reseed(keys: Sequence[int], update: int, parts: Sequence[int], device: torch
     seed_generators(fold_in(keys[update], *parts), device)
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Traced:
     """A graph with what is needed to call it.
 
@@ -85,7 +85,7 @@ class Traced:
         return {name: _filled(value, tensors) for name, value in self.metrics.items()}
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class _Place:
     """Where a result of the graph goes."""
 
@@ -102,7 +102,7 @@ def _filled(value: Any, tensors: Sequence[Tensor]) -> Any:
     return value
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Call:
     """What is traced.
 

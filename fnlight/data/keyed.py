@@ -51,7 +51,7 @@ _OPTIONS = (
 )
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class KeyedLoader:
     """A map-style ``DataLoader``, read in keyed order and from any batch on.
 
@@ -136,7 +136,7 @@ class KeyedLoader:
         return inner
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class _Begun:
     """An epoch whose workers have started: its batches, and what is noted of those that were handed out."""
 
@@ -160,7 +160,7 @@ def _marked(todo: Iterator[Todo], marks: Marks) -> Iterator[Task]:
         now = after
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class _Feed:
     """The sampler of a loader of ours; what it gives is set anew for every epoch."""
 
@@ -170,7 +170,7 @@ class _Feed:
         return iter(self.tasks or ())
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class _Keyed:
     """The user's dataset, read by tasks; workers may get it pickled, so it lies at the top of its module."""
 
@@ -227,7 +227,7 @@ def _draws(dataset: Any) -> bool:
     return type(dataset) not in _DRAW_NOTHING
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class KeyedStream:
     """A ``DataLoader`` over an ``IterableDataset``, whose workers begin with keyed generators.
 
@@ -280,7 +280,7 @@ class KeyedStream:
         return inner
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class _Started:
     """A loader of ours whose workers are started while signals are held back, and are named when they die."""
 
@@ -325,7 +325,7 @@ class _Sown(IterableDataset[Any]):
         return iter(self.dataset)
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class _Begin:
     """What a worker does first: follow its parent into death, leave signals to it, show the user's own dataset to ``worker_init_fn`` and ``get_worker_info``."""
 

@@ -27,7 +27,7 @@ def permutation(key: int, count: int) -> "Tensor | Permutation":
     return torch.randperm(count, generator=_generator(key)) if count <= _WHOLE else Permutation.of(key, count)
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Permutation:
     """A permutation that is computed where it is looked at, so that it takes neither time nor memory to begin far behind.
 

@@ -113,7 +113,7 @@ def nothing(loader: Any, epoch: int) -> LoaderError:
     return LoaderError(f"the {kind} yielded no batch in epoch {epoch}; expected at least one: check where the data is read")
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Listed:
     """Batches in memory.
 
@@ -144,7 +144,7 @@ class Listed:
             yield batch, num_samples(batch), i == final
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Mapped:
     """A map-style ``DataLoader``.
 
@@ -181,7 +181,7 @@ class Mapped:
             raise nothing(self.loader, span.epoch)
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Iterated:
     """Anything that can be iterated.
 
@@ -223,7 +223,7 @@ class Iterated:
         return span if self.shuffle else attrs.evolve(span, epoch=0)
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Stateful:
     """A loader that keeps its own place.
 

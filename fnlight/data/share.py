@@ -15,7 +15,7 @@ Triple = tuple[Any, int, bool]
 """A batch, its samples, and whether the epoch ends with it."""
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Share:
     """A rank's share of the data.
 
@@ -91,7 +91,7 @@ class Share:
                 return
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Sharded:
     """A loader that gives every rank batches of its own; made by `sharded`.
 

@@ -239,7 +239,7 @@ def _child(loader: Any, shuffle: bool, share: Share | None) -> Source:
     return attrs.evolve(loader, shuffle=loader.shuffle and shuffle, share=share) if loader.share is not share or not shuffle else loader
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class _Joined:
     """The reader of several loaders at once."""
 

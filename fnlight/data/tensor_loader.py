@@ -137,7 +137,7 @@ def _check_rows(tensors: Any) -> None:
         )
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Held:
     """The reader of a `TensorLoader`.
 

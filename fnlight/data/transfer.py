@@ -70,7 +70,7 @@ def moved(node: Any, device: torch.device, copy: Callable[[Tensor], Tensor] | No
     return map_tensors(lambda tensor: moved(tensor, device, copy), node)
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Streams:
     """What a `Lane` needs of a CUDA device.
 
@@ -103,7 +103,7 @@ class Streams:
             tensor.record_stream(here)
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Buffers:
     """Pinned memory for one batch, and the event behind the last copy out of it.
 

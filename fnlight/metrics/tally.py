@@ -29,7 +29,7 @@ _NEUTRAL = {"Max": -math.inf, "Min": math.inf}  # what nothing comes to; it is n
 _STACK = 256  # pending steps after which their scalars are stacked on the device: bounded memory without a host sync
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Tally:
     """Metrics of many steps, kept where they are and merged only when somebody reads.
 
@@ -202,7 +202,7 @@ def _by_turns(known: AbstractSet[str], names: AbstractSet[str]) -> bool:
     return "" not in changed and not any(_phase(name) in changed for name in known & names)
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class _Block:
     """Plain scalars of many steps in one tensor, shape [names, steps]: what there mostly is, stacked and copied at once."""
 

@@ -22,7 +22,7 @@ _NUMBERS = (float, int)
 _Call = Callable[[], None]
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Group:
     """A parameter group, and the memory of its parameters.
 
@@ -63,7 +63,7 @@ class Group:
             torch._foreach_add_(steps, 1)
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Bound:
     """An optimizer whose parameters and memory have been looked up; made by `bind`.
 

@@ -117,7 +117,7 @@ def _grouped(named: Mapping[str, Tensor], held: Mapping[str, Options], labels: M
     return list(groups.values())
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class _Scaled:
     """A factor of what an option was before."""
 

@@ -13,7 +13,7 @@ from fnlight.protocols import Gradients
 _BUCKET = 25 * 2**20  # bytes of gradients that travel together: what torch takes
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Apart:
     """The placement of one attempt at a group of batches: nothing travels until this rank has all of its gradients, and `done` agrees.
 

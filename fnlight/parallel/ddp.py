@@ -225,7 +225,7 @@ class Replicated:
         return dict(tensors)
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class _Rest:
     """What a loss function gave besides the tensor to go backward from; no container, so that torch looks for no tensors in it."""
 

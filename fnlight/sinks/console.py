@@ -134,7 +134,7 @@ class _Bar:
         self.live.stop()
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class _Run:
     """What the console knows between opening and closing."""
 
