@@ -9,7 +9,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import reduce
+from functools import partial, reduce
 from types import FunctionType
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.fx.node import has_side_effect
 
 from fnlight.compile.recorder import Duties, Recorder
 from fnlight.compile.shadow import UnsettledError, UntraceableError, WantedError, changes, shadow, swapped
+from fnlight.compile.twins import twin_of
 from fnlight.gradients import join_metrics
 from fnlight.metrics import Cat, Last, Max, Mean, Min, Sum
 from fnlight.rng import NOISE, fold_in, seed_generators
@@ -236,6 +237,9 @@ def _given(call: Call, rates: Sequence[Any]) -> list[Any]:
 def _update(call: Call, new: Mapping[int, Tensor], lrs: Sequence[Any], batches: Any, number: int, host: Any) -> Mapping[str, Any]:
     before, after = (shadow(call.store, call.reads, new, lrs, call.options) for _ in range(2))
     after.seed, after.host = _seeding(number, call.store.device), host
+    twin = twin_of(after.optim.optimizer) if call.options else None
+    if twin is not None:
+        after.optim.optimizer.step = partial(twin, after.optim.optimizer)
     tables = [m._buffers for m in call.store.module.modules()]
     were = [dict(table) for table in tables]
     counts = _exact_counts(after.optim.optimizer) if call.options else []

@@ -36,11 +36,12 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "Adamax": partial(torch.optim.Adamax, lr=1e-2),
     "ASGD": partial(torch.optim.ASGD, lr=1e-2),
     "Rprop": partial(torch.optim.Rprop, lr=1e-3),
+    "Adafactor": partial(torch.optim.Adafactor, lr=1e-2, weight_decay=0.1),
 }
-UNTRACED = {"RAdam", "ASGD"}
-"""Those whose eager form decides by a step count in a tensor; compilers get their capturable form."""
-COMPILED = ("SGD with momentum", "AdamW", "RAdam")
-"""One of each kind: a plain buffer, two moments, and counts in the exponent."""
+UNTRACED = {"RAdam", "ASGD", "Adafactor"}
+"""Those whose eager form decides by a count or a norm in a tensor; compilers get their capturable form, or one of our own."""
+COMPILED = ("SGD with momentum", "AdamW", "RAdam", "Adafactor")
+"""One of each kind: a plain buffer, two moments, counts in the exponent, and products of rows and columns."""
 
 
 def train_step(model: nn.Module, batch: Any) -> Any:
