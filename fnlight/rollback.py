@@ -14,6 +14,7 @@ from fnlight.combinator import Combinator
 from fnlight.data import Item
 from fnlight.errors import CheckpointError, ConfigError, FaultWarning, NonFiniteError
 from fnlight.saving import Saver
+from fnlight.shards import local
 from fnlight.state import Progress, TrainState
 from fnlight.watch import first_bad, no_losses, note
 from fnlight.when import Tick, condition, steps
@@ -29,6 +30,8 @@ def rollback(dir: str | os.PathLike[str], every: Callable[[Tick], bool] = steps(
     it is: the batches since that checkpoint are left out, and `progress.skipped` counts their steps, as it does for other steps that are
     left out; so the random numbers are others, too. All of this is a function of the checkpoint and of the place in the data: a run that
     is killed at any instant and resumed goes back at the same step, and ends bitwise where it would have.
+
+    Of several ranks all go back, whichever has found something, to a checkpoint that all of them must be able to read.
 
     Each time there is a `FaultWarning`, and the metrics of that step count in no mean. ``state.memory["rollback"]`` counts how often it happened in all (``total``), and in a row to one
     checkpoint (``row``).
@@ -58,7 +61,7 @@ def rollback(dir: str | os.PathLike[str], every: Callable[[Tick], bool] = steps(
 
     def checked(state: TrainState) -> TrainState:
         tree = state.store.memory["rollback"]
-        trouble = _trouble(state, first_bad(tree))
+        trouble = _first(state.store.place, _trouble(state, first_bad(tree)))
         tree.update(no_losses())
         return state if trouble is None else _back(state, path, trouble, max_consecutive)
 
@@ -74,15 +77,15 @@ def rollback(dir: str | os.PathLike[str], every: Callable[[Tick], bool] = steps(
 
     return Combinator(
         "rollback", wrap, "step", "step", args=f"{path!r}, every={every}, max_consecutive={max_consecutive}",
-        init=lambda store: {**no_losses(), "to": -1, "row": 0, "total": 0}, phase="update", start=_alone,
+        init=lambda store: {**no_losses(), "to": -1, "row": 0, "total": 0}, phase="update",
         finish=lambda before, state: checked(state), fits=_fits,
     )  # fmt: skip
 
 
-def _alone(state: TrainState) -> TrainState:
-    if state.store.place is not None:
-        raise ConfigError("rollback works in one process: of several, each would have to find the same step; leave it out")
-    return state
+def _first(place: Any, found: Any) -> Any:
+    """What the first of all ranks has found, if one has; where this process is alone, what it has."""
+    ranks = [found] if place is None else place.everyone.gather(found)
+    return next((each for each in ranks if each is not None), None)
 
 
 def _fits(combinators: tuple[Combinator, ...]) -> str | None:
@@ -98,10 +101,10 @@ def _trouble(state: TrainState, place: _Place | None) -> str | None:
     """What is not finite: a loss since the last look, or else a parameter; None if nothing is."""
     if place is not None:
         return f"the loss was NaN or infinite at step {place[0]} (in epoch {place[1]}, up to its batch {place[2]})"
-    params = [p.detach() for p in state.store.params if p.numel()]
+    params = [mine for p in state.store.params if (mine := local(p.detach())).numel()]
     if not params or bool(torch.isfinite(torch.stack([norm.float().to(state.device) for norm in torch._foreach_norm(params)])).all()):
         return None
-    bad = [name for name, p in state.store.named.items() if not bool(torch.isfinite(p).all())]
+    bad = [name for name, p in state.store.named.items() if not bool(torch.isfinite(local(p)).all())]
     return f"by step {state.progress.step}, NaN or infinite: {', '.join(bad[:8])}{f' and {len(bad) - 8} more' if len(bad) > 8 else ''}"
 
 
@@ -110,7 +113,7 @@ def _back(state: TrainState, dir: str, trouble: str, most: int) -> TrainState:
     for held in store.resources.values():
         if isinstance(held, Saver):
             held.settle()
-    found = newest(dir)
+    found = _first(store.place, newest(dir) if store.place is None or store.place.writes else None)
     if found is None:
         raise NonFiniteError(
             f"{trouble}, and {dir} holds no sound checkpoint to go back to; save the first one earlier, as with checkpoint_every(..., initial=True)"

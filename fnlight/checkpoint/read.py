@@ -141,7 +141,8 @@ def refill(path: Path, state: TrainState) -> TrainState:
         >>> after.store is state.store, bool((after.params["weight"] == 7.0).any())
         (True, False)
     """
-    opened = open_checkpoint(path, hold=True)
+    place = state.live.place
+    opened = open_checkpoint(path, hold=place is None, ranks=None if place is None else place.everyone)
     store = state.donated()
     times = store.times
     found, _ = _fill(state, Lent(), opened, frozenset(), None)

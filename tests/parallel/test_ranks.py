@@ -11,7 +11,7 @@ import torch
 from fnlight.errors import ConfigError
 from fnlight.parallel import Pulse, World, ddp, diloco, exact_ranks
 from tests.parallel.launch import ROOT, ran
-from tests.parallel.things import exact
+from tests.parallel.things import exact, gone_back
 from tests.parallel.trajectories import numbers, task
 
 
@@ -37,7 +37,6 @@ def found(tmp_path_factory):
         ("norms", "sync_batchnorm=True) cannot be had"),
         ("continuous", "all ranks must save at the same steps"),
         ("bundle", "debug_bundle works in one process"),
-        ("rollback", "rollback works in one process"),
         ("carry", "carry keeps what belongs to the samples of one process"),
         ("cache", "grad_cache takes the loss of all samples of a step at once"),
         ("predict", "predict(signals=...) is for one process"),
@@ -84,6 +83,19 @@ def test_each_rank_computes_its_part_of_a_batch(found):
 def test_a_checkpoint_holds_the_metrics_of_all_ranks(found):
     """A run that goes on in the middle of an epoch has the history of one that was never interrupted, bitwise."""
     assert [each["kept"] for each in found] == [[True, 4]] * 2
+
+
+def test_what_one_rank_has_brings_all_of_them_back(found, tmp_path):
+    """A loss that is no number on one of them: all go back to the same checkpoint, whatever they hold of it, and end where one process does."""
+    weights, *rest = dict(gone_back(tmp_path, ("ddp",)))["ddp"]
+    assert rest[1] > 0
+    assert len(rest[2]) == 3  # once an epoch
+    for each in found:
+        for placed in ("ddp", "fsdp"):
+            mine, *others = each["gone back"][placed]
+            assert others == rest
+            for name, values in weights.items():
+                assert mine[name] == pytest.approx(values, rel=1e-5, abs=1e-6)
 
 
 def test_gradients_may_travel_in_other_ways(found):

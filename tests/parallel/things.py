@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fnlight as fl
 from fnlight.data import num_samples
+from fnlight.shards import is_sharded
 from tests.parallel.trajectories import STEPS, measured, numbers, plain, task, tensors
 
 
@@ -57,7 +59,6 @@ def refused(world, folder):
     yield "continuous", said(lambda: fitted(dir=Path(folder, "never"), save_every=fl.continuous))
     bundles = {"dir": Path(folder, "never"), "debug_bundle": True, "save_every": fl.at_end}
     yield "bundle", said(lambda: fitted(**bundles))
-    yield "rollback", said(lambda: fitted(dir=Path(folder, "never"), nonfinite="rollback"))
     for name, step in (
         ("carry", (plain, fl.grad(), fl.carry(lambda model, batch: None))),
         ("cache", (embed, fl.grad_cache(lambda found: found.sum(), 2))),
@@ -125,6 +126,22 @@ def kept(folder):
     return [dict(r.metrics) for r in again.history] == [dict(r.metrics) for r in fitted().history], state.progress.step
 
 
+def gone_back(folder, places=("ddp", "fsdp")):
+    """A run back from a sample that is no number, which one of the ranks has, however the model lies on them."""
+    x, y = tensors(24)
+    x[7] = torch.nan
+    data = DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True)
+    for name in places:
+        place = fl.parallel.fsdp() if name == "fsdp" else None
+        options = {"dir": f"{folder}/back {name}", "nonfinite": "rollback", "save_every": fl.steps(2), "max_epochs": 3, "ema": 0.9}
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            state = fitted(data, place=place, **options)
+        said = [str(w.message).split(" back to ")[0] for w in told if w.category is fl.FaultWarning]
+        whole = {name: p.full_tensor() if is_sharded(p) else p for name, p in state.params.items()}
+        yield name, [numbers(whole), state.progress.step, state.progress.skipped, said]
+
+
 def others():
     """Other ways for gradients to travel, or not to."""
     for name, place in (("bf16", fl.parallel.ddp(comm_hook="bf16")), ("buckets", fl.parallel.ddp(bucket_cap_mb=0.001, static_graph=True))):
@@ -154,6 +171,7 @@ def main(what, folder):
                 "refused": dict(refused(world, folder)),
                 "agreed": dict(agreed(world)),
                 "kept": kept(folder),
+                "gone back": dict(gone_back(folder)),
                 "others": dict(others()),
             }
     Path(folder, f"{world.rank}.json").write_text(json.dumps(found))

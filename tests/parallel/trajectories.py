@@ -19,7 +19,6 @@ LEFT_OUT = {
     "grad_cache": "its loss is that of all samples at once",
     "compile": "hooks of ranks are in no graph, so it goes on without one",
     "debug_bundle": "it is about failures",
-    "rollback": "it works in one process, and is refused in several",
     "exact_ranks": "its two parts are fewer than the ranks; that it does not depend on them, bitwise, is a test of its own",
     "diloco": "it is for ranks that train by themselves",
     "profile": "it is about time",
