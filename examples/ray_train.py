@@ -2,7 +2,7 @@
 
     python examples/ray_train.py
 
-It needs ``pip install "ray[train]"``.
+It needs ``pip install "fnlight[ray]"``.
 Expected last line: ``2 workers, loss 0.0``, or close to it.
 """
 
