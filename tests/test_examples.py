@@ -167,6 +167,6 @@ def test_a_training_survives_a_process_that_is_killed(tmp_path: Path) -> None:
 def test_ray_trains_as_well(tmp_path: Path) -> None:
     """Two workers of Ray Train, where Ray is there."""
     if importlib.util.find_spec("ray") is None:
-        pytest.skip("needs Ray: pip install \"fnlight[ray]\"")
+        pytest.skip('needs Ray: pip install "fnlight[ray]"')
     lines = lines_of("ray_train", tmp_path, warns="ignore")  # Ray warns of itself
     assert number_in(lines[-1], r"2 workers, loss (\d+\.\d)") < 0.3

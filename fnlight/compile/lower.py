@@ -1,12 +1,13 @@
 """From a graph of a whole update to machine code, by torch's own compiler."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from fnlight.compile.products import by_onednn, prefers_onednn, with_onednn
 from fnlight.compile.shadow import UntraceableError
 from fnlight.rng import isolated, seed_generators
 
@@ -57,8 +58,13 @@ def lower(graph: fx.GraphModule, example: Sequence[Tensor], cache_dir: str | Non
                 _allow_non_fake_inputs=True,
             )(*inputs)
         _without_aliases(values)
+        others = on_cpu and prefers_onednn()
+        if on_cpu:
+            _once(values)
+        if others:
+            by_onednn(values)
         try:
-            with tracing(TracingContext(fake)), _writes_before_reads():
+            with tracing(TracingContext(fake)), _writes_before_reads(), with_onednn() if others else nullcontext():
                 made: Any = compile_fx_inner(values, inputs, cpp_wrapper=on_cpu)
         except InductorError as error:
             raise UntraceableError(f"torch's compiler fails at it with {str(error).splitlines()[0]}") from error
@@ -101,6 +107,7 @@ def _say_what_norms_write(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
+_POWERS = {torch.ops.aten.pow.Scalar, torch.ops.aten.pow.Tensor_Scalar, torch.ops.aten.pow.Tensor_Tensor}
 _ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
 
@@ -110,6 +117,25 @@ def _without_aliases(graph: fx.GraphModule) -> None:
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def _once(graph: fx.GraphModule) -> None:
+    """Let a number that a power is part of be computed once: torch's compiler would do so for each vector of a tensor that it is used with."""
+    heavy: set[fx.Node] = set()
+    for node in list(graph.graph.nodes):
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, Tensor) or value.dim():
+            continue
+        if node.target in _POWERS or any(each in heavy for each in node.all_input_nodes):
+            heavy.add(node)
+            users = [user for user in node.users if isinstance(each := user.meta.get("val"), Tensor) and each.dim()]
+            if users:
+                with graph.graph.inserting_after(node):
+                    done = graph.graph.call_function(torch.ops._inductor_test.realize.default, (node,))
+                done.meta.update(node.meta)
+                for user in users:
+                    user.replace_input_with(node, done)
     graph.recompile()
 
 

@@ -1,0 +1,98 @@
+"""Large products of matrices on a CPU, by the library that has the faster ones there."""
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+_LEAST = 1 << 21  # multiplications from which on a call of oneDNN is worth what it costs
+_NARROW = 8  # rows and columns below which it is not
+
+
+def prefers_onednn(cpuinfo: str | None = None) -> bool:
+    """Whether products of matrices in float32 are better left to oneDNN.
+
+    MKL, which torch calls, has kernels of 256 bits for processors of AMD, of whatever width theirs are. On those with AVX-512, oneDNN's take
+    half the time. It is a rule, not a measurement, so that a program computes the same bits every time.
+
+    Args:
+        cpuinfo: What the system says of the processor; None asks it.
+
+    Returns:
+        True on such a processor.
+
+    Example:
+        >>> prefers_onednn("vendor_id : GenuineIntel")
+        False
+    """
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    where = Path("/proc/cpuinfo")
+    said = cpuinfo if cpuinfo is not None else where.read_text(encoding="utf-8", errors="replace") if where.exists() else ""
+    return "AuthenticAMD" in said
+
+
+def by_onednn(graph: fx.GraphModule) -> None:
+    """Let oneDNN compute the large products of a graph.
+
+    Args:
+        graph: Changed in place; its nodes know their values (``meta["val"]``).
+
+    Example:
+        >>> from torch.fx.experimental.proxy_tensor import make_fx
+        >>> graph = make_fx(lambda a, b: a @ b, tracing_mode="fake")(torch.zeros(256, 128), torch.zeros(128, 64))
+        >>> by_onednn(graph)
+        >>> [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        ['aten.permute.default', 'mkldnn._linear_pointwise.default']
+    """
+    aten, nodes = torch.ops.aten, graph.graph
+    for node in list(nodes.nodes):
+        if node.op != "call_function" or node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
+            continue
+        *bias, a, b = node.args
+        if not _is_large(a.meta["val"], b.meta["val"]) or (bias and bias[0].meta["val"].dim() != 1):
+            continue
+        with nodes.inserting_before(node):
+            turned = nodes.call_function(aten.permute.default, (b, [1, 0]))
+            turned.meta["val"] = b.meta["val"].t()
+            done = nodes.call_function(_linear(), (a, turned, bias[0] if bias else None, "none", [], ""))
+        done.meta.update(node.meta)
+        node.replace_all_uses_with(done)
+        nodes.erase_node(node)
+    graph.recompile()
+
+
+def _is_large(a: Tensor, b: Tensor) -> bool:
+    (m, k), n = a.shape, b.shape[1]
+    return a.dtype == b.dtype == torch.float32 and m * k * n >= _LEAST and min(m, k, n) >= _NARROW
+
+
+def _linear() -> Any:
+    return torch.ops.mkldnn._linear_pointwise.default
+
+
+@contextmanager
+def with_onednn() -> Iterator[None]:
+    """Let torch's compiler take such products also where no factor is a constant, which it is in inference only.
+
+    Example:
+        >>> with with_onednn():
+        ...     pass
+    """
+    from torch._inductor.ir import TensorBox
+    from torch._inductor.lowering import lowerings
+    from torch._inductor.mkldnn_ir import LinearUnary
+
+    importlib.import_module("torch._inductor.mkldnn_lowerings")  # torch's own way, which would come later otherwise
+    before = lowerings[_linear()]
+    lowerings[_linear()] = lambda *args: TensorBox.create(LinearUnary.create(*args))
+    try:
+        yield
+    finally:
+        lowerings[_linear()] = before
