@@ -94,7 +94,7 @@ def _chosen(steps: Any) -> Callable[[TrainState, Any], bool]:
 
     def fires(state: TrainState, batch: Any) -> bool:
         before, item = state.progress, batch if batch.__class__ is Item else Item.of(batch, state=state)
-        return due(Tick(before, before.after(item, True, before.updates)))
+        return due(Tick(before, before.after(item, 1, 0, before.updates)))
 
     return fires
 

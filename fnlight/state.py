@@ -56,12 +56,12 @@ class Progress:
     skipped: int = 0
     updates: Mapping[str, int] = attrs.field(factory=dict, hash=False)
 
-    def after(self, item: Any, made: bool, updates: Mapping[str, int]) -> "Progress":
-        """The progress once an `Item` is consumed; where no update was made, it is counted as skipped and no step is."""
+    def after(self, item: Any, made: int, skipped: int, updates: Mapping[str, int]) -> "Progress":
+        """The progress once an `Item` is consumed by so many updates; those that were skipped count as no steps."""
         batch, seconds = (0 if item.last else item.batch), self.seconds + item.seconds
         known = self.epoch_samples or not self.batch  # an old checkpoint does not say
         done = self.epoch_samples + item.samples if known and not item.last else 0
-        step, skipped, samples = self.step + made, self.skipped + (not made), self.samples + item.samples
+        step, skipped, samples = self.step + made, self.skipped + skipped, self.samples + item.samples
         return Progress(step, item.epoch + item.last, batch, samples, seconds, done, skipped, updates)
 
 
@@ -342,15 +342,15 @@ class TrainState:
         store.skipped = False
         return store
 
-    def advanced(self, item: Any, updates: Mapping[str, int] | None = None) -> "TrainState":
-        """The state once an `Item` is consumed and the store written: one step, its batches and samples further; it donates this one."""
+    def advanced(self, item: Any, updates: Mapping[str, int] | None = None, made: int = 1, skipped: int = 0) -> "TrainState":
+        """The state once an `Item` is consumed and the store written: its steps, batches and samples further; it donates this one."""
         p, store = self.progress, self.store
         if store.version != self.version + 1:  # where it is, `donated` was called for this step
             store = self.live
         store.version = self.version + 2
         store.end_step()
         store.position, store.media = item.position, None
-        after = p.after(item, not store.skipped, p.updates if updates is None else updates)
+        after = p.after(item, made - store.skipped, skipped + store.skipped, p.updates if updates is None else updates)
         return TrainState(self.task, after, self.seed, self.history, None, store, store.version)
 
     def recorded(self, metrics: Mapping[str, float]) -> "TrainState":

@@ -209,7 +209,7 @@ class Update:
                 p.grad = None
         store.end_step()
         store.position, store.media = item.position, None
-        after = progress.after(item, not store.skipped, progress.updates)
+        after = progress.after(item, 1 - store.skipped, int(store.skipped), progress.updates)
         return TrainState(state.task, after, state.seed, state.history, None, store, store.version), metrics
 
     def then(self, fn: Callable[[Store], None], *reads: str) -> "Update":
@@ -254,7 +254,7 @@ class Turns:
         item, before = Item.of(batch, state=state), state.progress
         key, store = state.key, state.donated()
         updates, metrics, made = dict(before.updates), dict[str, Any](), list[bool]()
-        tick = Tick(before, before.after(item, True, updates))
+        tick = Tick(before, before.after(item, 1, 0, updates))
         for i, (name, turn) in enumerate(self.turns.items()):
             if turn.every is None or turn.every(tick):
                 batches = item.batches if turn.group is None else item.batches[: group_at(turn.group, item.epoch)]

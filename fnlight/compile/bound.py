@@ -120,14 +120,18 @@ def described(node: Any, tensors: list[Tensor] | None = None) -> Any:
     """
     kind = node.__class__
     if kind is Tensor:
-        if tensors is not None:
-            tensors.append(node)
-        return node.shape, node.dtype, node.device, node.stride()
+        return _shape(node, tensors)
     if kind is tuple or kind is list:
-        return tuple([described(each, tensors) for each in node])
+        return tuple([_shape(each, tensors) if each.__class__ is Tensor else described(each, tensors) for each in node])
     if node is None or kind in _PLAIN:
         return node
     return tuple([(path, _leaf(node, leaf, tensors)) for path, leaf in leaves(node)])
+
+
+def _shape(tensor: Tensor, tensors: list[Tensor] | None) -> Any:
+    if tensors is not None:
+        tensors.append(tensor)
+    return tensor.shape, tensor.dtype, tensor.device, tensor.stride()
 
 
 def _leaf(node: Any, leaf: Any, tensors: list[Tensor] | None) -> Any:

@@ -1,6 +1,6 @@
 """`compile`: a step whose whole kernel, from the forward pass to the averaged weights, is one graph."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any, Literal
 
@@ -130,16 +130,12 @@ class Unrolled:
         if found is None:
             found, done, skipped = self._one_by_one(state, store, updates)
         store.skipped = False
-        after = state.advanced(item)
-        if done != 1 or skipped:
-            at = state.progress
-            after = attrs.evolve(after, progress=attrs.evolve(after.progress, step=at.step + done, skipped=at.skipped + skipped))
-        return after, found
+        return state.advanced(item, made=done, skipped=skipped), found
 
     def _at_once(self, state: TrainState, store: Store, updates: list[Any]) -> Mapping[str, Any] | None:
         ahead = [_ahead(state.progress, i, 0) for i in range(len(updates))]
-        rates = [_rates(state, store, at) for at in ahead]
-        return self.graph.take(store, updates, [_key(state, at) for at in ahead], rates, ahead)
+        rates = [_rates(state, store, at) for at in ahead] if store.optim.scheduled else [_rates(state, store, ahead[0])] * len(ahead)
+        return self.graph.take(store, updates, _Keys(state, ahead), rates, ahead)
 
     def _one_by_one(self, state: TrainState, store: Store, updates: list[Any]) -> tuple[Mapping[str, Any], int, int]:
         """What is left at the end of an epoch, and what has no graph; some of it may be skipped."""
@@ -173,6 +169,20 @@ def _ahead(at: Progress, steps: int, skipped: int) -> Progress:
 def _key(state: TrainState, at: Progress) -> int:
     key = fold_in(state.seed, TRAIN, at.step)
     return fold_in(key, SKIPPED + at.skipped) if at.skipped else key
+
+
+@attrs.frozen(eq=False, repr=False)
+class _Keys(Sequence[int]):
+    """The key of each update, computed when it is asked for: a graph that draws nothing needs none, and a compiled one the first."""
+
+    state: TrainState
+    ahead: list[Progress]
+
+    def __len__(self) -> int:
+        return len(self.ahead)
+
+    def __getitem__(self, update: Any) -> Any:
+        return _key(self.state, self.ahead[update])
 
 
 def _rates(state: TrainState, store: Store, at: Progress) -> list[Any]:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, reduce
+from operator import itemgetter
 from types import FunctionType
 from typing import Any
 
@@ -80,10 +81,13 @@ class Traced:
     metrics: dict[str, Any]
     duties: Sequence[Duties] = ()
     draws: bool = True
+    _makers: list[tuple[str, Callable[[Sequence[Tensor]], Any]]] = attrs.field(
+        init=False, default=attrs.Factory(lambda self: [(name, _maker(value)) for name, value in self.metrics.items()], takes_self=True)
+    )
 
     def results(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
         """The metrics of all updates of the call, merged, from what the graph gave."""
-        return {name: _filled(value, tensors) for name, value in self.metrics.items()}
+        return {name: make(tensors) for name, make in self._makers}
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -93,14 +97,18 @@ class _Place:
     number: int
 
 
-def _filled(value: Any, tensors: Sequence[Tensor]) -> Any:
-    if value.__class__ is _Place:
-        return tensors[value.number]
-    if value.__class__ in _MONOIDS:
-        return value.__class__(*(_filled(getattr(value, field.name), tensors) for field in attrs.fields(value.__class__)))
-    if value.__class__ is tuple:
-        return tuple(_filled(part, tensors) for part in value)
-    return value
+def _maker(value: Any) -> Callable[[Sequence[Tensor]], Any]:
+    """What makes a value of the results of a graph."""
+    kind = value.__class__
+    if kind is _Place:
+        return itemgetter(value.number)
+    if kind is tuple:
+        parts = [_maker(part) for part in value]
+        return lambda tensors: tuple([part(tensors) for part in parts])
+    if kind in _MONOIDS:
+        fields = [_maker(getattr(value, field.name)) for field in attrs.fields(kind)]
+        return lambda tensors: kind(*[field(tensors) for field in fields])
+    return lambda tensors: value
 
 
 @attrs.frozen(eq=False, repr=False)
