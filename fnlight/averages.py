@@ -174,7 +174,9 @@ def swa(start: int, every: Callable[[Tick], bool] = epochs(1), name: str = "swa"
 
 
 def _floating(store: Store) -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in store.named.items() if p.is_floating_point()}
+    found = {n: p.detach().clone() for n, p in store.named.items() if p.is_floating_point()}
+    store.end_step()  # on a lazy device a copy shares memory until then, and the next step would take it away
+    return found
 
 
 def _towards(averages: Mapping[str, Tensor], named: Mapping[str, Tensor], fraction: float | Tensor) -> None:

@@ -168,9 +168,9 @@ class Store:
         self.settle()
         memo: dict[int, Any] = {}
         module = copied(self.module, memo) if self.place is None else self.place.copy(self.module, memo)
-        optim = copy.deepcopy(self.optims if self.phases else self.optim, memo)
-        twin = Store(module, optim, copy.deepcopy(self.memory, memo), self.place)
+        twin = Store(module, copy.deepcopy(self.optims if self.phases else self.optim, memo), copy.deepcopy(self.memory, memo), self.place)
         twin.times = self.times.copy()
+        twin.end_step()  # on a lazy device a copy shares memory until then, and a step would take it away
         return twin
 
 

@@ -31,6 +31,7 @@ from fnlight import (
     run,
     save,
     steps,
+    swa,
     update,
     warmup_cosine,
 )
@@ -49,6 +50,20 @@ LEFT_OUT = ("recurrent net", *(() if os.environ.get("FNLIGHT_XLA") == "all" else
 def sgd(model):
     """What makes no gradient larger than it is."""
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+
+
+def test_what_is_copied_outlives_what_it_was_copied_from():
+    """A state, and averages that begin as its parameters: both are read, the run goes on, and they can be read again."""
+    step = pipe(tiny_task().train_step, grad(), apply(), swa(start=0, every=steps(1)))
+    state = TrainState.create(tiny_task(), seed=0, place=parallel.xla())
+    kept, seen = state.copy(), []
+    before = {name: value.cpu() for name, value in kept.params.items()}
+    for state, _ in run(step, state, tiny_batches(), donate=True):
+        seen.append({name: value.cpu() for name, value in state.memory["swa"]["weights"].items()})
+        if state.progress.step == 3:
+            break
+    assert_trees_equal({name: value.cpu() for name, value in kept.params.items()}, before)
+    assert any(not torch.equal(seen[0][name], seen[2][name]) for name in before)
 
 
 def without_dropout(case):
