@@ -57,14 +57,16 @@ def ends(monkeypatch):
 
 @pytest.mark.parametrize("name", ["mlp with BatchNorm and dropout", "two optimizers", "a step by hand"])
 def test_a_lazy_device_is_told_of_the_end_of_every_step(name, ends):
-    """One optimizer, several, or a step by hand: once a step, however many batches it has."""
+    """One optimizer, several, or a step by hand: once a step, however many batches it has; and once behind a copy of a state."""
     case = TASKS[name]
     task = case.make()
     step = task.train_step if case.kind == "whole" else pipe(task.train_step, grad(), apply())
-    for state, _ in run(step, TrainState.create(task), case.batches()):
+    for state, _ in run(step, TrainState.create(task), case.batches(), donate=True):
         assert ends == ["cpu"] * state.progress.step
         if state.progress.step == 4:
             break
+    state.copy()
+    assert len(ends) == 5
 
 
 def test_a_lazy_device_is_told_of_the_end_of_every_batch_of_an_evaluation(ends):
