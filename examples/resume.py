@@ -3,7 +3,8 @@
     python examples/resume.py
 
 Three processes train with shuffling, dropout, augmentation and averaged weights: one without interruption; one that is killed by
-the operating system at step 137; and one that goes on from the newest checkpoint that the killed one left, that of step 120.
+the operating system at step 137; and one that goes on from the newest checkpoint that the killed one left: that of step 120, or that of
+step 100 where the disk was slow and the kill came while the one of step 120 was still being written behind the training.
 
 Expected last line: ``bitwise equal after kill -9 at step 137: True``
 """

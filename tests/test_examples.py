@@ -70,7 +70,7 @@ def test_a_killed_training_ends_in_the_same_bits(tmp_path: Path) -> None:
     lines = lines_of("resume", tmp_path)
     assert lines[-1] == "bitwise equal after kill -9 at step 137: True"
     assert "status -9" in lines[0]
-    assert "step=120" in lines[0]
+    assert re.search("step=1[02]0,", lines[0]), "the newest save, or the one before if the kill met it half written"
     assert not list(tmp_path.iterdir())
 
 
