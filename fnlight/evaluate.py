@@ -116,8 +116,7 @@ def evaluate_sources(
         ...     evaluate_sources(state, sources_of([torch.ones(2)], state.device), lambda model, batch: {"n": batch.sum()}, None)
         {'n': 2.0}
     """
-    found: dict[str, Any] = {}
-    place = state.store.place
+    found, place = dict[str, Any](), state.store.place
     with inference(state.live, weights) as module, nullcontext() if signals is None else signals.together(place is not None):
         if place is not None:
             place.sync(state.store)
@@ -194,6 +193,7 @@ def inference(store: Store, weights: str | None = None) -> Iterator[nn.Module]:
         >>> store.module.training
         True
     """
+    store.spent = None  # there is room for what is evaluated
     module, modes = store.module, [(m, m.training) for m in store.module.modules()]
     average = weights_to_use(store.optims.values(), module) if weights is None else average_of(store, weights)
     targets = named_tensors(module) if average else {}

@@ -134,8 +134,8 @@ def _run(
 
 
 def _release(store: Store, error: BaseException | None) -> None:
-    """Close what a run holds open, the last first, whatever the others raise."""
-    held, store.resources = store.resources, {}
+    """Close what a run holds open, the last first, whatever the others raise; gradients are let go."""
+    held, store.resources, store.spent = store.resources, {}, None
     with ExitStack() as stack:
         for resource in held.values():
             stack.callback(resource.close, error)

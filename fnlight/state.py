@@ -85,19 +85,19 @@ class Store:
 
     __slots__ = (
         "back", "bound", "device", "end_step", "host", "media", "memory", "module", "named", "optim", "owner", "params", "phases", "place",
-        "position", "progress", "resources", "scale", "seed", "skipped", "times", "until", "version",
+        "position", "progress", "resources", "scale", "seed", "skipped", "spent", "times", "until", "version",
     )  # fmt: skip
 
     def __init__(self, module: nn.Module, optim: Optim | Mapping[str, Optim], memory: dict[str, Any], place: Any = None) -> None:
-        self.module, self.memory = module, memory
+        self.module, self.memory, self.place = module, memory, place
         self.optim = Optim(None) if isinstance(optim, Mapping) else optim
-        self.place = place
         self.bound: Any = None  # what the placement keeps for this very module, such as hooks; neither copied nor saved
         self.version = 0
         self.back = -1  # the version of the state that went back to an earlier one, for those that look at it on the same tick
         self.owner: Any = None  # the pipe whose combinators have their memory here
         self.position: Callable[[], Any] | None = None  # where a loader that keeps its own position stands
         self.skipped = False  # whether the last step left out its update, and the host knows
+        self.spent: Any = None  # the last step's gradients until the next begins: freed at its end, their pages would go back to the system
         self.progress = Progress()  # what was completed before the step that is under way
         self.until: int | None = None  # the completed steps at which the run that is under way ends at the latest, if that is known
         self.scale: Tensor | None = None  # what a loss is multiplied by before it goes backward

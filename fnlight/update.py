@@ -199,12 +199,14 @@ class Update:
             key = fold_in(key, SKIPPED + progress.skipped)
         store.skipped, store.progress = False, progress
         store.version += 2  # from here on the input is donated, whatever happens
+        store.spent = None
         try:
             metrics = self.kernel(store, item.batches, key)
         except NonFiniteError as error:
             error.add_note(f"at step {progress.step + 1}, in epoch {item.epoch}, up to its batch {item.batch}")
             raise
         finally:
+            store.spent = [p.grad for p in store.params]
             for p in store.params:
                 p.grad = None
         store.end_step()
@@ -348,7 +350,9 @@ def pure(step: Any) -> Any:
 
     def pure_step(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
         with isolated(state.device):
-            return step(state.copy(), batch)
+            after, metrics = step(state.copy(), batch)
+        after.store.spent = None
+        return after, metrics
 
     return pure_step
 

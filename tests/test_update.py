@@ -1,6 +1,7 @@
 """The combinators of a step compute what a hand-written loop computes."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from torch.nn import functional as F
 
 from fnlight.averages import ema
 from fnlight.clip import clip_norm, clip_value
+from fnlight.combinator import Combinator
 from fnlight.data import Item
 from fnlight.errors import ConfigError, DonatedStateError, OptimizerError, StepError
+from fnlight.evaluate import evaluate
+from fnlight.loop import run
 from fnlight.metrics import Mean
 from fnlight.optim import Optim
 from fnlight.pipe import pipe
@@ -104,6 +108,34 @@ def test_a_step_that_fails_half_way_is_not_readable_either():
     with pytest.raises(RuntimeError, match="out of luck"):
         update(fresh := created(failing, model=nn.BatchNorm1d(3)), data())
     assert fresh.buffers["num_batches_tracked"] == 0
+
+
+def test_gradients_are_gone_as_soon_as_their_place_is_needed():
+    """Nobody sees them behind a step; what holds their memory lets go of it before the next, an evaluation, or the end of a run."""
+    made = []
+
+    def noted(grad_fn):
+        def fn(store, batch, key):
+            assert not any(ref() is not None for ref in made), "gradients of the step before"
+            found = grad_fn(store, batch, key)
+            made.append(weakref.ref(found.values[0]))
+            return found
+
+        return fn
+
+    step = pipe(loss_fn, grad(), Combinator("noted", noted, "grad", "grad"), apply())
+    state, _ = pure(step)(created(), data())
+    assert made[-1]() is None
+    for _ in range(3):
+        state, _ = step(state, data())
+        assert all(p.grad is None for p in state.store.params)
+        assert made[-1]() is not None
+    held = evaluate(state, [data()], eval_step=lambda model, batch: {"held": torch.tensor(float(made[-1]() is not None))})
+    assert held == {"held": 0.0}
+    for _state, _ in run(step, state, [data()] * 8):
+        break
+    assert len(made) == 5
+    assert made[-1]() is None
 
 
 def test_dropout_is_a_function_of_seed_and_step():
