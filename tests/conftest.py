@@ -16,6 +16,8 @@ import fnlight  # noqa: F401  # before doctests are collected, so that `fnlight.
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 os.environ.setdefault("MPLBACKEND", "agg")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as it is behind `nohup pytest &`, where Ctrl-C is for others
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 

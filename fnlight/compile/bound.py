@@ -47,6 +47,7 @@ class Bound:
     _seen: Any = attrs.field(init=False, default=None)
     _sign: int = attrs.field(init=False, default=-1)
     _numbers: dict[Any, tuple[Tensor, list[float]]] = attrs.field(init=False, factory=dict)
+    _rates: tuple[Any, Any, list[Tensor]] = attrs.field(init=False, default=(None, None, []))
 
     def __attrs_post_init__(self) -> None:
         store, optimizer = self.store, self.store.optim.optimizer
@@ -70,6 +71,16 @@ class Bound:
             sign = (self._fixed, tuple(seen[0]), tuple(seen[1]), groups, tuple(kind for _, _, kind in seen[2]))
             self._seen, self._sign = seen, self.signs.setdefault(sign, len(self.signs))
         return self._sign
+
+    def rates(self, takes: Sequence[Sequence[bool]], rates: Sequence[Sequence[Any]]) -> list[Tensor]:
+        """The learning rates, by update and group, that a graph takes; where they are those of the last call, nothing is looked at but them."""
+        known, values, found = self._rates
+        if known is not takes or values != rates:
+            found = list[Tensor]()
+            for update, (taken, each) in enumerate(zip(takes, rates, strict=True)):
+                found += [self.number((update, group), lr) for group, (take, lr) in enumerate(zip(taken, each, strict=True)) if take]
+            self._rates = (takes, rates, found) if all(map(all, takes)) else (None, None, [])  # those in tensors are not compared
+        return found
 
     def number(self, place: Any, value: float) -> Tensor:
         """A number as a tensor, which is written only when it changes."""

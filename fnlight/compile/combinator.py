@@ -133,8 +133,8 @@ class Unrolled:
         return state.advanced(item, made=done, skipped=skipped), found
 
     def _at_once(self, state: TrainState, store: Store, updates: list[Any]) -> Mapping[str, Any] | None:
-        ahead = [_ahead(state.progress, i, 0) for i in range(len(updates))]
-        rates = [_rates(state, store, at) for at in ahead] if store.optim.scheduled else [_rates(state, store, ahead[0])] * len(ahead)
+        ahead = _Ahead(state.progress, len(updates))
+        rates = [_rates(state, store, at) for at in ahead] if store.optim.scheduled else [_rates(state, store, ahead.at)] * len(ahead)
         return self.graph.take(store, updates, _Keys(state, ahead), rates, ahead)
 
     def _one_by_one(self, state: TrainState, store: Store, updates: list[Any]) -> tuple[Mapping[str, Any], int, int]:
@@ -172,11 +172,25 @@ def _key(state: TrainState, at: Progress) -> int:
 
 
 @attrs.frozen(eq=False, repr=False)
+class _Ahead(Sequence[Progress]):
+    """The progress before each update, made when it is asked for: without schedules and stages nobody does."""
+
+    at: Progress
+    updates: int
+
+    def __len__(self) -> int:
+        return self.updates
+
+    def __getitem__(self, update: Any) -> Any:
+        return _ahead(self.at, range(self.updates)[update], 0)
+
+
+@attrs.frozen(eq=False, repr=False)
 class _Keys(Sequence[int]):
     """The key of each update, computed when it is asked for: a graph that draws nothing needs none, and a compiled one the first."""
 
     state: TrainState
-    ahead: list[Progress]
+    ahead: Sequence[Progress]
 
     def __len__(self) -> int:
         return len(self.ahead)

@@ -121,22 +121,54 @@ def _without_aliases(graph: fx.GraphModule) -> None:
 
 
 def _once(graph: fx.GraphModule) -> None:
-    """Let a number that a power is part of be computed once: torch's compiler would do so for each vector of a tensor that it is used with."""
-    heavy: set[fx.Node] = set()
-    for node in list(graph.graph.nodes):
+    """Let a number that a power is part of be computed once: torch's compiler would do so for each vector of a tensor that it is used with.
+
+    Those that follow from inputs alone, such as the bias corrections of Adam, are computed first, into one tensor of each dtype.
+    """
+    heavy, early, wanted = set[fx.Node](), dict[fx.Node, None](), dict[fx.Node, list[fx.Node]]()
+    for node in graph.graph.nodes:
         value = node.meta.get("val")
-        if node.op != "call_function" or not isinstance(value, Tensor) or value.dim():
+        if not isinstance(value, Tensor) or value.dim():
             continue
-        if node.target in _POWERS or any(each in heavy for each in node.all_input_nodes):
+        if node.op == "placeholder" or (node.all_input_nodes and all(each in early for each in node.all_input_nodes) and not _draws(node)):
+            early[node] = None
+        if node.op == "call_function" and (node.target in _POWERS or any(each in heavy for each in node.all_input_nodes)):
             heavy.add(node)
             users = [user for user in node.users if isinstance(each := user.meta.get("val"), Tensor) and each.dim()]
-            if users:
-                with graph.graph.inserting_after(node):
-                    done = graph.graph.call_function(torch.ops._inductor_test.realize.default, (node,))
-                done.meta.update(node.meta)
-                for user in users:
-                    user.replace_input_with(node, done)
+            wanted |= {node: users} if users else {}
+    at = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
+    for node in (each for each in early if each.op != "placeholder"):
+        if node is not at.next:
+            at.append(node)
+        at = node
+    together: dict[Any, list[fx.Node]] = {}
+    for node in wanted:
+        together.setdefault(node.meta["val"].dtype if node in early else node, []).append(node)
+    for nodes in together.values():
+        _realized(graph.graph, {node: wanted[node] for node in nodes}, (at if nodes[0] in early else nodes[0]).next)
     graph.recompile()
+
+
+def _draws(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _realized(graph: fx.Graph, wanted: dict[fx.Node, list[fx.Node]], at: fx.Node) -> None:
+    """Compute numbers before a node, into one tensor, and let their users read them there."""
+    aten = torch.ops.aten
+
+    def called(target: Any, *args: Any) -> fx.Node:
+        node = graph.call_function(target, args)
+        node.meta["val"] = target(*fx.map_arg(args, lambda each: each.meta["val"]))
+        return node
+
+    with graph.inserting_before(at):
+        joined = called(aten.cat.default, [called(aten.unsqueeze.default, node, 0) for node in wanted])
+        held = called(torch.ops._inductor_test.realize.default, joined)
+        for i, (node, users) in enumerate(wanted.items()):
+            number = called(aten.select.int, held, 0, i)
+            for user in users:
+                user.replace_input_with(node, number)
 
 
 @contextmanager

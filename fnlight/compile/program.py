@@ -59,9 +59,7 @@ class Program:
         self, bound: Bound, rates: Sequence[Sequence[Any]], batches: Sequence[Tensor], ahead: Sequence[Progress] = ()
     ) -> list[Tensor]:
         """What the graph takes: the tensors of the store, learning rates, numbers of stages, and the tensors of the batches."""
-        found = bound.flat[:]
-        for update, (takes, values) in enumerate(zip(self.takes, rates, strict=True)):
-            found += [bound.number((update, group), lr) for group, (take, lr) in enumerate(zip(takes, values, strict=True)) if take]
+        found = [*bound.flat, *bound.rates(self.takes, rates)]
         if self._numbers:
             found += self._given(bound, ahead)
         found += batches

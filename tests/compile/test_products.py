@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._inductor import compile_fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
@@ -79,19 +79,28 @@ def test_onednn_is_preferred_where_mkl_leaves_half_of_the_processor_idle(
     assert prefers_onednn(said) is (expected and both)
 
 
+def powers(x: Tensor, one: Tensor, two: Tensor) -> list[Tensor]:
+    """A tensor divided by two numbers that follow from counts, and multiplied by one that follows from itself."""
+    return [x / (1 - 0.9**one), x / (1 - 0.9**two), x * 0.5 ** x.mean()]
+
+
 def test_a_power_of_a_count_is_computed_once() -> None:
-    """What a tensor is divided by comes out of a loop of its own, or every vector of the tensor would compute it again."""
-    graph = make_fx(lambda x, count: [x / (1 - 0.9**count)])(torch.ones(4096), torch.tensor(3.0, dtype=torch.float64))
+    """What a tensor is divided by comes out of a loop of its own, or every vector of the tensor would compute it again; counts come first."""
+    inputs = [torch.ones(4096), torch.tensor(3.0, dtype=torch.float64), torch.tensor(4.0, dtype=torch.float64)]
+    graph = make_fx(powers)(*inputs)
     seen: list[Any] = []
 
     def keep(graph: Any, *_: Any, **__: Any) -> Any:
-        seen.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        seen.append([str(node.target).split(".")[1] for node in graph.graph.nodes if node.op == "call_function"])
         return made(graph, *_, **__)
 
     made = compile_fx.compile_fx_inner
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compile_fx, "compile_fx_inner", keep)
-        call = lower(graph, [torch.ones(4096), torch.tensor(3.0, dtype=torch.float64)])
-    assert seen == [["aten.pow.Scalar", "aten.sub.Tensor", "_inductor_test.realize.default", "aten.div.Tensor"]]
-    found = call([torch.ones(4096), torch.tensor(2.0, dtype=torch.float64)])[0]
-    assert torch.allclose(found, torch.ones(4096) / (1 - 0.9**2))
+        call = lower(graph, inputs)
+    joined = ["unsqueeze", "unsqueeze", "cat", "realize", "select", "select"]
+    alone = ["mean", "pow", "unsqueeze", "cat", "realize", "select"]
+    assert seen == [["pow", "sub", "pow", "sub", *joined, "div", "div", *alone, "mul"]]
+    x, one, two = torch.full((4096,), 3.0), torch.tensor(2.0, dtype=torch.float64), torch.tensor(5.0, dtype=torch.float64)
+    for found, wanted in zip(call([x, one, two]), powers(x, one, two), strict=True):
+        assert torch.allclose(found, wanted)
