@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fnlight.compile.products import by_onednn, prefers_onednn, with_onednn
+from fnlight.compile.products import biases_apart, by_onednn, prefers_onednn, with_onednn
 from fnlight.compile.shadow import UntraceableError
 from fnlight.rng import isolated, seed_generators
 
@@ -63,6 +63,8 @@ def lower(graph: fx.GraphModule, example: Sequence[Tensor], cache_dir: str | Non
             _once(values)
         if others:
             by_onednn(values)
+        if on_cpu:
+            biases_apart(values)
         try:
             with tracing(TracingContext(fake)), _writes_before_reads(), with_onednn() if others else nullcontext():
                 made: Any = compile_fx_inner(values, inputs, cpp_wrapper=on_cpu)

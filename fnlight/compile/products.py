@@ -1,4 +1,4 @@
-"""Large products of matrices on a CPU, by the library that has the faster ones there."""
+"""Products of matrices on a CPU: large ones by the library that has the faster ones there, biases by the loops around them."""
 
 import importlib
 from collections.abc import Iterator
@@ -63,6 +63,35 @@ def by_onednn(graph: fx.GraphModule) -> None:
             turned.meta["val"] = b.meta["val"].t()
             done = nodes.call_function(_linear(), (a, turned, bias[0] if bias else None, "none", [], ""))
         done.meta.update(node.meta)
+        node.replace_all_uses_with(done)
+        nodes.erase_node(node)
+    graph.recompile()
+
+
+def biases_apart(graph: fx.GraphModule) -> None:
+    """Let a bias be added by the loop that comes behind its product: torch copies it into every row of the result first.
+
+    Args:
+        graph: Changed in place; its nodes know their values (``meta["val"]``).
+
+    Example:
+        >>> from torch.fx.experimental.proxy_tensor import make_fx
+        >>> graph = make_fx(lambda bias, a, b: torch.addmm(bias, a, b), tracing_mode="fake")(torch.zeros(4), torch.zeros(2, 3), torch.zeros(3, 4))
+        >>> biases_apart(graph)
+        >>> [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        ['aten.mm.default', '_inductor_test.realize.default', 'aten.add.Tensor']
+    """
+    aten, nodes = torch.ops.aten, graph.graph
+    for node in list(nodes.nodes):
+        if node.target is not aten.addmm.default or node.kwargs or node.meta["val"].dtype not in (torch.float32, torch.float64):
+            continue
+        bias, a, b = node.args
+        with nodes.inserting_before(node):
+            product = nodes.call_function(aten.mm.default, (a, b))
+            held = nodes.call_function(torch.ops._inductor_test.realize.default, (product,))  # or torch's compiler would join them again
+            done = nodes.call_function(aten.add.Tensor, (held, bias))
+        for each in (product, held, done):
+            each.meta.update(node.meta)
         node.replace_all_uses_with(done)
         nodes.erase_node(node)
     graph.recompile()

@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import fnlight as fl
-from fnlight.compile.products import by_onednn, prefers_onednn
+from fnlight.compile.products import biases_apart, by_onednn, prefers_onednn
 from fnlight.testing import assert_trees_equal
 
 AMD = "vendor_id : AuthenticAMD"
@@ -75,3 +75,21 @@ def test_onednn_is_preferred_where_mkl_leaves_half_of_the_processor_idle(
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     assert prefers_onednn(said) is (expected and both)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_bias_is_added_by_the_loop_behind_its_product(dtype: torch.dtype) -> None:
+    """Where it would not be rounded once more; the numbers are those of before."""
+    given = torch.randn(10, dtype=dtype), torch.randn(32, 64, dtype=dtype), torch.randn(64, 10, dtype=dtype)
+    graph = make_fx(lambda bias, a, b: torch.addmm(bias, a, b).relu(), tracing_mode="fake")(*given)
+    biases_apart(graph)
+    called = [str(node.target).split(".")[1] for node in graph.graph.nodes if node.op == "call_function"]
+    assert called == (["addmm", "relu"] if dtype == torch.bfloat16 else ["mm", "realize", "add", "relu"])
+    torch.testing.assert_close(graph(*given), torch.addmm(*given).relu())
+
+
+def test_a_scaled_bias_stays_where_it_is() -> None:
+    """Only what a linear layer calls is taken apart."""
+    graph = make_fx(lambda bias, a, b: torch.addmm(bias, a, b, beta=0.5), tracing_mode="fake")(*map(torch.zeros, (4, (2, 3), (3, 4))))
+    biases_apart(graph)
+    assert [str(node.target) for node in graph.graph.nodes if node.op == "call_function"] == ["aten.addmm.default"]
