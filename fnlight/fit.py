@@ -112,7 +112,7 @@ def _dev_run(state: TrainState, config: FitConfig) -> FitConfig:
 def _resumed(state: TrainState, config: FitConfig, donate: bool) -> TrainState:
     """The state to go on from; whatever it is, it may be donated."""
     place = state.store.place
-    found = newest(config.dir) if config.dir is not None and (place is None or place.writes) else None
+    found = _kept(config.dir, config.resume and place is None) if config.dir is not None and (place is None or place.writes) else None
     if place is not None:
         found = place.everyone.gather(found)[0]  # one of them looks, so that all go on from the same
     if found is not None and not config.resume:
@@ -128,7 +128,7 @@ def _resumed(state: TrainState, config: FitConfig, donate: bool) -> TrainState:
                 stacklevel=3,
             )
         if resumed.stopped is None:
-            resumed.store.times.lose(_age(found))
+            resumed.store.times.lose(_age(dict(checkpoints(found)).get(resumed.progress.step, found)))
         return resumed
     broken = checkpoints(config.dir) if config.dir is not None and (place is None or place.writes) else []
     if broken:
@@ -139,9 +139,15 @@ def _resumed(state: TrainState, config: FitConfig, donate: bool) -> TrainState:
     return state if donate else state.copy()
 
 
+def _kept(dir: str, once: bool) -> str | None:
+    """What there is to go on from; to be read once, it is the directory itself, in which `restore` looks for the newest sound checkpoint."""
+    return (dir if checkpoints(dir) else None) if once else newest(dir)
+
+
 def _age(path: str) -> float:
-    """Seconds since a checkpoint was written; 0 in a remote store, which has a clock of its own."""
-    return 0.0 if "://" in path else time.time() - os.path.getmtime(os.path.join(path, STATE))
+    """Seconds since a checkpoint was written; 0 in a remote store, which has a clock of its own, and where its writer died as it replaced it."""
+    written = os.path.join(path, STATE)
+    return time.time() - os.path.getmtime(written) if os.path.exists(written) else 0.0
 
 
 def _counted(state: TrainState, train: Source, config: FitConfig) -> TrainState:

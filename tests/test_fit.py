@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fnlight.checkpoint import checkpoints, last
+from fnlight.checkpoint.folder import Folder
 from fnlight.config import FitConfig
 from fnlight.data import Loaders
 from fnlight.errors import BrokenCheckpointError, ConfigError, LoaderError, MonitorError, StepError
@@ -89,6 +90,16 @@ def test_a_run_is_resumed_where_it_stands(tmp_path):
     assert again.history == whole.history
     assert again.progress == whole.progress
     assert torch.equal(again.params["weight"], whole.params["weight"])
+
+
+def test_a_resumed_run_reads_its_checkpoint_once(tmp_path, monkeypatch):
+    """What is checked is what is loaded, and nothing is read for the digests alone."""
+    fit(created(), both(), config(max_steps=6, dir=tmp_path))
+    reads, fetch, digest = [], Folder.fetch, Folder.digest
+    monkeypatch.setattr(Folder, "fetch", lambda self, name, kind: reads.append(name) or fetch(self, name, kind))
+    monkeypatch.setattr(Folder, "digest", lambda self, name, kind: reads.append(name) or digest(self, name, kind))
+    fit(created(), both(), config(max_steps=6, dir=tmp_path, resume=True))
+    assert len(reads) == len(set(reads)) > 1
 
 
 def test_a_run_is_never_overwritten_by_another(tmp_path):
@@ -202,7 +213,7 @@ def test_a_run_whose_checkpoints_are_all_broken_is_not_started_over(tmp_path):
     manifest.write_text("{}")
     with (
         pytest.warns(UserWarning, match="passed over a broken checkpoint: .*step-00000004"),
-        pytest.raises(BrokenCheckpointError, match="none of the 1 checkpoints of .* is sound, so there is nothing to go on from"),
+        pytest.raises(BrokenCheckpointError, match="none of the 1 checkpoints in .* is sound, so there is nothing to go on from"),
     ):
         fit(created(), both(), config(max_epochs=2, dir=tmp_path, resume=True))
     assert manifest.read_text() == "{}"

@@ -12,7 +12,7 @@ from fnlight.checkpoint.bucket import Bucket
 from fnlight.checkpoint.encode import decode
 from fnlight.checkpoint.folder import Folder, cannot_write, hidden_siblings, make
 from fnlight.checkpoint.layout import physical
-from fnlight.checkpoint.manifest import FILES, belongs
+from fnlight.checkpoint.manifest import FILES, STATE, belongs
 from fnlight.checkpoint.opened import Opened, compare_all, examine, fetched
 from fnlight.checkpoint.pieces import check_parts
 from fnlight.checkpoint.retry import WAITS
@@ -159,16 +159,15 @@ def open_checkpoint(path: Path, files: tuple[str, ...] = FILES, hold: bool = Fal
     """
     folder = at(path)
     present = folder.names()
-    if any(map(belongs, present)):
-        return _open_one(folder.path, files, hold, ranks)
-    listed = checkpoints(path)
-    if listed:
+    listed = [] if STATE in present else checkpoints(path)
+    if listed:  # a run's directory, whatever else lies there, such as exported weights
         for found in _sound(path, files, hold, ranks):
             return found
         raise BrokenCheckpointError(
-            f"none of the {len(listed)} checkpoints in {folder.path} is sound, see the warnings above; restore a backup or start afresh"
+            f"none of the {len(listed)} checkpoints in {folder.path} is sound, so there is nothing to go on from, see the warnings above; look at "
+            "fl.verify(path), restore them from a copy, or start afresh in another directory"
         )
-    if hidden_of(folder):
+    if any(map(belongs, present)) or hidden_of(folder):
         return _open_one(folder.path, files, hold, ranks)
     raise CheckpointError(
         f"no checkpoint at {folder.path}: {f'it holds {present[:5]}' if folder.exists() else 'there is no such directory'}"

@@ -300,6 +300,12 @@ def test_a_run_loads_by_its_directory_or_by_that_of_its_checkpoints(run: Path) -
     assert unlike(restore(run, TrainState.create(TASK)), STATE) == []
 
 
+def test_weights_that_were_exported_into_a_run_are_no_checkpoint(run: Path) -> None:
+    """The directory of a run is one, whatever else somebody puts there."""
+    (run / "model.safetensors").write_bytes((Path(step_path(run, 1)) / "model.safetensors").read_bytes())
+    assert unlike(load(run, TASK), STATE) == []
+
+
 def test_an_old_manifest_without_a_version_is_not_guessed_at() -> None:
     """A manifest of format 0, which never was, is refused."""
     with pytest.raises(BrokenCheckpointError, match="does not begin as one of fnlight's does"):
