@@ -15,7 +15,7 @@ import attrs
 
 from fnlight.combinator import Combinator
 from fnlight.data import Item, Source, batches
-from fnlight.errors import ConfigError, Interrupted
+from fnlight.errors import ConfigError, Interrupted, LoaderError
 from fnlight.evaluate import evaluate_sources, sources_of, step_of
 from fnlight.history import Record
 from fnlight.metrics import MEDIA, Tally
@@ -194,6 +194,9 @@ def evaluate_every(
                 found = evaluate_sources(state, sources(state), fn, weights, signals)
         except Interrupted:
             return state
+        except LoaderError as error:
+            error.add_note(f"in the evaluation {name!r}, behind step {state.progress.step}")
+            raise
         tree["owed"] = False
         media = {f"{name}/{k}": v for k, v in found.items() if isinstance(v, MEDIA)}
         if media:

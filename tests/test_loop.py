@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from fnlight.averages import ema
 from fnlight.checkpoint import checkpoints, last, load
-from fnlight.errors import ConfigError
+from fnlight.errors import ConfigError, LoaderError
 from fnlight.loop import evaluate_every, log_to, run, stop_when
 from fnlight.metrics import Mean, Text
 from fnlight.pipe import pipe
@@ -139,6 +139,16 @@ def test_several_evaluations_have_names_of_their_own():
         stop_when(max_epochs(1)),
     )
     assert list(state.history[0].metrics) == ["val/a/loss", "val/b/loss", "test/loss"]
+
+
+def test_data_that_an_evaluation_used_up_is_an_error_that_says_which_evaluation():
+    """A second evaluation finds nothing; the error names it, and where the training stood."""
+    step = pipe(
+        train_step, grad(), apply(), evaluate_every(iter([torch.ones(2, 3)]), every=steps(1), name="held out"), stop_when(max_steps(3))
+    )
+    with pytest.raises(LoaderError, match="used up") as raised:
+        list(run(step, created(), [torch.ones(2, 3)]))
+    assert raised.value.__notes__ == ["in the evaluation 'held out', behind step 2"]
 
 
 def test_an_evaluation_at_the_end_happens_once():
