@@ -206,7 +206,7 @@ class Update:
             error.add_note(f"at step {progress.step + 1}, in epoch {item.epoch}, up to its batch {item.batch}")
             raise
         finally:
-            store.spent = [p.grad for p in store.params]
+            store.spent = [p.grad for p in store.params] if store.device.type == "cpu" else None
             for p in store.params:
                 p.grad = None
         store.end_step()
