@@ -97,9 +97,7 @@ class Store:
         self.owner: Any = None  # the pipe whose combinators have their memory here
         self.position: Callable[[], Any] | None = None  # where a loader that keeps its own position stands
         self.skipped = False  # whether the last step left out its update, and the host knows
-        self.spent: Any = (
-            None  # on the CPU, gradients until the next step begins: freed behind theirs, their pages would go back to the system
-        )
+        self.spent: Any = None  # on the CPU, gradients until the next step: freed before, their pages would go back to the system
         self.progress = Progress()  # what was completed before the step that is under way
         self.until: int | None = None  # the completed steps at which the run that is under way ends at the latest, if that is known
         self.scale: Tensor | None = None  # what a loss is multiplied by before it goes backward
