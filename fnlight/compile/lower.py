@@ -152,7 +152,7 @@ def _once(graph: fx.GraphModule) -> None:
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.dim():
             continue
-        if node.op == "placeholder" or (node.all_input_nodes and all(each in early for each in node.all_input_nodes) and not _draws(node)):
+        if node.op == "placeholder" or (node.all_input_nodes and all(each in early for each in node.all_input_nodes) and _is_pure(node)):
             early[node] = None
         if node.op == "call_function" and (node.target in _POWERS or any(each in heavy for each in node.all_input_nodes)):
             heavy.add(node)
@@ -171,8 +171,12 @@ def _once(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _draws(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+def _is_pure(node: fx.Node) -> bool:
+    """Whether it may be computed earlier: what is written back at the end may not, nor may what draws random numbers."""
+    target = node.target
+    return (
+        isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+    )
 
 
 def _realized(graph: fx.Graph, wanted: dict[fx.Node, list[fx.Node]], at: fx.Node) -> None:

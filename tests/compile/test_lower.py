@@ -52,3 +52,18 @@ def test_a_tensor_within_the_graph_is_given_to_machine_code_too() -> None:
     inside = torch.arange(8.0)
     call = lower(make_fx(lambda x: [x + inside])(torch.ones(8)), [torch.ones(8)])
     assert call([torch.ones(8)])[0].tolist() == (inside + 1).tolist()
+
+
+def test_a_number_is_read_before_it_is_written_back() -> None:
+    """What is computed first is not written first, where it is still read as it was."""
+
+    def decaying(x: Tensor, rate: Tensor) -> list[Tensor]:
+        out = [x * rate, x * 0.5**rate]
+        rate.copy_(0.9**rate)
+        return out
+
+    graph = make_fx(decaying)(torch.ones(64), torch.tensor(2.0))
+    x, rate = torch.ones(64), torch.tensor(3.0)
+    once, powered = lower(graph, [torch.ones(64), torch.tensor(2.0)])([x, rate])
+    assert (once[0].item(), powered[0].item()) == (3.0, 0.125)
+    assert rate.item() == pytest.approx(0.9**3)
