@@ -10,11 +10,12 @@ from fnlight.checkpoint import checkpoints, last
 from fnlight.checkpoint.folder import Folder
 from fnlight.config import FitConfig
 from fnlight.data import Loaders
-from fnlight.errors import BrokenCheckpointError, ConfigError, LoaderError, MonitorError, StepError
+from fnlight.errors import BrokenCheckpointError, CheckpointWarning, ConfigError, LoaderError, MonitorError, StepError
 from fnlight.fit import fit
 from fnlight.optim import Optim
 from fnlight.replay import plateau
 from fnlight.sinks import JSONL
+from fnlight.when import steps
 from tests.small_runs import both, config, counted, created, loader, train_step
 
 
@@ -100,6 +101,26 @@ def test_a_resumed_run_reads_its_checkpoint_once(tmp_path, monkeypatch):
     monkeypatch.setattr(Folder, "digest", lambda self, name, kind: reads.append(name) or digest(self, name, kind))
     fit(created(), both(), config(max_steps=6, dir=tmp_path, resume=True))
     assert len(reads) == len(set(reads)) > 1
+
+
+def test_a_run_goes_on_from_a_checkpoint_whose_replacement_was_cut_short(tmp_path):
+    """What its writer set aside before it died stands in for it."""
+    whole = fit(created(), both(), config(max_steps=6))
+
+    def failing(model, batch):
+        if len(seen) == 3:
+            raise RuntimeError("the power is gone")
+        seen.append(batch)
+        return train_step(model, batch)
+
+    seen = []
+    with pytest.raises(RuntimeError, match="the power is gone"):
+        fit(created(failing), both(), config(max_steps=6, dir=tmp_path, save_every=steps(1)))
+    path = tmp_path / "checkpoints" / "step-00000003"
+    path.rename(path.with_name(".step-00000003.old-0123abcd"))
+    with pytest.warns(CheckpointWarning, match="was being replaced when its writer died"):
+        again = fit(created(), both(), config(max_steps=6, dir=tmp_path, resume=True))
+    assert torch.equal(again.params["weight"], whole.params["weight"])
 
 
 def test_a_run_is_never_overwritten_by_another(tmp_path):
