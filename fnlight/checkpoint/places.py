@@ -82,6 +82,22 @@ def checkpoints(dir: Path) -> list[tuple[int, str]]:
     return sorted((int(name.removeprefix("step-")), folder.child(name).path) for name in names)
 
 
+def is_run(path: Path) -> bool:
+    """Say whether a path is a run's directory, whatever else lies there, such as exported weights, rather than a checkpoint or a file.
+
+    Args:
+        path: A path or URL.
+
+    Returns:
+        True if it holds checkpoints.
+
+    Example:
+        >>> is_run("no/such/run")
+        False
+    """
+    return STATE not in at(path).names() and bool(checkpoints(path))
+
+
 def newest(dir: Path) -> str | None:
     """The newest sound checkpoint of a run; each broken one that is passed over is named in a `CheckpointWarning`.
 
@@ -158,15 +174,14 @@ def open_checkpoint(path: Path, files: tuple[str, ...] = FILES, hold: bool = Fal
         fnlight.errors.CheckpointError: no checkpoint at no/such/run: there is no such directory
     """
     folder = at(path)
-    present = folder.names()
-    listed = [] if STATE in present else checkpoints(path)
-    if listed:  # a run's directory, whatever else lies there, such as exported weights
+    if is_run(path):
         for found in _sound(path, files, hold, ranks):
             return found
         raise BrokenCheckpointError(
-            f"none of the {len(listed)} checkpoints in {folder.path} is sound, so there is nothing to go on from, see the warnings above; look at "
-            "fl.verify(path), restore them from a copy, or start afresh in another directory"
+            f"none of the {len(checkpoints(path))} checkpoints in {folder.path} is sound, so there is nothing to go on from, see the warnings above; "
+            "look at fl.verify(path), restore them from a copy, or start afresh in another directory"
         )
+    present = folder.names()
     if any(map(belongs, present)) or hidden_of(folder):
         return _open_one(folder.path, files, hold, ranks)
     raise CheckpointError(

@@ -11,10 +11,10 @@ from torch import Tensor
 from fnlight.checkpoint import checkpoints, load
 from fnlight.checkpoint import verify as problems_of
 from fnlight.checkpoint.manifest import FILES, MODEL
-from fnlight.checkpoint.places import at, open_checkpoint
+from fnlight.checkpoint.places import at, is_run, open_checkpoint
 from fnlight.checkpoint.write import describe_state
 from fnlight.cli.compare import HEAD, Gap, gaps
-from fnlight.cli.content import Content, content, is_run
+from fnlight.cli.content import Content, content
 from fnlight.cli.given import Given, given
 from fnlight.cli.page import Code, Place, count, line, table
 from fnlight.config import FitConfig

@@ -6,10 +6,9 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from fnlight.checkpoint import checkpoints
 from fnlight.checkpoint.encode import decode
 from fnlight.checkpoint.layout import physical
-from fnlight.checkpoint.manifest import FILES, MODEL, STATE, belongs
+from fnlight.checkpoint.manifest import FILES, MODEL, STATE
 from fnlight.checkpoint.places import at, open_checkpoint
 from fnlight.errors import BrokenCheckpointError
 from fnlight.state import History, Record
@@ -92,20 +91,3 @@ def content(path: str) -> Content:
     opened = open_checkpoint(path)
     sizes = {name: entry["size"] for name, entry in physical(opened.body["files"]).items()} | {STATE: opened.folder.size(STATE) or 0}
     return Content(opened.path, {name: opened.tensors(name) for name in FILES}, opened.body, sizes)
-
-
-def is_run(path: str) -> bool:
-    """Say whether a path is a run's directory rather than a checkpoint or a file.
-
-    Args:
-        path: A path or URL.
-
-    Returns:
-        True if it holds checkpoints.
-
-    Example:
-        >>> is_run("no/such/run")
-        False
-    """
-    present = at(path).names()
-    return not any(map(belongs, present)) and bool(checkpoints(path))

@@ -9,8 +9,8 @@ from torch import Tensor
 from fnlight.checkpoint import checkpoints, verify
 from fnlight.checkpoint.layout import physical
 from fnlight.checkpoint.manifest import FILES, MODEL, STATE, parse
-from fnlight.checkpoint.places import at
-from fnlight.cli.content import Content, content, is_run
+from fnlight.checkpoint.places import at, is_run
+from fnlight.cli.content import Content, content
 from fnlight.cli.page import Place, count, line, size, table
 from fnlight.errors import BrokenCheckpointError
 from fnlight.times import Times

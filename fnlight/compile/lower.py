@@ -85,8 +85,8 @@ def _direct(call: Any) -> Any:
     code = getattr(call, "__code__", None)
     if code is None or code.co_freevars != ("f",) or not {*_HANDLES} < {*code.co_names} <= {*_AROUND, *_HANDLES}:
         return call
-    handles_of: Any = getattr(torch._C, "_aoti")  # noqa: B009  # torch's type stubs do not know it
-    entry, (give, take) = call.__closure__[0].cell_contents, (getattr(handles_of, name) for name in _HANDLES)
+    aoti: Any = getattr(torch._C, "_aoti")  # noqa: B009  # torch's type stubs do not know it
+    entry, (give, take) = call.__closure__[0].cell_contents, (getattr(aoti, name) for name in _HANDLES)
 
     def direct(inputs: list[Tensor]) -> Sequence[Tensor]:
         handles = give(inputs)

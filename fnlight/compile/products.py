@@ -1,4 +1,4 @@
-"""Products of matrices on a CPU: large ones by the library that has the faster ones there, biases by the loops around them."""
+"""Products of matrices on a CPU: large ones by the library that has the faster ones there, biases of small ones by the loops around them."""
 
 import importlib
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-_LEAST = 1 << 21  # multiplications from which on a call of oneDNN is worth what it costs
+_LEAST = 1 << 21  # multiplications from which on a product is large: a call of oneDNN is worth what it costs
 _NARROW = 8  # rows and columns below which it is not
 
 
@@ -69,7 +69,9 @@ def by_onednn(graph: fx.GraphModule) -> None:
 
 
 def biases_apart(graph: fx.GraphModule) -> None:
-    """Let a bias be added by the loop that comes behind its product: torch copies it into every row of the result first.
+    """Let the bias of a small product be added by the loop that comes behind it: torch copies it into every row of the result first.
+
+    What that costs is the call; behind a large product, a loop more over the result costs as much or more.
 
     Args:
         graph: Changed in place; its nodes know their values (``meta["val"]``).
@@ -86,6 +88,8 @@ def biases_apart(graph: fx.GraphModule) -> None:
         if node.target is not aten.addmm.default or node.kwargs or node.meta["val"].dtype not in (torch.float32, torch.float64):
             continue
         bias, a, b = node.args
+        if _size(a.meta["val"], b.meta["val"]) >= _LEAST:
+            continue
         with nodes.inserting_before(node):
             product = nodes.call_function(aten.mm.default, (a, b))
             held = nodes.call_function(torch.ops._inductor_test.realize.default, (product,))  # or torch's compiler would join them again
@@ -98,8 +102,11 @@ def biases_apart(graph: fx.GraphModule) -> None:
 
 
 def _is_large(a: Tensor, b: Tensor) -> bool:
-    (m, k), n = a.shape, b.shape[1]
-    return a.dtype == b.dtype == torch.float32 and m * k * n >= _LEAST and min(m, k, n) >= _NARROW
+    return a.dtype == b.dtype == torch.float32 and _size(a, b) >= _LEAST and min(*a.shape, b.shape[1]) >= _NARROW
+
+
+def _size(a: Tensor, b: Tensor) -> int:
+    return a.numel() * b.shape[1]
 
 
 def _linear() -> Any:

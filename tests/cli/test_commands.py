@@ -65,6 +65,14 @@ def test_verify_names_every_kind_of_damage(folder, capsys):
     assert called(capsys, "verify", places[3])[0] == 0
 
 
+def test_weights_that_were_exported_into_a_run_hide_nothing_of_it(folder, capsys):
+    """Every command takes the directory for the run that it still is."""
+    before = [called(capsys, command, folder) for command in ("verify", "inspect")]
+    assert called(capsys, "export", folder, folder / "model.safetensors")[0] == 0
+    assert [called(capsys, command, folder) for command in ("verify", "inspect")] == before
+    assert [code for code, _, _ in before] == [0, 0]
+
+
 def test_verify_by_replay_finds_steps_that_cannot_be_repeated(folder, code, capsys):
     """Trained again with the same code and data, the newest checkpoint is met to the bit; with other data it is not."""
     assert called(capsys, "verify", folder, "--replay", 2, "--task", "users:both")[0] == 0

@@ -88,6 +88,14 @@ def test_a_bias_is_added_by_the_loop_behind_its_product(dtype: torch.dtype) -> N
     torch.testing.assert_close(graph(*given), torch.addmm(*given).relu())
 
 
+def test_a_bias_of_a_large_product_stays_where_it_is() -> None:
+    """There a loop more over the result would cost what the copy of the bias does."""
+    given = torch.zeros(128), torch.zeros(256, 128), torch.zeros(128, 128)
+    graph = make_fx(torch.addmm, tracing_mode="fake")(*given)
+    biases_apart(graph)
+    assert [str(node.target) for node in graph.graph.nodes if node.op == "call_function"] == ["aten.addmm.default"]
+
+
 def test_a_scaled_bias_stays_where_it_is() -> None:
     """Only what a linear layer calls is taken apart."""
     graph = make_fx(lambda bias, a, b: torch.addmm(bias, a, b, beta=0.5), tracing_mode="fake")(*map(torch.zeros, (4, (2, 3), (3, 4))))
