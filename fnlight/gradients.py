@@ -1,10 +1,11 @@
 """Gradients of a group of batches: sums that are added, then divided by their summed weight; and parts of a batch that is too large."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fnlight.metrics import Mean
 from fnlight.protocols import Gradients
@@ -103,6 +104,7 @@ class Part(NamedTuple):
         batch: Some of the samples of a batch.
         share: What a plain loss of them counts: which fraction of the samples they are, so that the parts of one batch come to 1 (or those of
             all ranks to their number). With 0 they are stand-ins, of which nothing counts.
+        most: The samples that the largest of the ranks' parts holds, where each rank has data of its own, and they differ.
 
     Example:
         >>> loss_fn, batch = Part(torch.tensor([1.0, 3.0]), 0.5).taken(lambda model, batch: batch.mean())
@@ -112,19 +114,34 @@ class Part(NamedTuple):
 
     batch: Any
     share: float
+    most: int | None = None
 
     def taken(self, loss_fn: Any) -> tuple[Any, Any]:
         """The loss function of this part, and the batch to call it with: what counts with weight 1 counts with its share."""
 
         def shared(model: Any, batch: Any) -> Any:
-            out = loss_fn(model, batch)
             if not self.share:
-                return _uncounted(out)
+                with _standing_in(model):
+                    return _uncounted(loss_fn(model, batch))
+            out = loss_fn(model, batch)
             if out.__class__ is tuple and len(out) == 2 and isinstance(out[1], Mapping):
                 return _shared(out[0], self.share), {name: _shared(value, self.share) for name, value in out[1].items()}
             return _shared(out, self.share)
 
         return shared, self.batch
+
+
+@contextmanager
+def _standing_in(model: Any) -> Iterator[None]:
+    """What brings samples of all ranks together within a model leaves those of this one out."""
+    found = [m for m in model.modules() if getattr(m, "counted", None) is True] if isinstance(model, nn.Module) else []
+    for each in found:
+        vars(each)["counted"] = False
+    try:
+        yield
+    finally:
+        for each in found:
+            del vars(each)["counted"]
 
 
 def _shared(value: Any, share: float) -> Any:

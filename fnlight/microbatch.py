@@ -54,7 +54,7 @@ def microbatch(size: int | str) -> Combinator:
 
     def wrap(grad_fn: Any) -> Any:
         def parted(store: Store, batches: Sequence[Any], key: int) -> Gradients:
-            return grad_fn(store, _parts(batches, size), key)
+            return grad_fn(store, _parts(batches, size, _together(store)), key)
 
         return parted if size != "auto" else _fitting(grad_fn)
 
@@ -69,7 +69,7 @@ def _fitting(grad_fn: Any) -> Any:
         store.host.refuse("microbatch('auto') repeats a step that runs out of memory, so Python must be there; give it a size")
         tree, buffers = store.memory["microbatch"], _buffers(store.module)
         while True:
-            found, smaller = _attempt(grad_fn, store, _parts(batches, tree["size"]), key)
+            found, smaller = _attempt(grad_fn, store, _parts(batches, tree["size"], _together(store)), key)
             if smaller is None:
                 return found
             _undo(store, buffers)  # outside of any handler: a traceback holds the tensors that did not fit
@@ -105,25 +105,39 @@ def _apart(place: Any, store: Store, done: Callable[[], bool]) -> Any:
     found = place.apart(store, done)
     if found is None:
         raise ParallelError(
-            f'microbatch("auto") repeats a step that did not fit into memory, which a rank of {place} cannot do alone while others wait for its part of '
-            "the model; give a number of samples"
+            f'microbatch("auto") repeats a step that did not fit into memory, which a rank of {place} cannot do alone, since the others '
+            "need it in every forward pass; give a number of samples"
         )
     return found
 
 
-def _parts(batches: Sequence[Any], size: Any) -> tuple[Any, ...]:
-    """The batches of a step, those of more than `size` samples in parts."""
+def _together(store: Store) -> int:
+    """How many ranks must make as many forward passes as each other; 0 where each goes its way."""
+    return store.place.world.size if store.place is not None and store.place.lockstep else 0
+
+
+def _parts(batches: Sequence[Any], size: Any, together: int) -> tuple[Any, ...]:
+    """The batches of a step, those of more than `size` samples in parts: as many on all ranks where they must go together."""
     found: list[Any] = []
-    for batch in batches:
-        batch, counts = batch if batch.__class__ is Part else (batch, None)  # of a rank whose part differs from others'
-        count = num_samples(batch)
-        if size is None or count <= size:
-            found.append(batch if counts is None else Part(batch, counts))
+    for given in batches:
+        part = given if given.__class__ is Part else Part(given, 1.0)  # of a rank whose part differs from others', or a whole one
+        batch, count = part.batch, num_samples(part.batch)
+        most = max(count, _largest(part, count, together)) if together else count
+        if size is None or most <= size:
+            found.append(given)
             continue
-        number = -(-count // size)
-        ends = [count * i // number for i in range(number + 1)]
-        found += [Part(cut(batch, a, b, count), (b - a) / count * (1.0 if counts is None else counts)) for a, b in pairwise(ends)]
+        number = -(-most // size)
+        for a, b in pairwise([count * i // number for i in range(number + 1)]):
+            # without samples the first one stands in, so that a forward pass of all ranks has this one among them
+            found.append(Part(cut(batch, a, b, count), (b - a) / count * part.share) if b > a else Part(cut(batch, 0, 1, count), 0.0))
     return tuple(found)
+
+
+def _largest(part: Part, count: int, ranks: int) -> int:
+    """How many samples the largest of the ranks' parts of a batch holds, from what this one of `count` samples counts."""
+    if part.most is not None:
+        return part.most
+    return -(-round(count * ranks / part.share) // ranks) if part.share else 1  # a stand-in: no rank has more than one sample
 
 
 def _smaller(parts: Sequence[Any], error: Exception) -> int:

@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import attrs
@@ -196,7 +197,7 @@ def seen(batch, size):
     def grad_fn(store, batches, key):
         found.extend(batches)
 
-    microbatch(size)(grad_fn)(None, (batch,), 0)
+    microbatch(size)(grad_fn)(SimpleNamespace(place=None), (batch,), 0)
     return found
 
 

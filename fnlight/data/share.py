@@ -84,9 +84,10 @@ class Share:
 
     def agreed(self, found: Iterable[Triple]) -> Iterator[Triple]:
         """Batches of ranks that each have their own, up to the first one that is the last of any rank; the samples are those of all."""
+        rank, size = self.world.rank, self.world.size
         for batch, samples, last in found:
-            total, ends = self.world.total([samples, int(last)])
-            yield batch, total, bool(ends)
+            *counts, ends = self.world.total([*(samples if i == rank else 0 for i in range(size)), int(last)])
+            yield batch if min(counts) == max(counts) else Part(batch, 1.0, max(counts)), sum(counts), bool(ends)
             if ends:
                 return
 

@@ -14,6 +14,7 @@ Example:
 """
 
 from fnlight.parallel.agree import check_same, code_digest
+from fnlight.parallel.batchnorm import sync_batchnorm
 from fnlight.parallel.ddp import Replicated, ddp
 from fnlight.parallel.exact import exact_ranks
 from fnlight.parallel.fsdp import Sharded, fsdp, hsdp
@@ -46,6 +47,7 @@ __all__ = [
     "pack",
     "placed_on",
     "stream_part",
+    "sync_batchnorm",
     "unpack",
     "world",
     "xla",

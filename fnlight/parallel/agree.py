@@ -2,8 +2,10 @@
 
 import hashlib
 import inspect
+import os
 import socket
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -46,7 +48,7 @@ def check_same(world: World, state: TrainState, **facts: Any) -> None:
         "history": len(state.history),
         **facts,
     }
-    found = world.gather([mine, [socket.gethostname(), world.local_rank]])
+    found = world.gather([mine, [socket.gethostname(), world.local_rank, _share(state, os.environ)]])
     for name in mine:
         given = [each[name] for each, _ in found]
         other = [rank for rank, value in enumerate(given) if value != given[0]]
@@ -60,6 +62,13 @@ def check_same(world: World, state: TrainState, **facts: Any) -> None:
             f"several processes say that they are the one of local rank {twice[0][1]} on {twice[0][0]}; check LOCAL_RANK, and that each machine "
             "stands only once in the list of hosts"
         )
+
+
+def _share(state: TrainState, environ: Mapping[str, str]) -> str:
+    """What tells processes of one machine and one local rank from each other: the accelerators that each may see; on a CPU, the node of its launcher."""
+    if any(p.device.type != "cpu" for p in state.store.params):
+        return str(sorted((name, value) for name, value in environ.items() if name.endswith("VISIBLE_DEVICES")))
+    return environ.get("GROUP_RANK") or environ.get("SLURM_NODEID", "")  # of torchrun, of SLURM
 
 
 def code_digest(task: Any) -> str:

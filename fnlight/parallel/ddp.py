@@ -14,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from fnlight.errors import ConfigError, ParallelError, StepError
 from fnlight.metrics import Mean
 from fnlight.parallel.apart import Apart
+from fnlight.parallel.batchnorm import is_synced
+from fnlight.parallel.batchnorm import sync_batchnorm as synced
 from fnlight.parallel.world import World, named_world, world
 from fnlight.protocols import Gradients
 from fnlight.task import copied
@@ -43,7 +45,8 @@ def ddp(
         broadcast_buffers: True gives all ranks the buffers of rank 0 before each step, such as the statistics of BatchNorm.
         comm_hook: How a bucket travels: ``"bf16"`` or ``"fp16"`` halves what is sent; or a hook of torch, which takes a state (None) and a bucket
             and gives the mean.
-        sync_batchnorm: True lets BatchNorm take its statistics over the samples of all ranks; on accelerators only.
+        sync_batchnorm: True lets BatchNorm take its statistics over the samples of all ranks, as on one process, for two more messages a layer
+            and direction.
 
     Returns:
         A placement.
@@ -109,6 +112,11 @@ class Replicated:
     @property
     def lockstep(self) -> bool:
         """Whether a forward pass is one of all ranks."""
+        return self.sync_batchnorm
+
+    @property
+    def cuts(self) -> bool:
+        """Whether parameters are cut up."""
         return False
 
     def place(self, module: nn.Module) -> "Replicated | None":
@@ -125,10 +133,10 @@ class Replicated:
         if here.size == 1:
             return None
         if self.sync_batchnorm:
-            _convert_norms(module, devices)
+            synced(module)
         for tensor in (*module.parameters(), *module.buffers()):
             distributed.broadcast(tensor.detach(), 0)
-        return self
+        return attrs.evolve(self, sync_batchnorm=is_synced(module))
 
     def sync(self, store: Any) -> None:
         """Buffers, which each rank has changed by itself, as rank 0 has them."""
@@ -193,8 +201,10 @@ class Replicated:
         """Every rank has seen all of the gradients."""
         return flag
 
-    def apart(self, store: Any, done: Callable[[], bool]) -> Apart:
+    def apart(self, store: Any, done: Callable[[], bool]) -> Apart | None:
         """Ranks hold the whole model, so each may compute alone: torch's wrapper is left out until they come together."""
+        if self.sync_batchnorm:
+            return None
         if store.bound is not None:
             store.bound.ddp.reducer._remove_autograd_hooks()
             store.bound = None
@@ -260,14 +270,6 @@ def _halved(dtype: torch.dtype, bucket: distributed.GradBucket) -> torch.futures
     sent = whole.to(dtype).div_(distributed.get_world_size())
     travelling: Any = distributed.all_reduce(sent, async_op=True)
     return travelling.get_future().then(lambda done: whole.copy_(done.value()[0]))
-
-
-def _convert_norms(module: nn.Module, devices: set[torch.device]) -> None:
-    norms = [name for name, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if {device.type for device in devices} == {"cpu"} or "" in norms:
-        why = "the model is a norm itself" if "" in norms else "torch has it for accelerators only, and this model lies on the CPU"
-        raise ConfigError(f"ddp(sync_batchnorm=True) cannot be had: {why}; leave it out, or take GroupNorm or LayerNorm")
-    nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
 
 def _of_torch(options: Mapping[str, Any]) -> dict[str, Any]:

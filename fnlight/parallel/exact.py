@@ -46,8 +46,8 @@ def exact_ranks(n: int | Mapping[int, int] = 1, *, parts: int = 8) -> Combinator
             rank, size = (0, 1) if store.place is None else (store.place.world.rank, store.place.world.size)
             if parts % size or (store.place is not None and store.place.lockstep):
                 raise ParallelError(
-                    f"exact_ranks(parts={parts}) takes ranks that divide the parts and hold the whole model, but there are {size} ranks under "
-                    f"{store.place}; give a larger power of two, or train on 1, 2, 4, ... ranks with fl.parallel.ddp()"
+                    f"exact_ranks(parts={parts}) takes ranks that divide the parts, and compute each for itself, but there are {size} ranks "
+                    f"under {store.place}; give a larger power of two, or train on 1, 2, 4, ... ranks with fl.parallel.ddp()"
                 )
             total, metrics = None, None
             for m, batch in enumerate(batches):
@@ -65,7 +65,7 @@ def exact_ranks(n: int | Mapping[int, int] = 1, *, parts: int = 8) -> Combinator
 
 def _of_batch(grad_fn: Any, store: Store, batch: Any, key: int, mine: int, rank: int, size: int) -> tuple[Tensor, dict[str, Any]]:
     """The gradients of all ranks' parts of a batch, with loss and weight behind them, in one flat tensor; and this rank's metrics."""
-    batch, share = batch if batch.__class__ is Part else (batch, 1.0)
+    batch, share = (batch.batch, batch.share) if batch.__class__ is Part else (batch, 1.0)
     here = num_samples(batch) if share else 0
     count = round(here * size / share) if share else 0
     start, leaves, metrics = count * rank // size, list[Tensor](), None

@@ -147,6 +147,11 @@ class Sharded:
         """Whether a forward pass is one of all ranks."""
         return True
 
+    @property
+    def cuts(self) -> bool:
+        """Whether parameters are cut up."""
+        return True
+
     def place(self, module: nn.Module) -> "Sharded | None":
         """Cut a module into parts; None where this process is alone."""
         if not isinstance(module, nn.Module):

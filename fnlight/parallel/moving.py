@@ -27,7 +27,7 @@ def placed_on(place: Any, state: TrainState) -> TrainState:
         >>> placed_on(fl.parallel.ddp(), state) is state  # alone there is nothing to do
         True
     """
-    if place.lockstep:
+    if place.cuts:
         raise ParallelError(
             f"{place} cuts up parameters, which must be done before their optimizer is built; give it to fl.TrainState.create(task, place=...)"
         )

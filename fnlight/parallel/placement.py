@@ -40,6 +40,11 @@ class Placement(Protocol):
         """Whether a forward pass is one of all ranks, so that each must make as many."""
         ...
 
+    @property
+    def cuts(self) -> bool:
+        """Whether parameters are cut up, which must be done before their optimizer is built."""
+        ...
+
     def place(self, module: nn.Module) -> "Placement | None":
         """Place a module, in place, before its optimizer is built; what the store keeps is returned: None where nothing is to be done later."""
         ...

@@ -47,10 +47,10 @@ class Net(nn.Module):
         return self.last(x)
 
 
-def net(**options):
+def net(synced=False, **options):
     with fl.isolated():
         torch.manual_seed(0)
-        return Net(**options)
+        return fl.parallel.sync_batchnorm(Net(**options)) if synced else Net(**options)
 
 
 def hooked_net():
@@ -66,6 +66,10 @@ def evaluated(model, batch):
 
 def adamw(model):
     return torch.optim.AdamW(model.parameters(), lr=0.05)
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.5)
 
 
 def make(loss_fn=plain, optimizer=adamw, **options):
@@ -176,6 +180,15 @@ def values():
     }  # fmt: skip
 
 
+def parted(place=None, own=False):
+    """Weights after three steps in parts of two samples, where ranks have three and two of them, or five and one of their own."""
+    step = fl.pipe(weighted, fl.grad(), fl.accumulate(1), fl.microbatch(2), fl.apply(), fl.stop_when(fl.max_steps(3)))
+    state = fl.TrainState.create(make(weighted), seed=3, place=place)
+    whole, rank = [data(i, 6 if own else 5) for i in range(3)], here(state).rank
+    alike = fl.sharded([cut(batch, [5, 1], rank) for batch in whole]) if own and place is not None else whole
+    return numbers([each for each, _ in fl.run(step, state, alike)][-1].params)
+
+
 def partly(model, batch):
     return model.last(model.first(batch[0])).sum()
 
@@ -222,6 +235,9 @@ def two(folder, world):
     yield "counted", by_hand(sharded, fl.accumulate(2), loss_fn=weighted, group=2, sizes=[5, 3])
     yield "offloaded", by_hand(fl.parallel.fsdp(offload=True, reshard=False, policy=(nn.Linear,)))
     yield "normed", by_hand(sharded, normed=True)
+    yield "synced", by_hand(sharded, loss_fn=weighted, sizes=[5, 3], optimizer=sgd, normed=True, synced=True)
+    yield "parted", parted(sharded)
+    yield "parted, own data", parted(sharded, own=True)
     yield "scaled", by_hand(sharded, fl.loss_scale(init=2.0**127, interval=2), loss_fn=half)
     for name in LAWS:
         yield name, with_entry(name, sharded, folder)

@@ -55,6 +55,18 @@ def test_two_ranks_train_as_one_process(found):
     assert close(found[0]["offloaded"], sharded.by_hand())
 
 
+def test_batchnorm_sees_the_samples_of_all_ranks_on_request(found):
+    """Five samples here and three there are normalized as the eight of one process."""
+    assert close(found[0]["synced"], sharded.by_hand(None, loss_fn=weighted, sizes=[8], optimizer=sharded.sgd, normed=True))
+    assert not close(found[0]["normed"], sharded.by_hand(normed=True))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_ranks_part_their_batches_into_as_many_parts(found, own):
+    """`microbatch` makes as many passes on a rank with fewer samples, where every pass is one of all ranks; what stands in counts nothing."""
+    assert close(found[0]["parted, own data" if own else "parted"], sharded.parted(own=own))
+
+
 def test_ranks_hold_the_same_weights(found):
     """Whatever rank asks for the whole gets the same whole, with the statistics of BatchNorm that one of them has measured."""
     for name in ("plain", "clipped", "normed", "scaled", *sharded.LAWS):

@@ -55,7 +55,8 @@ def refused(world, folder):
     yield "more ranks than samples", said(lambda: fitted(loader(batch=1)))
     yield "placed later", said(lambda: fl.parallel.placed_on(fl.parallel.fsdp(), state))
     yield "devices", said(lambda: fl.TrainState.create(fl.Task(model, plain), place=fl.parallel.ddp()))
-    yield "norms", said(lambda: fl.TrainState.create(fl.Task(nn.BatchNorm1d(2), plain), place=fl.parallel.ddp(sync_batchnorm=True)))
+    together = fl.parallel.ddp(sync_batchnorm=True)
+    yield "norms", said(lambda: fitted(step=STEPS["normed"], microbatch="auto", place=together))
     yield "continuous", said(lambda: fitted(dir=Path(folder, "never"), save_every=fl.continuous))
     bundles = {"dir": Path(folder, "never"), "debug_bundle": True, "save_every": fl.at_end}
     yield "bundle", said(lambda: fitted(**bundles))

@@ -81,13 +81,29 @@ def far(model, batch):
     return model(batch[0]).square().mean()
 
 
-STEPS = {"plain": plain, "weighted": weighted, "phases": {"near": plain, "far": fl.Phase(far, fl.clip_norm(0.05), every=fl.steps(2))}}
+def normed(model, batch):
+    return plain(model, batch)
+
+
+STEPS = {
+    "plain": plain,
+    "weighted": weighted,
+    "normed": normed,
+    "phases": {"near": plain, "far": fl.Phase(far, fl.clip_norm(0.05), every=fl.steps(2))},
+}
+
+
+def layers(step):
+    """A model; with a norm over the samples of all ranks where the step is to see one."""
+    if step is normed:  # no bias before the norm: the loss does not depend on it, and Adam would make steps of the rounding
+        return nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)
+    return nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)
 
 
 def task(step=plain):
     with fl.isolated():
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        model = nn.Sequential(*layers(step))
 
     def optimizers(model):
         if isinstance(step, dict):
@@ -117,6 +133,7 @@ RUNS = {
     **{f"data: {name}": ("plain", name, {}) for name in LOADERS},
     **{f"weights: {name}": ("weighted", name, {"accumulate": 2}) for name in ("keyed", "uneven", "iterable")},
     "phases": ("phases", "uneven", {}),
+    **{f"norms: {name}": ("normed", name, {"accumulate": 2}) for name in ("keyed", "uneven", "iterable")},
     **{f"config: {name}": ("plain", "uneven", options) for name, options in CONFIGS.items()},
 }
 
@@ -129,11 +146,11 @@ def by_fit(step, loader, options):
     """What `fit`, `evaluate` and `predict` give; in the group that was joined, or alone."""
     sink, val = fl.testing.RecordingSink(), DataLoader(TensorDataset(*tensors(19)), batch_size=4)
     config = fl.FitConfig(max_epochs=2, progress=False, sinks=sink, log_every=fl.steps(3), **options)
-    state = fl.TrainState.create(task(STEPS[step]), seed=3, place=fl.parallel.ddp())
+    state = fl.TrainState.create(task(STEPS[step]), seed=3, place=fl.parallel.ddp(sync_batchnorm=step == "normed"))
     state = fl.fit(state, fl.Loaders(LOADERS[loader](), val), config)
     p = state.progress
     return {
-        "weights": numbers(state.params),
+        "weights": numbers(state.params | state.buffers),
         "counts": [p.step, p.epoch, p.batch, p.samples, p.epoch_samples, p.skipped],
         "history": [dict(r.metrics) for r in state.history],
         "logged": [r.metrics for r in sink.records] if state.store.place is None or state.store.place.writes else None,

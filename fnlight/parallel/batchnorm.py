@@ -1,0 +1,102 @@
+"""BatchNorm over the samples of all ranks: torch's own on accelerators, and the same on the CPU, where torch has none."""
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class SyncedNorm(_BatchNorm):
+    """BatchNorm whose statistics are those of all ranks' samples while it trains, on every device; made by `sync_batchnorm`.
+
+    Args:
+        num_features: Channels, the second dimension of the input.
+        **options: Those of ``torch.nn.BatchNorm1d``.
+
+    Attributes:
+        counted: Whether samples of this rank count; False while one stands in for none, see `fnlight.gradients.Part`.
+
+    Example:
+        >>> SyncedNorm(2)(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).round().tolist()  # alone it is BatchNorm
+        [[-1.0, -1.0], [1.0, 1.0]]
+    """
+
+    counted = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize.
+
+        Args:
+            input: Shape [samples, channels, ...].
+        """
+        if not self.training or not distributed.is_initialized() or distributed.get_world_size() == 1:
+            return _BatchNorm.forward(self, input)
+        self._check_input_dim(input)
+        x = input
+        wide = x if x.dtype == torch.float64 else x.float()
+        over = [d for d in range(x.dim()) if d != 1]
+        shape = [-1 if d == 1 else 1 for d in range(x.dim())]
+        # in two passes, as on one process: the mean of squares less the square of the mean would lose digits
+        here = wide.new_full((1,), x.numel() / x.shape[1])
+        total, count = all_reduce(torch.cat([wide.sum(over), here]) * self.counted).split([x.shape[1], 1])
+        mean = total / count
+        apart = wide - mean.view(shape)
+        var = all_reduce(apart.square().sum(over) * self.counted) / count
+        self._track(mean.detach(), var.detach(), count.detach())
+        found = apart * (var + self.eps).rsqrt().view(shape)
+        found = found if self.weight is None else found * self.weight.view(shape)
+        return (found if self.bias is None else found + self.bias.view(shape)).to(x.dtype)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"BatchNorm takes [samples, channels, ...], but got shape {list(input.shape)}")
+
+    def _track(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        """Keep running statistics, the variance without bias."""
+        if not self.track_running_stats or self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        share = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        self.running_var.lerp_((var * count / (count - 1)).to(self.running_var.dtype), share)
+
+
+def sync_batchnorm(module: nn.Module) -> nn.Module:
+    """Let every BatchNorm of a module see the samples of all ranks, in place; parameters, buffers and hooks stay what they are.
+
+    `fnlight.parallel.ddp(sync_batchnorm=True)` does so with the model of a state. Call it on a model that is to be cut by `fnlight.parallel.fsdp`,
+    before its task is made.
+
+    Args:
+        module: Any module, or a BatchNorm itself.
+
+    Returns:
+        The same module. Where it lies on an accelerator, torch's own ``SyncBatchNorm`` does the work.
+
+    Example:
+        >>> type(sync_batchnorm(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))[1]).__name__
+        'SyncedNorm'
+    """
+    for each in module.modules():
+        if isinstance(each, _BatchNorm):
+            tensor = next((t for t in (*each.parameters(), *each.buffers())), None)
+            on_cpu = tensor is None or tensor.device.type == "cpu"
+            vars(each)["process_group"] = None  # of torch's own: all ranks
+            each.__class__ = SyncedNorm if on_cpu else nn.SyncBatchNorm
+    return module
+
+
+def is_synced(module: nn.Module) -> bool:
+    """Whether there is a BatchNorm in a module that sees the samples of all ranks.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        True if there is one.
+
+    Example:
+        >>> is_synced(nn.BatchNorm1d(1)), is_synced(sync_batchnorm(nn.BatchNorm1d(1)))
+        (False, True)
+    """
+    return any(isinstance(m, SyncedNorm | nn.SyncBatchNorm) for m in module.modules())
