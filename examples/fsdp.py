@@ -27,21 +27,22 @@ class Transformer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores of the next words, shape [batch, length, words]."""
+        """Scores of the next words, shape [batch * length, words]."""
         x, mask = self.words(x) + self.places.weight[: x.shape[1]], nn.Transformer.generate_square_subsequent_mask(x.shape[1])
         for block in self.blocks:
             x = block(x, src_mask=mask, is_causal=True)
-        return self.head(x)
+        return self.head(x.flatten(0, 1))
 
 
 def train_step(model: nn.Module, batch: Tensor) -> Tensor:
     """The loss of the next word."""
-    return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+    return F.cross_entropy(model(batch[:, :-1]), batch[:, 1:].flatten())
 
 
 def eval_step(model: nn.Module, batch: Tensor) -> dict[str, fl.Mean]:
     """How often the next word is guessed, once the rule can be seen."""
-    right = model(batch[:, :-1]).argmax(-1)[:, 2:] == batch[:, 3:]
+    guessed = model(batch[:, :-1]).argmax(-1).view(len(batch), -1)
+    right = guessed[:, 2:] == batch[:, 3:]
     return {"right": fl.Mean(right.sum(), right.numel())}
 
 
