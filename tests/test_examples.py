@@ -170,3 +170,11 @@ def test_ray_trains_as_well(tmp_path: Path) -> None:
         pytest.skip('needs Ray: pip install "fnlight[ray]"')
     lines = lines_of("ray_train", tmp_path, warns="ignore")  # Ray warns of itself
     assert number_in(lines[-1], r"2 workers, loss (\d+\.\d)") < 0.3
+
+
+def test_replicas_come_and_go(tmp_path: Path) -> None:
+    """With real torchft: the replica that is left trains on, and hands its state to the one that comes back."""
+    if importlib.util.find_spec("torchft") is None:
+        pytest.skip('needs torchft: pip install "fnlight[torchft]"')
+    lines = lines_of("replicas", tmp_path, warns="ignore")  # torchft warns of itself
+    assert lines[-1] == "both hold the same weights at step 200"
