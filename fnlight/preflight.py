@@ -45,10 +45,6 @@ def preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pipe
         >>> preflight(TrainState.create(task), Loaders(train=[1]), config, compose(task, config))
     """
     _check_precision(state, config, step)
-    if state.store.place is not None and any("continuous" in repr(when) for when in (config.save_every, config.permanent)):
-        raise ConfigError(
-            "FitConfig(save_every=continuous) saves as fast as the disk of a rank takes it, but all ranks must save at the same steps; give steps(n) or minutes(m)"
-        )
     for name, optim in state.store.optims.items():
         if (
             getattr(state.task.train_step[name] if name in step.phases else None, "every", None) is None

@@ -200,7 +200,8 @@ def _whole(name: str, n: Any) -> None:
 
 
 continuous = Trigger("continuous", lambda tick: tick.idle)
-"""Fire as soon as the save before has ended. *When* that is depends on the disk; *what* is saved is exact as ever."""
+"""Fire as soon as the save before has ended; on several ranks, at the next of the steps at which they agree, about two a second.
+*When* that is depends on the disk; *what* is saved is exact as ever."""
 
 at_end = Trigger("at_end", lambda tick: tick.end)
 """Fire once, after the last step of a run."""

@@ -129,6 +129,15 @@ def fitted(folder, steps, place, **options):
     return {"params": numbers(state.params), "history": history, "predicted": predicted.tolist(), "step": state.progress.step}
 
 
+def whenever(folder, place):
+    """The steps that a run has saved as fast as it could, as this rank knows them, and whether the newest checkpoint holds its end."""
+    step = fl.pipe(plain, fl.grad(), fl.apply(), fl.checkpoint_every(folder, fl.continuous, fl.last(99)), fl.stop_when(fl.max_steps(60)))
+    state = fl.TrainState.create(make(), seed=3, place=place)
+    for state, _ in fl.run(step, state, loaders().train):  # noqa: B007  # the last one is looked at
+        pass
+    return state.memory["checkpoint_every"]["saved"], numbers(fl.load(folder, make()).params) == numbers(state.params)
+
+
 def killed(world):
     """A process that ends in the middle of its second file of the save of step 4."""
     real = Folder.write
@@ -156,6 +165,7 @@ def main(what, folder):
             found["bytes"], found["full"] = bytes_read(folder, world), fails(folder, world)
             found["whole run"] = fitted(f"{folder}/whole", 6, PLACES["fsdp"])
             fitted(f"{folder}/parts", 4, PLACES["fsdp"])
+            found["whenever"] = [whenever(f"{folder}/whenever {name}", PLACES[name]) for name in ("fsdp", "ddp")]
         elif what == "go on":
             found["whole run"] = fitted(f"{folder}/parts", 6, PLACES["fsdp"])
             found["after a kill"] = fitted(f"{folder}/killed", 6, PLACES["fsdp"])

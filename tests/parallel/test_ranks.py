@@ -35,7 +35,6 @@ def found(tmp_path_factory):
         ("placed later", "cuts up parameters, which must be done before their optimizer is built"),
         ("devices", "takes a model on one device a rank, but this one lies on ['cpu', 'meta']"),
         ("norms", "since the others need it in every forward pass; give a number of samples"),
-        ("continuous", "all ranks must save at the same steps"),
         ("bundle", "debug_bundle works in one process"),
         ("carry", "carry keeps what belongs to the samples of one process"),
         ("cache", "grad_cache takes the loss of all samples of a step at once"),

@@ -99,6 +99,16 @@ def test_a_run_of_ranks_goes_on_bitwise(folder):
     assert whole["step"] == 6
 
 
+def test_ranks_save_as_fast_as_all_their_disks_take_it(folder):
+    """`continuous` saves at the same steps on all ranks, more than once, and the end of a run always."""
+    first, second = (told(folder, "two", rank)["whenever"] for rank in range(2))
+    assert first == second
+    for steps, same in first:
+        assert steps[-1] == 60
+        assert len(steps) > 2
+        assert same
+
+
 def test_a_run_of_ranks_is_that_of_one_process(folder, tmp_path):
     """The same counts, and the same numbers but for rounding."""
     whole, alone = told(folder, "two")["whole run"], fitted(tmp_path / "alone", 6, None, parallel=None)

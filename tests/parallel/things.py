@@ -57,7 +57,6 @@ def refused(world, folder):
     yield "devices", said(lambda: fl.TrainState.create(fl.Task(model, plain), place=fl.parallel.ddp()))
     together = fl.parallel.ddp(sync_batchnorm=True)
     yield "norms", said(lambda: fitted(step=STEPS["normed"], microbatch="auto", place=together))
-    yield "continuous", said(lambda: fitted(dir=Path(folder, "never"), save_every=fl.continuous))
     bundles = {"dir": Path(folder, "never"), "debug_bundle": True, "save_every": fl.at_end}
     yield "bundle", said(lambda: fitted(**bundles))
     for name, step in (
