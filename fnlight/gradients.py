@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fnlight.metrics import Mean
 from fnlight.protocols import Gradients
 from fnlight.rng import RANK, fold_in
+from fnlight.shards import local_parts
 
 
 def mean_of_group(grad_fn: Any) -> Any:
@@ -213,8 +214,8 @@ def _once(value: Any) -> Mean:
 
 def _divide(found: Gradients, weight: Any) -> Gradients:
     held = [v for v in found.values if v is not None]
-    if isinstance(weight, Tensor):
-        torch._foreach_mul_(held, 1.0 / weight.to(held[0].device)) if held else None
+    if isinstance(weight, Tensor):  # parts, since a number on the device cannot be on each of several meshes
+        torch._foreach_mul_(local_parts(held), 1.0 / weight.to(held[0].device)) if held else None
     elif held:
         torch._foreach_div_(held, weight)
     return found

@@ -15,6 +15,7 @@ class SyncedNorm(_BatchNorm):
 
     Attributes:
         counted: Whether samples of this rank count; False while one stands in for none, see `fnlight.gradients.Part`.
+        alike: How many ranks have the same samples, as those of tensor parallel do.
 
     Example:
         >>> SyncedNorm(2)(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).round().tolist()  # alone it is BatchNorm
@@ -22,6 +23,7 @@ class SyncedNorm(_BatchNorm):
     """
 
     counted = True
+    alike = 1
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize.
@@ -39,10 +41,12 @@ class SyncedNorm(_BatchNorm):
         # in two passes, as on one process: the mean of squares less the square of the mean would lose digits
         here = wide.new_full((1,), x.numel() / x.shape[1])
         total, count = all_reduce(torch.cat([wide.sum(over), here]) * self.counted).split([x.shape[1], 1])
+        if float(count) <= self.alike:
+            raise ValueError(f"BatchNorm needs more than one value a channel to train, but all ranks together have {list(x.shape)}")
         mean = total / count
         apart = wide - mean.view(shape)
         var = all_reduce(apart.square().sum(over) * self.counted) / count
-        self._track(mean.detach(), var.detach(), count.detach())
+        self._track(mean.detach(), var.detach(), count.detach() / self.alike)
         found = apart * (var + self.eps).rsqrt().view(shape)
         found = found if self.weight is None else found * self.weight.view(shape)
         return (found if self.bias is None else found + self.bias.view(shape)).to(x.dtype)
@@ -84,6 +88,24 @@ def sync_batchnorm(module: nn.Module) -> nn.Module:
             vars(each)["process_group"] = None  # of torch's own: all ranks
             each.__class__ = SyncedNorm if on_cpu else nn.SyncBatchNorm
     return module
+
+
+def say_alike(module: nn.Module, count: int) -> None:
+    """Tell every BatchNorm that sees the samples of all ranks how many of them have the same.
+
+    Args:
+        module: Any module, which is changed.
+        count: Ranks.
+
+    Example:
+        >>> norm = sync_batchnorm(nn.BatchNorm1d(1))
+        >>> say_alike(norm, 2)
+        >>> norm.alike
+        2
+    """
+    for each in module.modules():
+        if isinstance(each, SyncedNorm):
+            each.alike = count
 
 
 def is_synced(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fnlight.errors import ConfigError, ParallelError, StepError
+from fnlight.parallel.batchnorm import say_alike
 from fnlight.parallel.cut import Policy, chosen, cut_layers, dtype_of, offload_policy, precision_policy
 from fnlight.parallel.mesh import TENSOR, MeshLike, check_devices, data_mesh, data_world, made_mesh
 from fnlight.parallel.norms import norms, unit_norms
@@ -184,6 +185,7 @@ class Sharded:
         placed = attrs.evolve(self, mesh=mesh, world=data_world(mesh))
         if self.tensor_parallel is not None:
             cut_layers(module, mesh, self.tensor_parallel)
+        say_alike(module, here.size // placed.world.size)
         placed._cut(module)
         placed._materialise(module)
         return placed

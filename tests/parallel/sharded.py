@@ -95,13 +95,13 @@ def trained(state, step, given):
     return state, metrics
 
 
-def by_hand(place=None, *given, loss_fn=plain, group=1, sizes=None, optimizer=adamw, **options):
+def by_hand(place=None, *given, loss_fn=plain, group=1, sizes=None, optimizer=adamw, buffers=False, **options):
     """Weights after four steps, with averages and the last norm if there are any."""
     grads, steps = [part for part in given if part.takes != "step"], [part for part in given if part.takes == "step"]
     step = fl.pipe(loss_fn, fl.grad(), *grads, fl.apply(), *steps)
     state = fl.TrainState.create(make(loss_fn, optimizer, **options), seed=3, place=place)
     state, metrics = trained(step.start(state), step, batches(here(state), group, sizes=sizes))
-    return told(state, metrics)
+    return told(state, metrics) | (numbers(state.buffers) if buffers else {})
 
 
 def here(state):
@@ -235,7 +235,7 @@ def two(folder, world):
     yield "counted", by_hand(sharded, fl.accumulate(2), loss_fn=weighted, group=2, sizes=[5, 3])
     yield "offloaded", by_hand(fl.parallel.fsdp(offload=True, reshard=False, policy=(nn.Linear,)))
     yield "normed", by_hand(sharded, normed=True)
-    yield "synced", by_hand(sharded, loss_fn=weighted, sizes=[5, 3], optimizer=sgd, normed=True, synced=True)
+    yield "synced", by_hand(sharded, loss_fn=weighted, sizes=[5, 3], optimizer=sgd, normed=True, synced=True, buffers=True)
     yield "parted", parted(sharded)
     yield "parted, own data", parted(sharded, own=True)
     yield "scaled", by_hand(sharded, fl.loss_scale(init=2.0**127, interval=2), loss_fn=half)
@@ -255,6 +255,8 @@ def four(folder, world):
     yield "hsdp", by_hand(fl.parallel.hsdp({"replicate": 2, "shard": 2}), *given)
     tensor = fl.parallel.fsdp({"data": 2, "tensor": 2}, tensor_parallel=PLAN)
     yield "tensor parallel", by_hand(tensor, *given)
+    yield "counted, tensor parallel", by_hand(tensor, *given, loss_fn=weighted, sizes=[5, 3])
+    yield "synced, tensor parallel", by_hand(tensor, loss_fn=weighted, sizes=[5, 3], optimizer=sgd, normed=True, synced=True, buffers=True)
     for name in ("clip_each", "clip_adaptive", "grad_noise"):
         yield f"{name}, tensor parallel", by_hand(tensor, ENTRIES[name].build(Path(folder), None))
     yield "ends", world.gather(ends(tensor, folder, world))

@@ -55,9 +55,11 @@ def test_two_ranks_train_as_one_process(found):
     assert close(found[0]["offloaded"], sharded.by_hand())
 
 
-def test_batchnorm_sees_the_samples_of_all_ranks_on_request(found):
-    """Five samples here and three there are normalized as the eight of one process."""
-    assert close(found[0]["synced"], sharded.by_hand(None, loss_fn=weighted, sizes=[8], optimizer=sharded.sgd, normed=True))
+def test_batchnorm_sees_the_samples_of_all_ranks_on_request(found, four):
+    """Five samples here and three there are normalized as the eight of one process, whatever else is cut."""
+    alone = sharded.by_hand(None, loss_fn=weighted, sizes=[8], optimizer=sharded.sgd, normed=True, buffers=True)
+    assert close(found[0]["synced"], alone)
+    assert close(four["synced, tensor parallel"], alone)
     assert not close(found[0]["normed"], sharded.by_hand(normed=True))
 
 
@@ -108,6 +110,12 @@ def test_every_rank_holds_a_part(found):
 def test_other_meshes_train_as_one_process(four, name):
     """Groups that replicate, and layers that are cut: clipped by the joint norm, with averages."""
     assert close(four[name], sharded.by_hand(None, fl.clip_norm(0.1), fl.ema(0.9)))
+
+
+def test_uneven_parts_count_with_their_samples_on_every_mesh(four):
+    """Five samples here and three there, each on ranks that have cut a layer between them."""
+    alone = sharded.by_hand(None, fl.clip_norm(0.1), fl.ema(0.9), loss_fn=weighted, sizes=[8])
+    assert close(four["counted, tensor parallel"], alone)
 
 
 @pytest.mark.parametrize("name", ["clip_each", "clip_adaptive", "grad_noise"])
