@@ -193,7 +193,7 @@ def _trace(call: Call, lowers: bool) -> Traced:
     scalars = sum(sum(rates) for rates in call.rates) + call.numbers * len(call.updates)
     device = call.store.device if call.store.device.type == "cuda" and lowers else None
     given = [*call.held, *(torch.zeros((), dtype=torch.float64, device=device) for _ in range(scalars)), *flat]
-    twins = [t.detach().requires_grad_(t.requires_grad) for t in given]
+    twins = _twins(given)
     has_side_effect(reseed)
 
     def fn(*tensors: Tensor) -> list[Tensor]:
@@ -211,6 +211,26 @@ def _trace(call: Call, lowers: bool) -> Traced:
         )
     draws = any(_draws(node.target) for node in graph.graph.nodes if node.op == "call_function")
     return Traced(_finished(graph, draws and not lowers), metrics, [host.duties for host in hosts], draws)
+
+
+def _twins(given: Sequence[Tensor]) -> list[Tensor]:
+    """Stand-ins that look alike, made from nothing.
+
+    What torch remembers of a tensor that it makes one from outlives the graph, and has crashed the interpreter in a later garbage collection.
+    """
+    from torch._functorch import config
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    def twin(t: Tensor) -> Tensor:
+        if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided or t.is_quantized or t.is_conj() or t.is_neg():
+            return t.detach().requires_grad_(t.requires_grad)
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device, requires_grad=t.requires_grad)
+
+    with config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):  # an error rather than an address of nothing
+        fake = FakeTensorMode(allow_fallback_kernels=True, allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+    with fake:
+        return [twin(t) for t in given]
 
 
 def _draws(target: Any) -> bool:

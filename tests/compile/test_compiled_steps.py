@@ -5,6 +5,7 @@ import random
 import sys
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -428,3 +429,12 @@ def test_code_that_gives_nan_where_the_operations_give_none_is_not_used(monkeypa
         ):
             ends.append(fl.fit(fl.TrainState.create(task, seed=3), data, fl.FitConfig(max_epochs=1, compile=level, progress=False)))
     assert_trees_equal(ends[0].params, ends[1].params)
+
+
+@pytest.mark.parametrize("level", ["trace", "step"])
+def test_nothing_of_torch_refers_to_tensors_that_a_graph_was_made_for(level: str) -> None:
+    """What the tracer remembers of a tensor's memory has outlived it, and crashed the interpreter in a later garbage collection."""
+    data = [tuple(t.clone() for t in batch) for batch in tiny_batches()]
+    state = fl.fit(fl.TrainState.create(tiny_task(), seed=0), data, fl.FitConfig(max_epochs=1, compile=level, gc="managed", progress=False))
+    held = [*(t for batch in data for t in batch), *state.params.values(), *state.opt_state["0.weight"].values()]
+    assert [weakref.getweakrefcount(t.untyped_storage()) for t in held] == [0] * len(held)
