@@ -42,7 +42,9 @@ class SyncedNorm(_BatchNorm):
         here = wide.new_full((1,), x.numel() / x.shape[1])
         total, count = all_reduce(torch.cat([wide.sum(over), here]) * self.counted).split([x.shape[1], 1])
         if float(count) <= self.alike:
-            raise ValueError(f"BatchNorm needs more than one value a channel to train, but all ranks together have {list(x.shape)}")
+            raise ValueError(
+                f"BatchNorm needs more than one value a channel to train, but all ranks together have no more; here: {list(x.shape)}"
+            )
         mean = total / count
         apart = wide - mean.view(shape)
         var = all_reduce(apart.square().sum(over) * self.counted) / count

@@ -34,6 +34,7 @@ def found(tmp_path_factory):
         ("more ranks than samples", "batch_size=1 is that of all of them together: some would have nothing to do; give a batch_size of at least 2"),
         ("placed later", "cuts up parameters, which must be done before their optimizer is built"),
         ("devices", "takes a model on one device a rank, but this one lies on ['cpu', 'meta']"),
+        ("one value", "BatchNorm needs more than one value a channel to train"),
         ("norms", "since the others need it in every forward pass; give a number of samples"),
         ("bundle", "debug_bundle works in one process"),
         ("carry", "carry keeps what belongs to the samples of one process"),

@@ -17,11 +17,11 @@ from fnlight.shards import is_sharded
 from tests.parallel.trajectories import STEPS, measured, numbers, plain, task, tensors
 
 
-def said(fn):
+def said(fn, kind=fl.FnlightError):
     """The error of a function, as text."""
     try:
         return fn() and "nothing"
-    except fl.FnlightError as error:
+    except kind as error:
         return f"{type(error).__name__}: {error}"
 
 
@@ -56,6 +56,7 @@ def refused(world, folder):
     yield "placed later", said(lambda: fl.parallel.placed_on(fl.parallel.fsdp(), state))
     yield "devices", said(lambda: fl.TrainState.create(fl.Task(model, plain), place=fl.parallel.ddp()))
     together = fl.parallel.ddp(sync_batchnorm=True)
+    yield "one value", said(lambda: fitted(loader(9), step=STEPS["normed"], place=together), ValueError)
     yield "norms", said(lambda: fitted(step=STEPS["normed"], microbatch="auto", place=together))
     bundles = {"dir": Path(folder, "never"), "debug_bundle": True, "save_every": fl.at_end}
     yield "bundle", said(lambda: fitted(**bundles))
