@@ -135,14 +135,14 @@ class Part(NamedTuple):
 @contextmanager
 def _standing_in(model: Any) -> Iterator[None]:
     """What brings samples of all ranks together within a model leaves those of this one out."""
-    found = [m for m in model.modules() if getattr(m, "counted", None) is True] if isinstance(model, nn.Module) else []
+    found = [m for m in model.modules() if getattr(m, "counts_samples", None) is True] if isinstance(model, nn.Module) else []
     for each in found:
-        vars(each)["counted"] = False
+        vars(each)["counts_samples"] = False
     try:
         yield
     finally:
         for each in found:
-            del vars(each)["counted"]
+            vars(each)["counts_samples"] = True
 
 
 def _shared(value: Any, share: float) -> Any:

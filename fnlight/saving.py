@@ -82,7 +82,7 @@ def checkpoint_every(
         return checkpointed
 
     def start(state: TrainState) -> TrainState:
-        return _open(state, Saver(path, name, keep, background, on_exception, "continuous" in f"{every} {permanent}"), initial)
+        return _open(state, Saver(path, name, keep, background, on_exception), initial)
 
     def finish(before: TrainState, state: TrainState) -> TrainState:
         (state.store.resources.get(name) or _alone(path, name, keep)).finish(state)
@@ -142,16 +142,15 @@ class Saver:
         keep: Which of them stay.
         background: Whether files are written while training goes on.
         on_exception: Whether the last completed step is saved when an exception ends the run.
-        shared: Whether ranks must know of each other if a save is under way.
 
     Example:
         >>> Saver("runs/a", "checkpoint_every", last(1), background=True, on_exception=True).thread.idle
         True
     """
 
-    def __init__(self, dir: str, key: str, keep: Retention, background: bool, on_exception: bool, shared: bool = False) -> None:
+    def __init__(self, dir: str, key: str, keep: Retention, background: bool, on_exception: bool) -> None:
         self.dir, self.key, self.keep = dir, key, keep
-        self.background, self.on_exception, self.shared = background, on_exception, shared
+        self.background, self.on_exception = background, on_exception
         self.thread, self.buffers = Background(), Buffers()
         self.left: tuple[int, ...] = ()  # steps whose checkpoints could not be deleted; it is tried again
         self.untold: tuple[str, ...] = ()  # why, to be said in the thread that trains
@@ -178,7 +177,7 @@ class Saver:
     def idle(self, before: Progress, state: TrainState) -> bool:
         """Whether no save is under way, on any rank: they agree on it where they agree on the time, which stands still in between."""
         place = state.store.place
-        if place is None or not self.shared:
+        if place is None:
             return self.thread.idle
         return before.seconds != state.progress.seconds and not place.everyone.most([not self.thread.idle])[0]
 

@@ -14,7 +14,7 @@ class SyncedNorm(_BatchNorm):
         **options: Those of ``torch.nn.BatchNorm1d``.
 
     Attributes:
-        counted: Whether samples of this rank count; False while one stands in for none, see `fnlight.gradients.Part`.
+        counts_samples: Whether samples of this rank count; False while one stands in for none, see `fnlight.gradients.Part`.
         alike: How many ranks have the same samples, as those of tensor parallel do.
 
     Example:
@@ -22,7 +22,7 @@ class SyncedNorm(_BatchNorm):
         [[-1.0, -1.0], [1.0, 1.0]]
     """
 
-    counted = True
+    counts_samples = True
     alike = 1
 
     def forward(self, input: Tensor) -> Tensor:
@@ -40,14 +40,14 @@ class SyncedNorm(_BatchNorm):
         shape = [-1 if d == 1 else 1 for d in range(x.dim())]
         # in two passes, as on one process: the mean of squares less the square of the mean would lose digits
         here = wide.new_full((1,), x.numel() / x.shape[1])
-        total, count = all_reduce(torch.cat([wide.sum(over), here]) * self.counted).split([x.shape[1], 1])
+        total, count = all_reduce(torch.cat([wide.sum(over), here]) * self.counts_samples).split([x.shape[1], 1])
         if float(count) <= self.alike:
             raise ValueError(
                 f"BatchNorm needs more than one value a channel to train, but all ranks together have no more; here: {list(x.shape)}"
             )
         mean = total / count
         apart = wide - mean.view(shape)
-        var = all_reduce(apart.square().sum(over) * self.counted) / count
+        var = all_reduce(apart.square().sum(over) * self.counts_samples) / count
         self._track(mean.detach(), var.detach(), count.detach() / self.alike)
         found = apart * (var + self.eps).rsqrt().view(shape)
         found = found if self.weight is None else found * self.weight.view(shape)

@@ -51,6 +51,11 @@ def test_what_does_not_fit_is_refused_on_all_ranks(what, says, found):
         assert says in each["refused"][what]
 
 
+def test_two_launchers_may_share_a_machine_without_accelerators(found):
+    """Each counts its processes from 0 on, and says which node it takes itself for."""
+    assert [each["refused"]["launchers"] for each in found] == [None, None]
+
+
 def test_a_rank_that_is_waited_for_in_vain_is_named_wherever_that_is():
     """Beside the steps of a run, which say so themselves: before the first of them, in an evaluation, behind a prediction, and at the end."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -71,6 +71,8 @@ def refused(world, folder):
     yield "sides", said(lambda: fitted(fl.zip_shortest(loader(batch=7), loader(batch=8)), step=lambda model, batch: plain(model, batch[0])))
     local, os.environ["LOCAL_RANK"] = os.environ["LOCAL_RANK"], "0"
     yield "hosts", said(lambda: fl.parallel.check_same(fl.parallel.world(), state))
+    os.environ["GROUP_RANK"] = str(rank)
+    yield "launchers", said(lambda: fl.parallel.check_same(fl.parallel.world(), state))
     os.environ["LOCAL_RANK"] = local
 
 
