@@ -1,8 +1,9 @@
 """BatchNorm over the samples of all ranks: torch's own on accelerators, and the same on the CPU, where torch has none."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -40,14 +41,14 @@ class SyncedNorm(_BatchNorm):
         shape = [-1 if d == 1 else 1 for d in range(x.dim())]
         # in two passes, as on one process: the mean of squares less the square of the mean would lose digits
         here = wide.new_full((1,), x.numel() / x.shape[1])
-        total, count = all_reduce(torch.cat([wide.sum(over), here]) * self.counts_samples).split([x.shape[1], 1])
-        if float(count) <= self.alike:
+        total, count = _total(torch.cat([wide.sum(over), here]) * self.counts_samples).split([x.shape[1], 1])
+        if float(count.detach()) <= self.alike:
             raise ValueError(
                 f"BatchNorm needs more than one value a channel to train, but all ranks together have no more; here: {list(x.shape)}"
             )
         mean = total / count
         apart = wide - mean.view(shape)
-        var = all_reduce(apart.square().sum(over) * self.counts_samples) / count
+        var = _total(apart.square().sum(over) * self.counts_samples) / count
         self._track(mean.detach(), var.detach(), count.detach() / self.alike)
         found = apart * (var + self.eps).rsqrt().view(shape)
         found = found if self.weight is None else found * self.weight.view(shape)
@@ -65,6 +66,27 @@ class SyncedNorm(_BatchNorm):
         share = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
         self.running_var.lerp_((var * count / (count - 1)).to(self.running_var.dtype), share)
+
+
+class _Total(torch.autograd.Function):
+    """The sum over all ranks, each of which gets the gradients of all: torch's function of that kind is deprecated."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:  # noqa: ARG004  # of the contract
+        whole = part.clone()
+        distributed.all_reduce(whole)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004  # of the contract
+        whole = grads[0].contiguous().clone()
+        distributed.all_reduce(whole)
+        return whole
+
+
+def _total(part: Tensor) -> Tensor:
+    found: Any = _Total.apply(part)
+    return found
 
 
 def sync_batchnorm(module: nn.Module) -> nn.Module:

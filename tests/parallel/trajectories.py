@@ -181,6 +181,7 @@ PIPES = {choice: (choice, "tied weights") for choice in CHOICES if choice not in
 def everything(folder):
     found = {}
     with warnings.catch_warnings():
+        warnings.simplefilter("error")
         warnings.simplefilter("ignore", fl.LoaderWarning)
         warnings.simplefilter("ignore", fl.OptimizerWarning)
         for name, given in RUNS.items():
