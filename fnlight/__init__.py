@@ -73,7 +73,7 @@ try:
         TaskCheckError,
         TaskWarning,
     )
-    from fnlight.evaluate import collect, evaluate, predict
+    from fnlight.evaluate import evaluate
     from fnlight.fit import fit
     from fnlight.fp8 import to_fp8
     from fnlight.freezing import freeze, unfreeze_at
@@ -89,6 +89,7 @@ try:
     from fnlight.optim import GroupRule, Lookahead, Optim, frozen, layer_decay, no_decay, optimizer, param_groups
     from fnlight.pipe import Phase, Pipe, pipe
     from fnlight.precision import autocast, cast, to_dtype
+    from fnlight.predict import collect, predict
     from fnlight.profile import profile
     from fnlight.protocols import EvalFn, GradFn, Gradients, LossFn, PredictFn, Rule, Schedule, Sink, Step, When
     from fnlight.recompute import recompute

@@ -17,12 +17,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fnlight.checkpoint import checkpoints, load_weights
 from fnlight.combinator import Combinator
 from fnlight.data import Source
-from fnlight.errors import CheckpointError, ConfigError
+from fnlight.errors import CheckpointError, ConfigError, check_type
 from fnlight.evaluate import average_of, inference, named_tensors
 from fnlight.optim import Optim
 from fnlight.rng import EVALUATE, fold_in, isolated, seed_generators
 from fnlight.shards import assign, local_parts
-from fnlight.state import Store, TrainState
+from fnlight.state import A_STATE, Store, TrainState
 from fnlight.update import Update
 from fnlight.when import Tick, condition, epochs, steps
 
@@ -95,7 +95,7 @@ def ema(decay: Decay, name: str = "ema", *, every: Callable[[Tick], bool] = step
     """
     if not callable(decay):
         _check_decay("ema", decay)
-    due, always = condition(every), every == steps(1)
+    due, always = condition(every, "ema(every=...)"), every == steps(1)
 
     def rest(decay: Callable[[int], float], live: Store) -> float:
         return 1 - decay(live.progress.step + 1)
@@ -148,7 +148,7 @@ def swa(start: int, every: Callable[[Tick], bool] = epochs(1), name: str = "swa"
     """
     if not isinstance(start, int) or isinstance(start, bool) or start < 0:
         raise ConfigError(f"swa(start=...) must be completed epochs, a whole number of at least 0, but got {start!r}")
-    due = condition(every)
+    due = condition(every, "swa(every=...)")
 
     def count(store: Store) -> None:
         tree = store.memory[name]
@@ -220,6 +220,7 @@ def averaged(state: TrainState, weights: str = "ema") -> TrainState:
         >>> averaged(state).params["weight"].item()
         0.5
     """
+    check_type("averaged(state, ...)", state, TrainState, A_STATE)
     state = state.copy()
     targets = named_tensors(state.store.module)
     with torch.no_grad():
@@ -255,6 +256,8 @@ def refresh_batch_norm(
         >>> refresh_batch_norm(state, [torch.full((2, 1), 3.0)]).buffers["running_mean"].item()
         3.0
     """
+    check_type("refresh_batch_norm(state, ...)", state, TrainState, A_STATE)
+    check_type("refresh_batch_norm(forward=...)", forward, Callable | None, "a function of model and batch, or None for train_step")
     state = state.copy()
     store, fn = state.store, forward if forward is not None else state.task.train_step
     norms = {n: m for n, m in store.module.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.training}
@@ -320,6 +323,7 @@ def average_checkpoints(state: TrainState, paths: Any, *, last: int | None = Non
     References:
         Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models" (2022).
     """
+    check_type("average_checkpoints(state, ...)", state, TrainState, A_STATE)
     if last is not None and (not isinstance(last, int) or isinstance(last, bool) or last < 1):
         raise ConfigError(f"average_checkpoints(last=...) must be a whole number of at least 1, or None for all, but got {last!r}")
     every = list(paths) if isinstance(paths, list | tuple) else [path for _, path in checkpoints(paths)]

@@ -27,7 +27,7 @@ from fnlight.checkpoint.folder import Folder, make
 from fnlight.checkpoint.tensors import chunks
 from fnlight.combinator import Combinator
 from fnlight.data import Item
-from fnlight.errors import BrokenCheckpointError, CheckpointError, ConfigError, NonFiniteError
+from fnlight.errors import BrokenCheckpointError, CheckpointError, ConfigError, NonFiniteError, check_type
 from fnlight.metrics import Mean
 from fnlight.rng import TRAIN, fold_in
 from fnlight.state import History, TrainState
@@ -62,6 +62,8 @@ def debug_bundle(dir: str | os.PathLike[str], every: int = EVERY, *, config: str
         >>> print(debug_bundle("runs/a"))
         debug_bundle('runs/a', every=20)
     """
+    check_type("debug_bundle(dir)", dir, str | os.PathLike, "a str or os.PathLike")
+    check_type("debug_bundle(config=...)", config, str | None, "text, or None")
     path = os.fspath(dir)
     if "://" in path:
         raise ConfigError(f"debug_bundle writes to this machine, but {path} is a URL; give a directory")
@@ -285,6 +287,9 @@ def load_bundle(path: str | os.PathLike[str], task: Task, types: Mapping[str, An
         Traceback (most recent call last):
         fnlight.errors.CheckpointError: no debug bundle at no/such/bundle: there is no bundle.json
     """
+    check_type("load_bundle(path, ...)", path, str | os.PathLike, "a str or os.PathLike")
+    check_type("load_bundle(path, task)", task, Task, "a Task")
+    check_type("load_bundle(types=...)", types, Mapping | None, "a mapping of names to classes, or None")
     folder = Folder(os.fspath(path))
     if folder.size(_JSON) is None:
         raise CheckpointError(f"no debug bundle at {folder.path}: there is no {_JSON}")

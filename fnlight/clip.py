@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fnlight.combinator import Combinator
-from fnlight.errors import ConfigError
+from fnlight.errors import ConfigError, check_type
 from fnlight.protocols import Gradients
 from fnlight.shards import local_parts
 from fnlight.state import Store
@@ -158,6 +158,7 @@ def clip_adaptive(clipping: float = 0.01, eps: float = 1e-3, exclude: Sequence[s
     """
     _positive("clip_adaptive", clipping)
     _positive("clip_adaptive(eps=...)", eps)
+    check_type("clip_adaptive(exclude=...)", exclude, Sequence, "a list of patterns")
     if isinstance(exclude, str):
         raise ConfigError(f"clip_adaptive(exclude=...) must be a list of patterns, but got the string {exclude!r}; write [{exclude!r}]")
 

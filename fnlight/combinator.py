@@ -6,10 +6,11 @@ The kinds of function, from the user's to the loop's: ``loss`` (`LossFn`), ``sum
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import attrs
 
+from fnlight.errors import check_type
 from fnlight.state import Store, TrainState
 
 Kind = Literal["kernel", "loss", "sum", "grad", "step"]
@@ -41,6 +42,10 @@ class Combinator:
         fits: Maps all combinators of a finished step to what is wrong with its company, or None.
         why: What the error of a wrong seam adds: the reason why it takes nothing else.
 
+    Raises:
+        TypeError: If a field is of another kind.
+        ValueError: If `takes`, `gives` or `phase` is unknown.
+
     Example:
         >>> double = Combinator("double", lambda loss_fn: lambda model, batch: 2 * loss_fn(model, batch), "loss", "loss")
         >>> double(lambda model, batch: batch)(None, 3)
@@ -64,6 +69,18 @@ class Combinator:
     yields: tuple[str, ...] = attrs.field(default=(), kw_only=True)
     fits: Callable[[tuple["Combinator", ...]], str | None] | None = attrs.field(default=None, kw_only=True)
     why: str = attrs.field(default="", kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        check_type("Combinator(name=...)", self.name, str, "a name")
+        check_type(f"{self.name}: the name of its memory", self.key, str, "a string")
+        check_type(f"Combinator({self.name!r}, wrap)", self.wrap, Callable, "a function that wraps another one")
+        for field in ("init", "start", "finish", "close", "fits"):
+            check_type(f"{self.name}({field}=...)", getattr(self, field), Callable | None, "a function, or None")
+        for kind in (self.takes, self.gives):
+            if kind not in get_args(Kind):
+                raise ValueError(f"Combinator({self.name!r}): takes and gives must be among {get_args(Kind)}, but got {kind!r}")
+        if self.phase is not None and self.phase not in TICK:
+            raise ValueError(f"Combinator({self.name!r}, phase=...) must be one of {TICK}, or None, but got {self.phase!r}")
 
     def __call__(self, fn: Any) -> Any:
         """Wrap one function, outside of any pipe."""

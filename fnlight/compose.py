@@ -14,7 +14,7 @@ from fnlight.combinator import Combinator
 from fnlight.compile import compile  # noqa: A004  # what everybody in this field calls it
 from fnlight.config import FitConfig
 from fnlight.data import Loaders, Source, group_at
-from fnlight.errors import ConfigError, LoaderError
+from fnlight.errors import ConfigError, LoaderError, check_type
 from fnlight.garbage import collect_garbage
 from fnlight.loop import evaluate_every, log_to, stop_when
 from fnlight.microbatch import microbatch
@@ -27,7 +27,7 @@ from fnlight.release import apply_in_backward
 from fnlight.rollback import rollback
 from fnlight.saving import checkpoint_every
 from fnlight.scale import loss_scale
-from fnlight.signals import Signals
+from fnlight.signals import A_SIGNALS, Signals
 from fnlight.sinks import Console
 from fnlight.skip import skip_nonfinite
 from fnlight.task import Task
@@ -60,6 +60,7 @@ def compose(task: Task, config: FitConfig, loaders: Any = None, signals: Signals
         >>> print(compose(task, FitConfig(max_steps=10, clip_norm=1.0, progress=False)))
         <lambda> > grad > clip_norm(1.0) > apply > check_finite(every=epochs(1)) > epoch_means > stop_when(max_steps(10))
     """
+    _check(task, config, signals)
     given = loaders_of(loaders) if loaders is not None else Loaders()
     whole = compile(config.compile, unroll=config.unroll) if config.compile is not None else None  # pyright: ignore[reportArgumentType]  # a validated text
     parts: list[Combinator | None] = [
@@ -97,6 +98,12 @@ def compose(task: Task, config: FitConfig, loaders: Any = None, signals: Signals
         stop_when(config.bounds),
     ]
     return pipe(task.train_step, *_fitting(task, [part for part in parts if part is not None]))
+
+
+def _check(task: Any, config: Any, signals: Any) -> None:
+    check_type("compose(task, ...)", task, Task, "a Task")
+    check_type("compose(..., config)", config, FitConfig, "a FitConfig")
+    check_type("compose(signals=...)", signals, Signals | None, A_SIGNALS)
 
 
 def _averaged(task: Task, average: Combinator | None, whole: Combinator | None) -> list[Combinator | None]:
@@ -202,6 +209,7 @@ def total_steps(config: FitConfig, loaders: Any) -> int:
         >>> total_steps(config, [torch.ones(2, 1)] * 10)
         9
     """
+    check_type("total_steps(config, ...)", config, FitConfig, "a FitConfig")
     found = known_steps(loaders_of(loaders), config)
     if found is None:
         why = "its training loader has no length" if config.max_epochs is not None else "neither max_epochs nor max_steps bounds it"

@@ -19,9 +19,16 @@
         ├── LockedError                     ... a run's directory that another run uses
         └── MismatchError                   ... files of another task: names and shapes are listed
 
-Every message says what was expected, what was found, where, and what to do next.
+Every message says what was expected, what was found, where, and what to do next. Warnings name the line of the user's that led to them.
 Bugs of fnlight itself are ``AssertionError``.
 """
+
+import inspect
+import warnings
+from types import FrameType, FunctionType
+from typing import Any
+
+_INNER = {"fnlight", "torch", "attr", "contextlib", ""}
 
 
 class FnlightError(Exception):
@@ -117,3 +124,70 @@ class FaultWarning(UserWarning):
 
 class CompileWarning(UserWarning):
     """A step that cannot be compiled as far as was asked; the message says which part and why."""
+
+
+def check_type(what: str, value: Any, kind: Any, expected: str, advice: str = "") -> None:
+    """Refuse an argument that is of another kind, before any work is done with it.
+
+    Args:
+        what: The argument, as it stands in a call.
+        value: What was given for it.
+        kind: The class that it must be an instance of, or several.
+        expected: The same in words.
+        advice: What to do next, where that is not plain.
+
+    Raises:
+        TypeError: If it is of another kind.
+
+    Example:
+        >>> check_type("save(path)", 3, str, "a path")
+        Traceback (most recent call last):
+        TypeError: save(path) must be a path, but got int: 3
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{what} must be {expected}, but got {described(value)}" + (f"; {advice}" if advice else ""))
+
+
+def described(value: Any) -> str:
+    """A value in a few words: its type, and what it is where that is short.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        The text.
+
+    Example:
+        >>> described(3), described([1, 2]), described(int), described(None)
+        ('int: 3', 'list', 'the class int', 'None')
+    """
+    if value is None:
+        return "None"
+    if isinstance(value, type | FunctionType):
+        return f"the {'class' if isinstance(value, type) else 'function'} {value.__name__}"
+    return type(value).__name__ + (f": {value!r:.80}" if isinstance(value, bool | int | float | str) else "")
+
+
+def warn(text: str, kind: type[Warning]) -> None:
+    """Warn at the line of the user's that led here, however many calls lie between.
+
+    Args:
+        text: What was found, and what to do next.
+        kind: One of the classes above.
+
+    Example:
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     warn("a metric is new", MemoryWarning)
+        >>> caught[0].category.__name__
+        'MemoryWarning'
+    """
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and _is_inner(frame):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, kind, stacklevel=level if frame is not None else 2)  # 2 is whoever called
+
+
+def _is_inner(frame: FrameType) -> bool:
+    """Whether a frame is one of fnlight, or of what it calls itself through; code that attrs writes has no module."""
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] in _INNER

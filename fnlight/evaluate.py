@@ -1,27 +1,23 @@
-"""Evaluation and prediction: every batch of a loader once, in eval mode and without gradients, leaving the state as it was."""
+"""Evaluation: every batch of a loader once, in eval mode and without gradients, leaving the state as it was."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from itertools import zip_longest
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor, nn
 
 from fnlight.data import Share, Source
-from fnlight.errors import ConfigError, StepError
+from fnlight.errors import ConfigError, StepError, check_type
 from fnlight.gradients import Part
 from fnlight.metrics import MEDIA, Tally
 from fnlight.metrics.ranks import read_in_order
 from fnlight.optim import weights_to_use
-from fnlight.rng import EVALUATE, PREDICT, fold_in, isolated, seed_generators
+from fnlight.rng import EVALUATE, fold_in, isolated, seed_generators
 from fnlight.shards import is_sharded, local
-from fnlight.signals import Signals
-from fnlight.state import Store, TrainState
-from fnlight.tree import map_tensors
+from fnlight.signals import A_SIGNALS, Signals
+from fnlight.state import A_STATE, Store, TrainState
 
-_NOTHING: Any = object()
 EvalStep = Callable[[Any, Any], Mapping[str, Any]]
 
 
@@ -65,6 +61,7 @@ def evaluate(
         {'mean': 0.75}
     """
     fn = step_of(state, "eval_step", eval_step)
+    check_type("evaluate(signals=...)", signals, Signals | None, A_SIGNALS)
     with isolated(state.device), nullcontext() if (place := state.store.place) is None else place.everyone.waiting("in an evaluation"):
         found = evaluate_sources(state, sources_of(loader, state.device, limit, place), fn, weights, signals)
     return {name: value for name, value in found.items() if not isinstance(value, MEDIA)}
@@ -161,6 +158,7 @@ def step_of(state: TrainState, name: str, given: Any) -> Any:
 
     Raises:
         ConfigError: If there is neither.
+        TypeError: If it is no function, or the state is none.
 
     Example:
         >>> from fnlight.task import Task
@@ -168,9 +166,11 @@ def step_of(state: TrainState, name: str, given: Any) -> Any:
         >>> step_of(state, "eval_step", None), step_of(state, "eval_step", min)
         (<built-in function max>, <built-in function min>)
     """
+    check_type("the state", state, TrainState, A_STATE)
     fn = given if given is not None else getattr(state.task, name)
     if fn is None:
         raise ConfigError(f"this task has no {name}; give it one, as in fl.Task(model, train_step, {name}={name}, ...)")
+    check_type(name, fn, Callable, "a function of model and batch")
     return fn
 
 
@@ -258,6 +258,7 @@ def average_of(store: Store, weights: str | None) -> dict[str, Tensor]:
     """
     if weights is None:
         return {}
+    check_type("weights", weights, str, 'the name of averaged weights, such as "ema", or None')
     known = named_tensors(store.module).keys()
     found = {
         key: tree for key in store.memory if (tree := _tensors_of(store.memory[key], not store.named)) is not None and tree.keys() <= known
@@ -274,127 +275,3 @@ def _tensors_of(tree: Any, bare: bool) -> dict[str, Tensor] | None:
     if isinstance(nested, dict):
         return nested
     return tree if isinstance(tree, dict) and (tree or bare) and all(isinstance(t, Tensor) for t in tree.values()) else None
-
-
-def predict(
-    state: TrainState,
-    loader: Any,
-    *,
-    predict_step: Callable[[Any, Any], Any] | None = None,
-    weights: str | None = None,
-    limit: int | float | None = None,
-    donate: bool = False,
-    signals: Signals | None = None,
-) -> Iterator[Any]:
-    """Predict on a loader, one batch at a time: a generator that holds no more than the batch it works on.
-
-    Where a state is placed on ranks, rank 1 of 4 gets the outputs of the second batch, the sixth and so on; `collect` brings them together.
-
-    Args:
-        state: Where training stands; it is left as it was, and may train on while predictions are read.
-        loader: A loader; call it once for each of several.
-        predict_step: ``(model, batch) -> output``; None takes the task's.
-        weights: The memory whose averaged weights are used; None takes the parameters (a schedule-free optimizer's: the averaged ones).
-        limit: Batches at most (int), or a fraction of them (float).
-        donate: True works on the state's own module rather than on a copy; do not train on it meanwhile.
-        signals: What listens; when a signal comes, `Interrupted` is raised in place of the next output.
-
-    Returns:
-        An iterator of outputs, in the order of the loader.
-
-    Raises:
-        ConfigError: If there is no `predict_step`, no memory of that name, or signals are to end one of several ranks.
-        Interrupted: If a signal came, once the outputs are read.
-
-    Example:
-        >>> from fnlight.task import Task
-        >>> task = Task(nn.Identity(), lambda model, batch: batch.sum(), predict_step=lambda model, batch: model(batch) + 1)
-        >>> list(predict(TrainState.create(task), [torch.zeros(2)]))
-        [tensor([1., 1.])]
-    """
-    if isinstance(loader, Mapping):
-        raise ConfigError(f"predict takes one loader at a time, but got a mapping of {sorted(loader)}; call it once for each")
-    if signals is not None and state.store.place is not None:
-        raise ConfigError("predict(signals=...) is for one process: of several, one that ends would let the others wait; leave it out")
-    fn = step_of(state, "predict_step", predict_step)
-    store, place = state.live, state.store.place
-    if not donate or weights_to_use(store.optims.values(), store.module):  # averaged weights are computed once, not for each batch
-        module = state.module() if place is None else place.copy(store.module, {})
-        store = Store(module, type(store.optim)(None), {weights: store.memory[weights]} if weights in store.memory else {}, place)
-    average_of(store, weights)
-    world = place and place.world
-    if place is not None:
-        place.sync(store)
-    source = sources_of(loader, state.device, limit, place)[""]
-    return Outputs(_predictions(store, fold_in(state.seed, PREDICT), source, fn, weights, signals, world), world)
-
-
-@attrs.frozen(eq=False, repr=False)
-class Outputs:
-    """What `predict` gives: an iterator of the outputs of this process.
-
-    Args:
-        found: The outputs, in the order of the loader.
-        world: The ranks of which each has its share; None where this process is alone.
-
-    Example:
-        >>> list(Outputs(iter([1, 2])))
-        [1, 2]
-    """
-
-    found: Iterator[Any]
-    world: Any = None
-
-    def __iter__(self) -> Iterator[Any]:
-        """This iterator."""
-        return self
-
-    def __next__(self) -> Any:
-        """The output of the next batch."""
-        return next(self.found)
-
-    def close(self) -> None:
-        """Let go of the loader, and of its workers."""
-        getattr(self.found, "close", lambda: None)()
-
-
-def _predictions(
-    store: Store, key: int, source: Source, fn: Callable[[Any, Any], Any], weights: str | None, signals: Signals | None, world: Any
-) -> Iterator[Any]:
-    batches = source.epoch(key, 0) if signals is None else signals.until(source.epoch(key, 0))
-    i, every = (0, 1) if world is None else (1 + world.rank - world.size, world.size)
-    with nullcontext() if world is None else world.waiting("in a prediction"):
-        while True:
-            with isolated(store.device):  # around each batch: the caller's code runs in between
-                item = next(batches, None)
-                if item is None:
-                    return None if signals is None else signals.check()
-                i += every
-                seed_generators(fold_in(key, i), store.device)
-                with inference(store, weights) as module:
-                    stands_in = item[0].__class__ is Part
-                    out = fn(module, item[0].batch if stands_in else item[0])
-                store.end_step()
-            del item
-            if not stands_in:
-                yield out
-            del out
-
-
-def collect(outputs: Iterable[Any]) -> list[Any]:
-    """All outputs of `predict` as a list, on the CPU; where several ranks have a share each, on all of them and in the order of the loader.
-
-    Args:
-        outputs: What `predict` gave.
-
-    Returns:
-        One entry a batch.
-
-    Example:
-        >>> collect(iter([torch.ones(1)]))
-        [tensor([1.])]
-    """
-    mine, world = [map_tensors(lambda t: t.cpu(), out) for out in outputs], outputs.world if isinstance(outputs, Outputs) else None
-    with nullcontext() if world is None else world.waiting("behind a prediction"):
-        turns = zip_longest(*([mine] if world is None else world.gather(mine)), fillvalue=_NOTHING)
-    return [out for turn in turns for out in turn if out is not _NOTHING]

@@ -2,7 +2,6 @@
 
 import os
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
@@ -18,13 +17,13 @@ from fnlight.config import FitConfig
 from fnlight.data import Sharded, Source, placed
 from fnlight.data.order import length_of
 from fnlight.device import default_device
-from fnlight.errors import BrokenCheckpointError, CheckpointWarning, ConfigError
+from fnlight.errors import BrokenCheckpointError, CheckpointWarning, ConfigError, check_type, warn
 from fnlight.fp8 import to_fp8
 from fnlight.loop import run
 from fnlight.parallel import World, alone, check_same, ddp, join, placed_on
 from fnlight.preflight import preflight
 from fnlight.signals import Signals
-from fnlight.state import TrainState
+from fnlight.state import A_STATE, TrainState
 from fnlight.when import epochs
 
 
@@ -54,6 +53,8 @@ def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
         >>> state
         TrainState(step=6, epoch=3, batch=0, 2 parameters, SGD, stopped: 3 epochs done)
     """
+    check_type("fit(state, ...)", state, TrainState, A_STATE)
+    check_type("fit(..., config)", config, FitConfig, "a FitConfig")
     began = time.perf_counter()
     given = loaders_of(loaders)
     config = _dev_run(state, config) if config.fast_dev_run else config
@@ -122,10 +123,9 @@ def _resumed(state: TrainState, config: FitConfig, donate: bool) -> TrainState:
     if found is not None:
         resumed = restore(found, state, allow=[each for each in config.allow if each != "batch_size"], rename=config.rename)
         if resumed.seed != state.seed:
-            warnings.warn(
+            warn(
                 f"the run in {config.dir} has seed {resumed.seed}, which decides its data order, but the state has {state.seed}; {resumed.seed} is used",
                 CheckpointWarning,
-                stacklevel=3,
             )
         if resumed.stopped is None:
             resumed.store.times.lose(_age(dict(checkpoints(found)).get(resumed.progress.step, found)))
@@ -155,11 +155,10 @@ def _counted(state: TrainState, train: Source, config: FitConfig) -> TrainState:
     before = state.progress
     after = placed(train, before, earlier="batch_size" in config.allow)
     if after.samples != before.samples:
-        warnings.warn(
+        warn(
             f"the batches have another size than when the state was saved: the run goes back from sample {before.epoch_samples} of epoch "
             f"{before.epoch} to {after.epoch_samples}, where one ends, and sees those between twice",
             CheckpointWarning,
-            stacklevel=3,
         )
     return state if after is before else attrs.evolve(state, progress=after)
 

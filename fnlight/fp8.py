@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from fnlight.errors import ConfigError
+from fnlight.errors import ConfigError, check_type
 from fnlight.optim import matches
 
 Recipe = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
@@ -44,6 +44,8 @@ def to_fp8(module: nn.Module, *, exclude: Iterable[str] = (), recipe: Recipe = "
     References:
         Micikevicius et al., "FP8 formats for deep learning" (2022).
     """
+    check_type("to_fp8(module)", module, nn.Module, "an nn.Module")
+    check_type("to_fp8(exclude=...)", exclude, Iterable, "patterns of names")
     if recipe not in get_args(Recipe):
         raise ConfigError(f"recipe must be one of {get_args(Recipe)}, but got {recipe!r}")
     if not emulate:

@@ -30,7 +30,7 @@ def collect_garbage(every: Callable[[Tick], bool] = steps(100) | epochs(1)) -> C
         >>> print(collect_garbage(every=steps(100)))
         collect_garbage(every=steps(100))
     """
-    due = condition(every)
+    due = condition(every, "collect_garbage(every=...)")
 
     def start(state: TrainState) -> TrainState:
         state.store.resources["garbage"] = _Kept.now()

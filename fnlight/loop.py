@@ -15,7 +15,7 @@ import attrs
 
 from fnlight.combinator import Combinator
 from fnlight.data import Item, Source, batches
-from fnlight.errors import ConfigError, Interrupted, LoaderError
+from fnlight.errors import ConfigError, Interrupted, LoaderError, check_type
 from fnlight.evaluate import evaluate_sources, sources_of, step_of
 from fnlight.history import Record
 from fnlight.metrics import MEDIA, Tally
@@ -23,9 +23,9 @@ from fnlight.metrics.ranks import read_all
 from fnlight.pipe import Pipe, pipe
 from fnlight.rng import isolated
 from fnlight.rules import StopRule
-from fnlight.signals import Signals, worker_death
+from fnlight.signals import A_SIGNALS, Signals, worker_death
 from fnlight.sinks.deliver import deliver, let_go
-from fnlight.state import Store, TrainState
+from fnlight.state import A_STATE, Store, TrainState
 from fnlight.when import Tick, condition, epochs, steps
 
 Metrics = Mapping[str, Any]
@@ -72,6 +72,9 @@ def run(
         >>> [state.progress.step for state, metrics in run(step, TrainState.create(task), [torch.ones(2, 1)])]
         [1, 2, 3]
     """
+    check_type("run(step, state, ...)", state, TrainState, A_STATE)
+    check_type("run(clock=...)", clock, Callable, "a function that gives seconds")
+    check_type("run(signals=...)", signals, Signals | None, A_SIGNALS)
     whole = step if isinstance(step, Pipe) else pipe(step)
     state = state if donate else state.copy()
     beat = None if state.store.place is None else state.store.place.everyone.pulse(clock, signals)
@@ -177,7 +180,8 @@ def evaluate_every(
         >>> print(evaluate_every([1], every=steps(100)))
         evaluate_every(val, every=steps(100))
     """
-    due, key = condition(every), f"evaluate_every {name}"
+    _check(name, eval_step, weights, signals)
+    due, key = condition(every, "evaluate_every(every=...)"), f"evaluate_every {name}"
     opened: dict[Any, Any] = {}  # kept from one evaluation to the next, with the workers that persist
 
     def sources(state: TrainState) -> Any:
@@ -235,6 +239,13 @@ def evaluate_every(
     )  # fmt: skip
 
 
+def _check(name: Any, eval_step: Any, weights: Any, signals: Any) -> None:
+    check_type("evaluate_every(name=...)", name, str, "what stands before the metrics' names")
+    check_type("evaluate_every(eval_step=...)", eval_step, Callable | None, "a function of model and batch, or None for the task's")
+    check_type("evaluate_every(weights=...)", weights, str | None, 'the name of averaged weights, such as "ema", or None')
+    check_type("evaluate_every(signals=...)", signals, Signals | None, A_SIGNALS)
+
+
 def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "log", times: bool = False) -> Combinator:
     """Send records to sinks: training metrics when they are due, as exact means since the last time, and every evaluation at once.
 
@@ -264,7 +275,7 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
         if not callable(sink):
             raise ConfigError(f"a sink must be a function of a record, but got {type(sink).__name__}: {sink!r:.60}")
 
-    is_due, told = condition(every), set[str]()
+    is_due, told = condition(every, "log_to(every=...)"), set[str]()
 
     def send(state: TrainState, metrics: dict[str, Any]) -> None:
         if state.store.place is None or state.store.place.writes:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fnlight.combinator import Combinator
-from fnlight.errors import ConfigError, ParallelError, StepError
+from fnlight.errors import ConfigError, ParallelError, StepError, check_type
 from fnlight.gradients import Around, Part
 from fnlight.metrics import Mean
 from fnlight.protocols import Gradients
@@ -121,6 +121,7 @@ def grad_cache(loss_fn: Callable[[Any], Any], n: int) -> Combinator:
     References:
         Gao et al., "Scaling deep contrastive learning batch size under memory limited setup" (2021).
     """
+    check_type("grad_cache(loss_fn, n)", loss_fn, Callable, "a function of the embeddings of all batches")
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise ConfigError(f"grad_cache(loss_fn, n) takes a number of batches of at least 1, but got {n!r}")
 
@@ -201,6 +202,7 @@ def carry(init: Callable[[Any, Any], Any]) -> Combinator:
     References:
         Williams and Peng, "An efficient gradient-based algorithm for on-line training of recurrent network trajectories" (1990).
     """
+    check_type("carry(init)", init, Callable, "a function of model and batch")
 
     def wrap(grad_fn: Any) -> Any:
         def carrying(store: Store, batch: Any, key: int) -> Gradients:

@@ -6,7 +6,7 @@ from typing import Any
 import attrs
 
 from fnlight.combinator import Combinator
-from fnlight.data import Item
+from fnlight.data import Item, group_at
 from fnlight.errors import StepError
 from fnlight.gradients import Part
 from fnlight.optim import set_lr
@@ -43,6 +43,8 @@ def manual(init: Callable[[Store], Any] | None = None, *, key: str = "manual", g
         halve > manual
         (None, 1, ['weight'])
     """
+    if group is not None:
+        group_at(group, 0)
 
     def wrap(fn: Any) -> Any:
         def kernel(store: Store, batches: Any, key: int) -> Mapping[str, Any]:

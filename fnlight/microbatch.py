@@ -1,7 +1,6 @@
 """Batches that do not fit into memory: `microbatch` trains on a batch in parts, as many as are asked for or as it takes."""
 
 import gc
-import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -12,7 +11,7 @@ from torch import nn
 from fnlight.combinator import Combinator
 from fnlight.data.readers import num_samples
 from fnlight.data.share import cut
-from fnlight.errors import ConfigError, FaultWarning, ParallelError
+from fnlight.errors import ConfigError, FaultWarning, ParallelError, warn
 from fnlight.gradients import Part
 from fnlight.protocols import Gradients
 from fnlight.state import Store
@@ -73,7 +72,7 @@ def _fitting(grad_fn: Any) -> Any:
             if smaller is None:
                 return found
             _undo(store, buffers)  # outside of any handler: a traceback holds the tensors that did not fit
-            warnings.warn(_split(store.module, tree["size"], smaller), FaultWarning, stacklevel=2)
+            warn(_split(store.module, tree["size"], smaller), FaultWarning)
             tree["size"] = smaller
 
     return fitting

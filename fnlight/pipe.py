@@ -1,6 +1,5 @@
 """The pipe that joins combinators: a step is built by wrapping a function into a function into a function."""
 
-import warnings
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
@@ -9,7 +8,7 @@ import attrs
 from torch import Tensor
 
 from fnlight.combinator import TICK, Combinator, Kind
-from fnlight.errors import ConfigError, MemoryWarning, MonitorError, SeamError
+from fnlight.errors import ConfigError, MemoryWarning, MonitorError, SeamError, warn
 from fnlight.gradients import mean_of_group
 from fnlight.state import Store, TrainState
 from fnlight.tree import leaves
@@ -139,10 +138,9 @@ class Pipe:
         known = owners.keys() | {"loader"} | ({"phases"} if self.phases else set())
         left = [prefix + key for key in store.memory if key not in known and _notable(store.memory[key])]
         if left:
-            warnings.warn(
+            warn(
                 f"the state at step {at} holds memory of {left}, which no combinator of this pipe owns; it is kept as it is. Pipe: {self}",
                 MemoryWarning,
-                stacklevel=4,
             )
         for key, combinator in owners.items():
             if key in store.memory and combinator.init is not None:
@@ -151,9 +149,7 @@ class Pipe:
                 continue
             tree = combinator.init(store)
             if at and _notable(tree):
-                warnings.warn(
-                    f"{combinator} starts its memory at step {at}: the state holds none for {prefix + key!r}", MemoryWarning, stacklevel=4
-                )
+                warn(f"{combinator} starts its memory at step {at}: the state holds none for {prefix + key!r}", MemoryWarning)
             store.memory[key] = tree
 
     def start(self, state: TrainState) -> TrainState:

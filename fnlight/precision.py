@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fnlight.combinator import Combinator
 from fnlight.dtype import DTYPES, convert
-from fnlight.errors import ConfigError
-from fnlight.state import Store, TrainState
+from fnlight.errors import ConfigError, check_type
+from fnlight.state import A_STATE, Store, TrainState
 from fnlight.tree import map_tensors
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -149,6 +149,8 @@ def to_dtype(state: TrainState, dtype: torch.dtype) -> TrainState:
         >>> to_dtype(state, torch.float64).params["bias"].dtype
         torch.float64
     """
+    check_type("to_dtype(state, ...)", state, TrainState, A_STATE)
+    check_type("to_dtype(state, dtype)", dtype, torch.dtype, "a dtype such as torch.bfloat16")
     twin = state.copy()
     convert(twin.store.module, [optim.optimizer for optim in twin.store.optims.values()], dtype)
     for tree in (twin.store.memory, *twin.store.memory.get("phases", {}).values()):

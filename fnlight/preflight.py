@@ -1,6 +1,5 @@
 """What can be known to be wrong before the first step of a run."""
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ from fnlight.checkpoint import writable
 from fnlight.compose import TRUE, eval_step_of, known_steps
 from fnlight.config import FitConfig
 from fnlight.data import Loaders
-from fnlight.errors import ConfigError, Interrupted, LoaderError, OptimizerWarning, TaskWarning
+from fnlight.errors import ConfigError, Interrupted, LoaderError, OptimizerWarning, TaskWarning, warn
 from fnlight.evaluate import evaluate
 from fnlight.optim import Optim, ends, monitored
 from fnlight.pipe import Pipe
@@ -53,11 +52,10 @@ def preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pipe
     if config.dir is not None:
         writable(config.dir)
     if state.store.params and not state.store.module.training:
-        warnings.warn(
+        warn(
             "the model is in eval mode: dropout is off and BatchNorm does not learn its statistics; if that is not meant, call model.train() "
             "before fl.Task(model, ...)",
             TaskWarning,
-            stacklevel=3,
         )
     asked = [name for c in step.combinators for name in c.monitors if name.startswith("val/")]
     monitors = [optim.monitor for optim in state.store.optims.values()]
@@ -121,8 +119,7 @@ def _check_ends(optim: Optim, loaders: Loaders, config: FitConfig) -> None:
                 f"{what}, and there it would fail; make it longer, as in total_steps=fl.total_steps(config, loaders), or the run shorter"
             )
         if last > total and holds and key == "lr" and schedule(total) < _ALL_BUT_NOTHING:
-            warnings.warn(
+            warn(
                 f"{what}: it holds its last factor, {schedule(total):g}, and next to nothing is learned from there on; make it longer, as in total=fl.total_steps(config, loaders)",
                 OptimizerWarning,
-                stacklevel=4,
             )

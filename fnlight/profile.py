@@ -12,7 +12,7 @@ from torch.autograd import profiler
 
 from fnlight.combinator import Combinator
 from fnlight.data import Item
-from fnlight.errors import ConfigError
+from fnlight.errors import ConfigError, check_type
 from fnlight.state import TrainState
 from fnlight.when import Tick, condition
 
@@ -51,6 +51,7 @@ def profile(
         >>> print(profile("traces", range(10, 12)))
         profile('traces', range(10, 12))
     """
+    check_type("profile(dir)", dir, str | os.PathLike, "a str or os.PathLike")
     path, chosen = os.fspath(dir), _chosen(steps)
     if "://" in path:
         raise ConfigError(f"profile writes to this machine, but {path} is a URL; give a directory")

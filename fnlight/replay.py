@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fnlight.errors import ConfigError
+from fnlight.errors import ConfigError, check_type
 
 
 @attrs.frozen(repr=False)
@@ -290,4 +290,5 @@ def from_torch(make: Callable[[Any], Any], monitored: bool = False) -> TorchSche
         >>> from_torch(lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 30)).groups([{"lr": 1.0}], count=30)
         [{'lr': 0.1}]
     """
+    check_type("from_torch(make)", make, Callable, "a function of an optimizer that gives a scheduler of torch")
     return TorchSchedule(make, monitored)

@@ -1,7 +1,6 @@
 """Back to the last checkpoint where a loss is no number, and on from there with other data and other random numbers."""
 
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from fnlight.checkpoint import newest
 from fnlight.checkpoint.read import refill
 from fnlight.combinator import Combinator
 from fnlight.data import Item
-from fnlight.errors import CheckpointError, ConfigError, FaultWarning, NonFiniteError
+from fnlight.errors import CheckpointError, ConfigError, FaultWarning, NonFiniteError, check_type, warn
 from fnlight.saving import Saver
 from fnlight.shards import local
 from fnlight.state import Progress, TrainState
@@ -55,7 +54,8 @@ def rollback(dir: str | os.PathLike[str], every: Callable[[Tick], bool] = steps(
         Chowdhery et al., "PaLM: Scaling language modeling with pathways" (2022), section 5.1: training goes on from a checkpoint before the
         trouble, without the batches around it.
     """
-    path, due = os.fspath(dir), condition(every)
+    check_type("rollback(dir)", dir, str | os.PathLike, "a str or os.PathLike")
+    path, due = os.fspath(dir), condition(every, "rollback(every=...)")
     if not isinstance(max_consecutive, int) or isinstance(max_consecutive, bool) or max_consecutive < 1:
         raise ConfigError(f"rollback(max_consecutive=...) must be a whole number of at least 1, but got {max_consecutive!r}")
 
@@ -134,10 +134,9 @@ def _back(state: TrainState, dir: str, trouble: str, most: int) -> TrainState:
     store.memory["rollback"] = {**no_losses(), "to": to, "row": row, "total": counts["total"] + 1}
     if store.owner is not None:
         store.owner.adopt(after)
-    warnings.warn(
+    warn(
         f"{trouble}: back to {found}; the data of the {now.step - to} steps since then is left out ({row} of at most {most} times in a row)",
         FaultWarning,
-        stacklevel=4,
     )
     return attrs.evolve(after, progress=_here(after.progress, now), stopped=state.stopped)
 

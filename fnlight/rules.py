@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import attrs
 
-from fnlight.errors import ConfigError
+from fnlight.errors import ConfigError, check_type
 from fnlight.history import History
 from fnlight.optim import monitored
 
@@ -124,6 +124,7 @@ def patience(monitor: str, n: int, mode: Mode = "min", min_delta: float = 0.0) -
     _check_mode("patience", mode)
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise ConfigError(f"patience must tolerate a whole number of evaluations of at least 1, but got {n!r}")
+    check_type("patience(min_delta=...)", min_delta, int | float, "a number")
     if not min_delta >= 0:
         raise ConfigError(f"patience(min_delta=...) must be at least 0, but got {min_delta!r}; the direction is given by mode")
 
@@ -161,6 +162,7 @@ def reached(monitor: str, value: float, mode: Mode = "max") -> StopRule:
         'val/acc reached 0.95 (goal 0.9)'
     """
     _check_mode("reached", mode)
+    check_type("reached(value)", value, int | float, "a number")
 
     def there(values: list[float]) -> str | None:
         met = values and (values[-1] >= value if mode == "max" else values[-1] <= value)
@@ -190,6 +192,7 @@ def diverged(monitor: str, limit: float, mode: Mode = "min") -> StopRule:
         'val/loss diverged to 12 (limit 10)'
     """
     _check_mode("diverged", mode)
+    check_type("diverged(limit)", limit, int | float, "a number")
 
     def worse(values: list[float]) -> str | None:
         bad = values and (not math.isfinite(values[-1]) or (values[-1] > limit if mode == "min" else values[-1] < limit))

@@ -5,7 +5,6 @@ makes them durable and deletes what need not be kept. One save is under way at a
 """
 
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -21,7 +20,7 @@ from fnlight.checkpoint.staging import Buffers
 from fnlight.checkpoint.together import Parts, is_cut, parts_of, write_together
 from fnlight.checkpoint.write import describe_state, write
 from fnlight.combinator import Combinator
-from fnlight.errors import CheckpointError, CheckpointWarning, ConfigError
+from fnlight.errors import CheckpointError, CheckpointWarning, ConfigError, check_type, warn
 from fnlight.shards import is_sharded
 from fnlight.state import Progress, TrainState
 from fnlight.when import Tick, condition, epochs
@@ -63,9 +62,8 @@ def checkpoint_every(
         >>> print(checkpoint_every("runs/a", every=steps(500)))
         checkpoint_every('runs/a', every=steps(500), keep=last(1))
     """
-    path = os.fspath(dir)
-    _check(keep)
-    due, lasting = condition(every or _never), condition(permanent or _never)
+    _check(dir, keep)
+    path, due, lasting = os.fspath(dir), _due("every", every), _due("permanent", permanent)
 
     def wrap(step: Any) -> Any:
         def checkpointed(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
@@ -94,7 +92,12 @@ def checkpoint_every(
     )  # fmt: skip
 
 
-def _check(keep: Any) -> None:
+def _due(name: str, when: Callable[[Tick], bool] | None) -> Callable[[Tick], bool]:
+    return (lambda _: False) if when is None else condition(when, f"checkpoint_every({name}=...)")
+
+
+def _check(dir: Any, keep: Any) -> None:
+    check_type("checkpoint_every(dir)", dir, str | os.PathLike, "a str or os.PathLike")
     if not isinstance(keep, Retention):
         raise ConfigError(f"keep must be a retention such as last(3) or best('val/loss', 3), but got {keep!r}")
 
@@ -127,10 +130,6 @@ def _label(path: str, every: Any, keep: Retention, permanent: Any, background: b
     parts = [repr(path), f"every={every}", f"keep={keep}", f"permanent={permanent}" if permanent else ""]
     parts += ["" if background else "background=False", "" if on_exception else "on_exception=False", "initial=True" if initial else ""]
     return ", ".join(part for part in parts if part)
-
-
-def _never(_: Any) -> bool:
-    return False
 
 
 class Saver:
@@ -292,7 +291,7 @@ class Saver:
     def _tell(self) -> None:
         problems, self.untold = self.untold, ()
         for problem in problems:
-            warnings.warn(problem, CheckpointWarning, stacklevel=3)
+            warn(problem, CheckpointWarning)
 
 
 def _nothing() -> None:

@@ -15,6 +15,9 @@ from typing import Any, Self
 
 from fnlight.errors import ConfigError, Interrupted, LoaderError
 
+A_SIGNALS = "fl.Signals, open in a with block, or None"
+"""What the errors of those that listen say."""
+
 _USUAL = ("SIGTERM", "SIGUSR1", "SIGINT")
 _PASSIVE = (signal.SIG_IGN, signal.SIG_DFL, signal.default_int_handler, None)
 _HINT = b"\nSIGINT: the run ends after this step and saves; press Ctrl-C again to stop at once\n"

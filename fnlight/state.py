@@ -1,8 +1,8 @@
 """The state: an immutable value that holds everything a run needs to go on, and the arena that its tensors live in.
 
-A `TrainState` is where the training of a `Task` stands; its `Store` holds the tensors. In PyTorch the
-fast way to train is in place, so a step *donates* its input: it updates the store, bumps the version and returns a new state on it.
-A state whose version is past raises `DonatedStateError` when its tensors are read.
+A `TrainState` is where the training of a `Task` stands; its `Store` holds the tensors. In PyTorch the fast way to train is in place, so a
+step *donates* its input: it updates the store, bumps the version and returns a new state on it. A state whose version is past raises
+`DonatedStateError` when its tensors are read.
 """
 
 import copy
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fnlight.device import end_step_on, move
-from fnlight.errors import DonatedStateError, OptimizerError, ParallelError
+from fnlight.errors import DonatedStateError, OptimizerError, ParallelError, check_type, described
 from fnlight.history import History, Record
 from fnlight.host import Host
 from fnlight.metrics import Tally
@@ -26,6 +26,10 @@ from fnlight.optim import Optim, choose_fused, named_state, prepare, prepare_eac
 from fnlight.rng import SKIPPED, TRAIN, fold_in, isolated, seed_generators
 from fnlight.task import Task, copied, empty
 from fnlight.times import Times
+from fnlight.tree import map_nodes
+
+A_STATE = "a TrainState, such as TrainState.create(task) or load(path, task) gives"
+"""What the errors of those that take one say."""
 
 
 @attrs.frozen
@@ -222,11 +226,12 @@ class TrainState:
             The state.
 
         Raises:
-            TypeError: If the task is not a `Task` or has given its model away, or the seed is no integer.
+            TypeError: If the task is not a `Task` or has given its model away, the seed is no integer, or `place` is no placement.
             OptimizerError: If `configure_optimizers` does not fit the model.
         """
-        if not isinstance(task, Task):
-            raise TypeError(f"TrainState.create takes a Task, but got {type(task).__name__}; write fl.Task(model, train_step, ...)")
+        check_type("TrainState.create(task)", task, Task, "a Task", "write fl.Task(model, train_step, ...)")
+        if place is not None and getattr(place, "place", None) is None:
+            raise TypeError(f"TrainState.create(place=...) must be a placement such as fl.parallel.ddp(), but got {described(place)}")
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
             raise TypeError(f"seed must be a non-negative integer, but got {seed!r}")
         lazy = [name for name, t in (*task.model.named_parameters(), *task.model.named_buffers()) if is_lazy(t)]
@@ -330,7 +335,7 @@ class TrainState:
         for each in optim.values() if isinstance(optim, Mapping) else (optim,):
             choose_fused(each.optimizer, store.module) if each.chooses else None
             to_device(each)
-        store.memory = {key: tree if key == "loader" else _moved(tree, torch.device(device)) for key, tree in store.memory.items()}
+        store.memory = {key: tree if key == "loader" else map_nodes(partial(_moved, device), tree) for key, tree in store.memory.items()}
         store.__init__(store.module, optim, store.memory, store.place)
         store.version, store.resources, store.times = version, resources, times
         return attrs.evolve(self, version=version)
@@ -390,11 +395,5 @@ def _configure(task: Task, module: nn.Module) -> Optim | dict[str, Optim]:
     return prepare_each(made, phases, module) if phases else prepare(made, module)
 
 
-def _moved(tree: Any, device: torch.device) -> Any:
-    if isinstance(tree, Tensor):
-        return tree.to(device)
-    if isinstance(tree, dict):
-        return {key: _moved(value, device) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(_moved(value, device) for value in tree)
-    return tree
+def _moved(device: torch.device | str, node: Any) -> Any:
+    return node.to(device) if isinstance(node, Tensor) else node if isinstance(node, Tally) else NotImplemented

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fnlight.combinator import Combinator
 from fnlight.data import Item, group_at
-from fnlight.errors import ConfigError, NonFiniteError, OptimizerError, StepError
+from fnlight.errors import ConfigError, NonFiniteError, OptimizerError, StepError, check_type
 from fnlight.gradients import Around, Part, loss_of_all, mean_of_group
 from fnlight.mask import step_where
 from fnlight.metrics import Mean
@@ -22,7 +22,7 @@ from fnlight.optim import set_lr, take_step, take_step_on_host
 from fnlight.pipe import Pipe, Turn, pipe
 from fnlight.protocols import Gradients
 from fnlight.rng import SKIPPED, TRAIN, fold_in, isolated
-from fnlight.state import Progress, Store, TrainState
+from fnlight.state import A_STATE, Progress, Store, TrainState
 from fnlight.when import Tick
 
 
@@ -347,6 +347,7 @@ def pure(step: Any) -> Any:
         >>> step.__name__
         'pure_step'
     """
+    check_type("pure(step)", step, Callable, "a step: a function of state and batch")
 
     def pure_step(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
         with isolated(state.device):
@@ -376,6 +377,7 @@ def update(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]
         >>> before.progress.step, after.progress.step, list(metrics)
         (0, 1, ['loss'])
     """
+    check_type("update(state, ...)", state, TrainState, A_STATE)
     train_step = state.task.train_step
     whole = isinstance(train_step, Pipe) and train_step.kind == "step"
     step: Pipe = train_step if whole else pipe(train_step, grad(), apply())

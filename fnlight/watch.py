@@ -68,7 +68,7 @@ def check_finite(every: Callable[[Tick], bool] = steps(50)) -> Combinator:
         >>> print(check_finite(every=steps(10)))
         check_finite(every=steps(10))
     """
-    due = condition(every)
+    due = condition(every, "check_finite(every=...)")
 
     def checked(state: TrainState, *_: Any) -> TrainState:
         tree = state.store.memory["check_finite"]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import attrs
 
-from fnlight.errors import ConfigError
+from fnlight.errors import ConfigError, check_type
 from fnlight.state import Progress
 
 
@@ -94,19 +94,24 @@ def _trigger(given: Any) -> Trigger:
     return Trigger(getattr(given, "__name__", repr(given)), given)  # pyright: ignore[reportArgumentType]  # callable() knows no more
 
 
-def condition(when: Callable[[Tick], bool]) -> Callable[[Tick], bool]:
+def condition(when: Callable[[Tick], bool], what: str = "a trigger") -> Callable[[Tick], bool]:
     """The bare function of a trigger: one call less at every step.
 
     Args:
         when: A trigger, or any function of a tick.
+        what: What the error calls it.
 
     Returns:
         A function of a tick that gives the same.
+
+    Raises:
+        TypeError: If it is neither, such as a number of steps.
 
     Example:
         >>> condition(at_end)(Tick(Progress(), Progress(), end=True))
         True
     """
+    check_type(what, when, Callable, "a trigger such as fl.steps(100) or fl.epochs(1), or a function of a tick")
     return when.fn if isinstance(when, Trigger) else when
 
 
@@ -166,7 +171,7 @@ def seconds(s: float) -> Trigger:
         >>> seconds(10)(Tick(Progress(step=1, seconds=9.5), Progress(step=2, seconds=10.5)))
         True
     """
-    return _timed("seconds", s, s)
+    return _timed("seconds", s, 1.0)
 
 
 def minutes(m: float) -> Trigger:
@@ -185,12 +190,13 @@ def minutes(m: float) -> Trigger:
         >>> minutes(1)(Tick(Progress(step=1, seconds=59.0), Progress(step=2, seconds=61.0)))
         True
     """
-    return _timed("minutes", m, m * 60)
+    return _timed("minutes", m, 60.0)
 
 
-def _timed(name: str, given: float, period: float) -> Trigger:
+def _timed(name: str, given: float, unit: float) -> Trigger:
     if not isinstance(given, int | float) or isinstance(given, bool) or not 0 < given < float("inf"):
         raise ConfigError(f"{name}(...) must be a number above 0, but got {given!r}")
+    period = given * unit
     return Trigger(f"{name}({given})", lambda tick: tick.after.seconds // period != tick.before.seconds // period)
 
 

@@ -3,13 +3,20 @@
 import inspect
 import re
 import warnings
+from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+import fnlight as fl
 from fnlight import errors
-from fnlight.errors import FnlightError
+from fnlight.data.share import Share
+from fnlight.data.source import Source
+from fnlight.errors import FnlightError, LoaderWarning, MemoryWarning, TaskWarning
+from fnlight.parallel.world import World
 
-CLASSES = {n: k for n, k in vars(errors).items() if inspect.isclass(k)}
+CLASSES = {n: k for n, k in vars(errors).items() if inspect.isclass(k) and k.__module__ == errors.__name__}
 ERRORS = {n: k for n, k in CLASSES.items() if issubclass(k, FnlightError) and k is not FnlightError}
 WARNINGS = {n: k for n, k in CLASSES.items() if issubclass(k, Warning)}
 
@@ -67,3 +74,38 @@ def test_every_class_says_what_happened(name: str) -> None:
     doc = inspect.getdoc(CLASSES[name]) or ""
     assert re.match(r"^[A-Z`].+\.$", doc.splitlines()[0])
     assert sum(inspect.getdoc(other) == doc for other in CLASSES.values()) == 1
+
+
+def quiet_fit() -> None:
+    """Train a model in eval mode, which fit warns of from a depth of its own."""
+    task = fl.Task(
+        nn.Linear(1, 1).eval(), lambda model, x: model(x).mean(), configure_optimizers=lambda m: torch.optim.SGD(m.parameters(), lr=0.1)
+    )
+    fl.fit(fl.TrainState.create(task), [torch.ones(1, 1)], fl.FitConfig(max_steps=1, progress=False))
+
+
+@pytest.mark.parametrize(
+    ("act", "kind"),
+    [
+        (lambda: errors.warn("new", MemoryWarning), MemoryWarning),
+        (quiet_fit, TaskWarning),
+        (
+            lambda: Source(torch.utils.data.DataLoader(range(8), batch_size=4), share=Share(World(0, 3))),
+            LoaderWarning,
+        ),  # in a class that attrs writes
+    ],
+)
+def test_a_warning_names_the_line_of_the_user(act, kind) -> None:
+    """However deep within fnlight it arises: a place within fnlight would help nobody, and would be shown once for all places that lead to it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        act()
+    (only,) = caught
+    assert only.category is kind
+    assert Path(only.filename) == Path(__file__)
+
+
+def test_all_warnings_are_given_in_one_way() -> None:
+    """So that each names the line of the user."""
+    package = Path(inspect.getfile(fl)).parent
+    assert [str(p.relative_to(package)) for p in sorted(package.rglob("*.py")) if "warnings.warn(" in p.read_text()] == ["errors.py"]

@@ -307,7 +307,7 @@ def test_a_model_without_tensors_is_on_the_cpu() -> None:
 
 
 REFUSED: list[tuple[Callable[[], Any], str]] = [
-    (lambda: TrainState.create(Net()), r"TrainState.create takes a Task, but got Net; write fl.Task\(model, train_step, ...\)"),
+    (lambda: TrainState.create(Net()), r"TrainState.create\(task\) must be a Task, but got Net; write fl.Task\(model, train_step, ...\)"),
     (lambda: TrainState.create(task(), seed=-1), "seed must be a non-negative integer, but got -1"),
     (lambda: TrainState.create(task(), seed=0.5), "seed must be a non-negative integer, but got 0.5"),
     (lambda: TrainState.create(task(), seed=True), "seed must be a non-negative integer, but got True"),

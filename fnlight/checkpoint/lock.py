@@ -9,7 +9,6 @@ import json
 import os
 import socket
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +18,7 @@ import attrs
 from fnlight.checkpoint.bucket import Bucket
 from fnlight.checkpoint.folder import cannot_write, make
 from fnlight.checkpoint.places import Path, at
-from fnlight.errors import CheckpointWarning, LockedError
+from fnlight.errors import CheckpointWarning, LockedError, warn
 
 try:
     import fcntl
@@ -100,9 +99,7 @@ def hold(dir: Path, clock: Callable[[], float] = time.time) -> Lock:
     except OSError as error:
         if error.errno not in _WITHOUT:
             raise cannot_write(path, error) from error
-        warnings.warn(
-            f"the file system of {folder.path} has no locks, so a second run into it would not be noticed", CheckpointWarning, stacklevel=2
-        )
+        warn(f"the file system of {folder.path} has no locks, so a second run into it would not be noticed", CheckpointWarning)
     return Lock(path, file, os.getpid())
 
 

@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -16,7 +15,7 @@ from fnlight.checkpoint.manifest import FILES, STATE, belongs
 from fnlight.checkpoint.opened import Opened, compare_all, examine, fetched
 from fnlight.checkpoint.pieces import check_parts
 from fnlight.checkpoint.retry import WAITS
-from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning, ConfigError
+from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning, ConfigError, check_type, warn
 
 _STEP = re.compile(r"step-([0-9]{8,})")
 _ASIDE = re.compile(r"\.(step-[0-9]{8,})\.old-[0-9a-f]+")
@@ -37,9 +36,8 @@ def at(path: Path) -> Folder | Bucket:
         >>> at("runs/a"), at("memory://runs/a")
         (Folder(path='runs/a'), Bucket(path='memory://runs/a'))
     """
+    check_type("the path of a checkpoint", path, str | os.PathLike, "a str or os.PathLike")
     text = os.fspath(path)
-    if not isinstance(text, str):
-        raise TypeError(f"the path of a checkpoint must be a str or os.PathLike, but got {type(path).__name__}")
     text = text.removeprefix("file://")
     return Bucket(text) if "://" in text else Folder(text)
 
@@ -133,6 +131,7 @@ def best_checkpoint(dir: Path, monitor: str, mode: str = "min") -> str | None:
     """
     if mode not in ("min", "max"):
         raise ConfigError(f"best_checkpoint(..., mode=) must be 'min' or 'max', but got {mode!r}")
+    check_type("best_checkpoint(monitor)", monitor, str, 'the name of a metric, such as "val/loss"')
     found: list[tuple[bool, float, int, str]] = []
     for opened in _sound(dir):
         step = opened.body["progress"]["step"]
@@ -148,7 +147,7 @@ def _sound(dir: Path, files: tuple[str, ...] = FILES, hold: bool = False, ranks:
         try:
             yield _open_one(path, files, hold, ranks)
         except BrokenCheckpointError as error:
-            warnings.warn(f"passed over a broken checkpoint: {error}", CheckpointWarning, stacklevel=4)
+            warn(f"passed over a broken checkpoint: {error}", CheckpointWarning)
 
 
 def open_checkpoint(path: Path, files: tuple[str, ...] = FILES, hold: bool = False, ranks: Any = None) -> Opened:
@@ -219,9 +218,7 @@ def _open_one(path: str, files: tuple[str, ...], hold: bool, ranks: Any = None) 
         held, problems = fetched(place, body, problems, files, others=True) if hold else ({}, problems)
         if body is not None and not problems:
             if place != folder:
-                warnings.warn(
-                    f"checkpoint {path} was being replaced when its writer died; read from {place.path}", CheckpointWarning, stacklevel=4
-                )
+                warn(f"checkpoint {path} was being replaced when its writer died; read from {place.path}", CheckpointWarning)
             return Opened(path, place, body, held)
     raise BrokenCheckpointError(f"checkpoint {path} is broken: {'; '.join(problems)}. Load its run's directory to use the newest sound one")
 

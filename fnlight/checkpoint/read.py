@@ -1,6 +1,5 @@
 """Read a state: the newest sound checkpoint, matched by name against the task, copied into live tensors."""
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,7 +18,7 @@ from fnlight.checkpoint.twin import Lent, twin
 from fnlight.checkpoint.weights import LoadReport, extra_states, place_weights, put, split_buffers
 from fnlight.device import spread_like
 from fnlight.dtype import DTYPES, convert
-from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning, MismatchError
+from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning, MismatchError, check_type, warn
 from fnlight.history import History, Record
 from fnlight.metrics import Tally
 from fnlight.metrics.ranks import own_part
@@ -62,7 +61,7 @@ def load(path: Path, task: Task, *, device: torch.device | str | None = None, pl
         ...     load(path, task).seed
         7
     """
-    opened = open_checkpoint(path, hold=place is None, ranks=None if place is None else place.everyone)
+    opened = open_checkpoint(path, hold=place is None, ranks=getattr(place, "everyone", None))
     lent, memo = Lent(), dict[int, Any]()
     if isinstance(task, Task) and place is None:
         lent.borrow((*task.model.parameters(), *task.model.buffers()), memo)
@@ -102,10 +101,8 @@ def restore(path: Path, like: TrainState, *, allow: Iterable[str] = (), rename: 
         ...     restore(save(state.recorded({"val/loss": 0.5}), f"{folder}/state"), like=state).history[0].metrics
         {'val/loss': 0.5}
     """
-    if not isinstance(like, TrainState):
-        raise TypeError(
-            f"restore(path, like=...) takes a TrainState, but got {type(like).__name__}; for a Task there is fl.load(path, task)"
-        )
+    check_type("restore(path, like=...)", like, TrainState, "a TrainState", "for a Task there is fl.load(path, task)")
+    check_type("restore(allow=...)", allow, Iterable, f"some of {sorted(ALLOWED)}")
     allowed = frozenset((allow,) if isinstance(allow, str) else allow)
     if not allowed <= ALLOWED:
         raise CheckpointError(f"allow= knows {sorted(ALLOWED)}, but got {sorted(allowed - ALLOWED)}")
@@ -153,7 +150,7 @@ def refill(path: Path, state: TrainState) -> TrainState:
 def _warn(opened: Opened, notes: list[str]) -> None:
     if notes:
         lines = "\n  ".join(notes)
-        warnings.warn(f"checkpoint {opened.path} was loaded with differences:\n  {lines}", CheckpointWarning, stacklevel=3)
+        warn(f"checkpoint {opened.path} was loaded with differences:\n  {lines}", CheckpointWarning)
 
 
 def _fill(state: TrainState, lent: Lent, opened: Opened, allowed: frozenset[str], rename: Rename) -> tuple[TrainState, list[str]]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from fnlight.errors import CheckpointError
+from fnlight.errors import CheckpointError, check_type
 from fnlight.optim import OTHER
 
 Rename = Mapping[str, str] | Callable[[str], str | None] | None
@@ -27,6 +27,7 @@ def new_name(rename: Rename, name: str) -> str | None:
     if rename is None:
         return name
     if not isinstance(rename, Mapping):
+        check_type("rename", rename, Callable, "a mapping of names, or a function of a name")
         return rename(name)
     parts = name.split(".")
     for n in range(len(parts), 0, -1):

@@ -4,7 +4,6 @@ import math
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -14,7 +13,7 @@ import attrs
 from fnlight.checkpoint.folder import Folder, hidden_siblings
 from fnlight.checkpoint.manifest import STATE
 from fnlight.checkpoint.places import Path, at, step_path
-from fnlight.errors import CheckpointWarning, ConfigError
+from fnlight.errors import CheckpointWarning, ConfigError, warn
 
 _HIDDEN = re.compile(r"\.(step-[0-9]{8,})\.(tmp|old|gone)-[0-9a-f]+")
 
@@ -160,7 +159,7 @@ def prune(dir: Path, steps: Sequence[int], keep: Retention, history: Iterable[An
     stay = staying(there, keep, history)
     left = delete(dir, [step for step in there if step not in stay])
     for problem in left.values():
-        warnings.warn(problem, CheckpointWarning, stacklevel=2)
+        warn(problem, CheckpointWarning)
     return [step for step in there if step in stay or step in left]
 
 

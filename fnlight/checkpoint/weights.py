@@ -13,9 +13,9 @@ from fnlight.checkpoint.places import Path, at, open_checkpoint
 from fnlight.checkpoint.rename import Rename, new_name, renamed
 from fnlight.checkpoint.tensors import describe
 from fnlight.checkpoint.twin import Lent
-from fnlight.errors import BrokenCheckpointError, MismatchError
+from fnlight.errors import BrokenCheckpointError, MismatchError, check_type
 from fnlight.shards import assign
-from fnlight.state import TrainState
+from fnlight.state import A_STATE, TrainState
 
 _ROWS = 20
 
@@ -232,6 +232,7 @@ def load_weights(state: TrainState, path: Path, *, partial: bool = False, rename
         >>> after.params["bias"].item(), report.loaded, list(report.missing)
         (1.0, ('bias',), ['weight'])
     """
+    check_type("load_weights(state, ...)", state, TrainState, A_STATE)
     named = {name for name, _ in (*state.live.module.named_parameters(remove_duplicate=False), *state.live.module.named_buffers())}
     found = renamed(_read(path, lambda name: new_name(rename, name) in named), rename)
     state = state.copy()

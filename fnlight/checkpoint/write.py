@@ -18,10 +18,10 @@ from fnlight.checkpoint.places import Path, at
 from fnlight.checkpoint.tensors import chunks, describe
 from fnlight.checkpoint.together import is_cut, parts_of, write_together
 from fnlight.checkpoint.weights import extra_states, split_buffers
-from fnlight.errors import CheckpointError
+from fnlight.errors import CheckpointError, check_type
 from fnlight.metrics.ranks import with_parts
 from fnlight.optim import RAW, Optim, class_name, named_groups, named_state, weights_to_use
-from fnlight.state import Store, TrainState
+from fnlight.state import A_STATE, Store, TrainState
 from fnlight.tree import equal
 
 Tensors = dict[str, dict[str, Tensor]]
@@ -59,6 +59,7 @@ def save(state: TrainState, path: Path, *, overwrite: bool = True) -> str:
         ...     at(path).names()
         ['model.safetensors', 'state.json']
     """
+    check_type("save(state, ...)", state, TrainState, A_STATE)
     folder, place = at(path), state.store.place
     body, tensors = describe_state(state)
     if place is not None and is_cut(tensors):

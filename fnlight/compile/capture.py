@@ -1,6 +1,5 @@
 """A graph as a CUDA graph: captured once, and then launched as a whole, with its batches in the same places every time."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from operator import is_
 
@@ -8,7 +7,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from fnlight.errors import CompileWarning
+from fnlight.errors import CompileWarning, warn
 
 
 def _capture_on_cuda(fn: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], Sequence[Tensor]]:
@@ -83,6 +82,4 @@ class Captured:
         except RuntimeError as error:
             self._refused = True
             text = str(error).strip().splitlines()[0]
-            warnings.warn(
-                f"compile: no graph at level 'graph': {text:.200}; going on with its operations one by one", CompileWarning, stacklevel=2
-            )
+            warn(f"compile: no graph at level 'graph': {text:.200}; going on with its operations one by one", CompileWarning)

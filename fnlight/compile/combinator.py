@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import reduce
+from os import PathLike
 from typing import Any, Literal
 
 import attrs
@@ -11,7 +12,7 @@ from fnlight.combinator import Combinator
 from fnlight.compile.graph import LEVELS, Graph, check_device
 from fnlight.data import Item
 from fnlight.data.readers import num_samples
-from fnlight.errors import ConfigError, SeamError
+from fnlight.errors import ConfigError, SeamError, check_type
 from fnlight.gradients import join_metrics
 from fnlight.manual import ByHand
 from fnlight.optim import set_lr
@@ -55,6 +56,7 @@ def compile(level: Level = "step", *, unroll: int = 1, cache_dir: str | None = N
         raise ConfigError(f"compile takes one of the levels 'trace', 'step', 'graph' and 'model', but got {level!r}")
     if not isinstance(unroll, int) or isinstance(unroll, bool) or unroll < 1 or (unroll > 1 and level == "model"):
         raise ConfigError(f"compile(unroll=...) must be a number of updates >= 1, and 1 at level 'model', but got {unroll!r}")
+    check_type("compile(cache_dir=...)", cache_dir, str | PathLike | None, "a directory, or None for torch's own")
     label = repr(level) + (f", unroll={unroll}" if unroll > 1 else "")
     if level == "model":
         return Combinator("compile", _compiled_model, "loss", "loss", args=label)

@@ -2,7 +2,6 @@
 
 import logging
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from fnlight.compile.bound import Bound, described
 from fnlight.compile.program import Program
 from fnlight.compile.shadow import UnsettledError, UntraceableError, WantedError, held
 from fnlight.compile.trace import Call, Traced, trace
-from fnlight.errors import CompileWarning, ConfigError
+from fnlight.errors import CompileWarning, ConfigError, warn
 from fnlight.state import Progress, Store
 from fnlight.tree import leaves
 
@@ -155,7 +154,7 @@ class Graph:
     def _warn(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
-            warnings.warn(f"compile: {text}", CompileWarning, stacklevel=7)
+            warn(f"compile: {text}", CompileWarning)
 
     def _check_settled(self, store: Store, name: str) -> None:
         """Memory that is not made yet is made by an eager step first."""

@@ -11,7 +11,8 @@ from fnlight.data.place import placed
 from fnlight.data.readers import num_samples
 from fnlight.data.share import Share
 from fnlight.data.source import Source, check_loader
-from fnlight.errors import LoaderError
+from fnlight.errors import LoaderError, check_type
+from fnlight.state import A_STATE, TrainState
 from fnlight.times import Times
 
 
@@ -185,6 +186,10 @@ def batches(
         >>> [(item.batches, item.epoch, item.last) for item in islice(batches(["a", "b", "c"], state, group=2), 3)]
         [(('a', 'b'), 0, False), (('c',), 0, True), (('a', 'b'), 1, False)]
     """
+    check_type("batches(loader, state, ...)", state, TrainState, A_STATE)
+    check_type("batches(clock=...)", clock, Callable, "a function that gives seconds")
+    check_type("batches(beat=...)", beat, Callable | None, "a function that gives seconds, or None")
+    check_type("batches(times=...)", times, Times | None, "a fl.times.Times, or None")
     group_at(group, state.progress.epoch)
     place = state.store.place
     share = None if place is None else Share(place.world)

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from fnlight.data.keyed import KeyedLoader, KeyedStream
 from fnlight.data.order import Span, check_start, length_of
 from fnlight.data.share import Sharded
 from fnlight.data.tensor_loader import Held, TensorLoader
-from fnlight.errors import LoaderError, LoaderWarning
+from fnlight.errors import LoaderError, LoaderWarning, warn
 from fnlight.rng import LOADER, fold_in, seed_generators
 from fnlight.tree import leaves
 
@@ -301,11 +300,10 @@ def _skip(found: Iterator[Any], span: Span, loader: Any) -> None:
         return
     if span.stop is not None:
         check_start(span, span.stop, loader)
-    warnings.warn(
+    warn(
         f"{span.start} batches of epoch {span.epoch} are read and thrown away to come to where the state stands, since a {type(loader).__name__} "
         "cannot be entered elsewhere; a map-style DataLoader, a list, or a loader with state_dict and load_state_dict need not be read",
         LoaderWarning,
-        stacklevel=2,
     )
     check_start(span, sum(1 for _ in itertools.islice(found, span.start)), loader)
 

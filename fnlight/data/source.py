@@ -1,7 +1,6 @@
 """A loader as a function of (seed, epoch): the same batches for any number of workers, from any batch on."""
 
 import itertools
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from fnlight.data.order import Span, check_start, length_of
 from fnlight.data.readers import Iterated, Stateful, reader_of
 from fnlight.data.share import Sharded, Share
 from fnlight.data.transfer import transferred
-from fnlight.errors import LoaderError, LoaderWarning
+from fnlight.errors import LoaderError, LoaderWarning, warn
 from fnlight.gradients import Part
 from fnlight.rng import ORDER, RANK, fold_in
 
@@ -33,7 +32,8 @@ def check_loader(loader: Any, what: str) -> None:
     Example:
         >>> check_loader([torch.zeros(2)], "Loaders(train=...)")
     """
-    if isinstance(loader, Source | Combined | Sharded | DataLoader | list | tuple):
+    loader = loader.loader if isinstance(loader, Sharded) else loader
+    if isinstance(loader, Source | Combined | DataLoader | list | tuple):
         return
     kind = type(loader).__name__
     says = f"{what} must be an iterable of batches, such as a DataLoader or a list, but got "
@@ -112,7 +112,7 @@ class Source:
         if getattr(self._reader, "shares", False):
             return self._reader.epoch(attrs.evolve(span, share=share))
         if isinstance(self._reader, Iterated | Stateful) and not share.whole:
-            warnings.warn(_reads_all(self.loader), LoaderWarning, stacklevel=3)
+            warn(_reads_all(self.loader), LoaderWarning)
         return share.cut(self._reader.epoch(span))
 
     @property
@@ -193,11 +193,10 @@ def _check_share(share: Share | None, loader: Any) -> None:
             f"give a batch_size of at least {ranks}, use fewer processes, or fl.sharded(loader) if each rank has data of its own"
         )
     if size % ranks:
-        warnings.warn(
+        warn(
             f"{ranks} ranks share each batch of batch_size={size}, so they get {size // ranks} or {size // ranks + 1} samples each: that is exact, but "
             f"plain losses then travel with their weights, and some ranks wait; a multiple of {ranks} avoids both",
             LoaderWarning,
-            stacklevel=3,
         )
 
 

@@ -1,7 +1,6 @@
 """Metrics of many steps, merged late: one list append a step, one copy from the device when somebody reads."""
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from functools import reduce
@@ -12,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from fnlight.errors import MemoryWarning, StepError
+from fnlight.errors import MemoryWarning, StepError, warn
 from fnlight.metrics.media import MEDIA
 from fnlight.metrics.monoids import Last, Max, Mean, Min, Sum, _pick
 
@@ -101,7 +100,7 @@ class Tally:
         if new or gone:
             what = [f"{new} are new since the state was saved and count from here on"] if new else []
             what += [f"{gone} are given no more and are dropped"] if gone else []
-            warnings.warn(f"step {step}: the metrics {', '.join(what)}", MemoryWarning, stacklevel=5)
+            warn(f"step {step}: the metrics {', '.join(what)}", MemoryWarning)
         self.totals = {name: fields for name, fields in self.totals.items() if name in names}
 
     def settle(self, merge: Callable[[str, str, list[Any], list[int]], None] | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 from torch import Tensor, nn
 
-from fnlight.errors import OptimizerError
+from fnlight.errors import OptimizerError, check_type
 
 Options = Mapping[str, Any]
 
@@ -65,6 +65,7 @@ def param_groups(model: nn.Module, *rules: GroupRule | Mapping[str, Options], **
         head 1 0.01 0.1
         head/no_decay 1 0.01 0.0
     """
+    check_type("param_groups(model, ...)", model, nn.Module, "an nn.Module")
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     held = {name: dict(options) for name in named}
     labels: dict[str, list[str]] = {name: [] for name in named}
@@ -274,6 +275,8 @@ def layer_decay(rate: float, *layers: str | tuple[str, ...]) -> GroupRule:
         raise OptimizerError(
             'layer_decay needs the layers from the input to the output, as in layer_decay(0.8, "embed", "blocks.*", "head")'
         )
+    for layer in layers:
+        check_type("layer_decay(rate, *layers)", layer, str | tuple, "a pattern of names, or a tuple of them for one layer")
     text = f"layer_decay({rate}, {', '.join(map(repr, layers))})"
 
     def find(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, Options]]:

@@ -1,7 +1,6 @@
 """What `configure_optimizers` returned, checked against its model and completed."""
 
 import copy
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import attrs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fnlight.errors import OptimizerError, OptimizerWarning
+from fnlight.errors import OptimizerError, OptimizerWarning, warn
 from fnlight.optim.kernels import choose_fused, leaves_open
 from fnlight.optim.needs import is_second_order, public_name, wants_closure, why_unfit
 from fnlight.optim.rates import courses_of, group_name
@@ -162,11 +161,10 @@ def _check_all_held(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
     if missing:
-        warnings.warn(
+        warn(
             f"{' and '.join(type(optimizer).__name__ for optimizer in optimizers)} holds no {_some(missing)}, which require gradients but will never change; "
             "give them to the optimizer, or freeze them with requires_grad_(False)",
             OptimizerWarning,
-            stacklevel=4,
         )
 
 

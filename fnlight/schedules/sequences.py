@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-from fnlight.errors import ConfigError
+from fnlight.errors import ConfigError, check_type
 from fnlight.schedules._checks import anneal_cos, check_count, check_real, check_schedule, text_of
 from fnlight.schedules.curve import Curve
 from fnlight.schedules.shapes import constant, cosine
@@ -152,6 +152,8 @@ def join(schedules: Sequence[Callable[[int], float]], boundaries: Sequence[int])
         >>> [both(count) for count in range(5)]
         [0.1, 0.1, 1.0, 0.5, 0.0]
     """
+    check_type("join(schedules)", schedules, Sequence, "a list of schedules")
+    check_type("join(boundaries)", boundaries, Sequence, "a list of counts")
     parts, starts = tuple(schedules), (0, *boundaries)
     if len(parts) != len(starts):
         raise ConfigError(f"join takes one boundary fewer than schedules, but got {len(parts)} schedules and {len(starts) - 1} boundaries")

@@ -1,11 +1,10 @@
 """Records handed to sinks that may fail: training goes on, and the state says what was missed."""
 
 import re
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from fnlight.errors import FaultWarning, FnlightError
+from fnlight.errors import FaultWarning, FnlightError, warn
 from fnlight.signals import worker_death
 
 FAILED = "failed_sinks"
@@ -90,7 +89,7 @@ def name_of(sink: Any) -> str:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, FaultWarning, stacklevel=4)
+    warn(text, FaultWarning)
 
 
 def _nothing() -> None:

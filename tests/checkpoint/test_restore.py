@@ -299,5 +299,5 @@ def test_the_device_may_be_chosen(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", [None, make_task()])
 def test_restore_asks_for_a_state(wrong: Any, tmp_path: Path) -> None:
     """A task given to `restore` is pointed to `load`."""
-    with pytest.raises(TypeError, match=r"takes a TrainState, but got \w+; for a Task there is fl.load"):
+    with pytest.raises(TypeError, match=r"must be a TrainState, but got \w+; for a Task there is fl.load"):
         restore(tmp_path, wrong)

@@ -15,7 +15,7 @@ FLOORS = {
     5: {"combinator", "checkpoint", "data", "when", "rules", "sinks"},
     6: {"pipe", "parse"},
     7: {"precision", "scale", "clip", "noise", "skip", "microbatch", "recompute", "update", "manual", "evaluate", "watch", "garbage"},
-    8: {"averages", "release", "freezing", "losses", "bundle", "compile", "parallel", "profile", "saving", "loop", "config"},
+    8: {"averages", "predict", "release", "freezing", "losses", "bundle", "compile", "parallel", "profile", "saving", "loop", "config"},
     9: {"rollback"},
     10: {"compose", "main"},
     11: {"preflight"},
