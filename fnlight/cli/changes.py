@@ -127,11 +127,13 @@ def prune(path: Place, keep: str, yes: bool = False, dry_run: bool = False) -> i
 
 def _own(body: Mapping[str, Any]) -> set[int]:
     """The steps that this run has saved, and of which its retention decides; what else lies there is not touched."""
-    tree = body["memory"].get("checkpoint_every")
-    saved = tree.get("saved") if isinstance(tree, dict) else None
-    if not isinstance(saved, list):
-        raise CheckpointError("the newest checkpoint does not say which others its run has saved, so none is removed; delete them by hand")
-    return {step for step in saved if isinstance(step, int)}
+    lists = [t["saved"] for t in body["memory"].values() if isinstance(t, dict) and {"saved", "permanent"} <= t.keys()]
+    if len(lists) != 1 or not isinstance(lists[0], list):
+        raise CheckpointError(
+            f"the newest checkpoint does not say which others its run has saved, so none is removed ({count(len(lists), 'list')} of them found where "
+            "one is needed); delete them by hand"
+        )
+    return {step for step in lists[0] if isinstance(step, int)}
 
 
 def _only(step: int) -> Retention:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fnlight.errors import ParallelError, check_type
+
 
 class SyncedNorm(_BatchNorm):
     """BatchNorm whose statistics are those of all ranks' samples while it trains, on every device; made by `sync_batchnorm`.
@@ -105,31 +107,44 @@ def sync_batchnorm(module: nn.Module) -> nn.Module:
         >>> type(sync_batchnorm(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))[1]).__name__
         'SyncedNorm'
     """
+    check_type("sync_batchnorm(module)", module, nn.Module, "an nn.Module")
     for each in module.modules():
         if isinstance(each, _BatchNorm):
-            tensor = next((t for t in (*each.parameters(), *each.buffers())), None)
-            on_cpu = tensor is None or tensor.device.type == "cpu"
             vars(each)["process_group"] = None  # of torch's own: all ranks
-            each.__class__ = SyncedNorm if on_cpu else nn.SyncBatchNorm
+            each.__class__ = SyncedNorm if _on_cpu(each) else nn.SyncBatchNorm
     return module
 
 
-def say_alike(module: nn.Module, count: int) -> None:
-    """Tell every BatchNorm that sees the samples of all ranks how many of them have the same.
+def _on_cpu(module: nn.Module) -> bool:
+    return all(t.device.type == "cpu" for t in (*module.parameters(), *module.buffers()))
+
+
+def meet(module: nn.Module, alike: int = 1) -> None:
+    """Prepare every BatchNorm that sees the samples of all ranks for those that there are; on the CPU one of torch's becomes a `SyncedNorm`.
 
     Args:
         module: Any module, which is changed.
-        count: Ranks.
+        alike: How many ranks have the same samples.
+
+    Raises:
+        ParallelError: If one of torch's on the CPU is for a group of ranks.
 
     Example:
-        >>> norm = sync_batchnorm(nn.BatchNorm1d(1))
-        >>> say_alike(norm, 2)
-        >>> norm.alike
-        2
+        >>> norm = nn.SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm1d(1))
+        >>> meet(norm, alike=2)
+        >>> type(norm).__name__, norm.alike
+        ('SyncedNorm', 2)
     """
-    for each in module.modules():
+    for name, each in module.named_modules():
+        if isinstance(each, nn.SyncBatchNorm) and _on_cpu(each):
+            if each.process_group not in (None, distributed.group.WORLD):
+                raise ParallelError(
+                    f"{name!r} is a SyncBatchNorm for a group of ranks, which torch does not have on CPUs, and fnlight only over all ranks: give the "
+                    "model its BatchNorm, and fl.parallel.ddp(sync_batchnorm=True)"
+                )
+            each.__class__ = SyncedNorm
         if isinstance(each, SyncedNorm):
-            each.alike = count
+            each.alike = alike
 
 
 def is_synced(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fnlight.errors import ConfigError, ParallelError
+from fnlight.errors import ConfigError, ParallelError, described
 from fnlight.parallel.mesh import TENSOR
 
 Policy = Callable[[str, nn.Module], bool] | tuple[type[nn.Module], ...] | None
@@ -77,6 +77,22 @@ def offload_policy(given: Any) -> Any:
     if given is True:
         return CPUOffloadPolicy(pin_memory=torch.accelerator.is_available())
     return OffloadPolicy() if given is False else given
+
+
+def check_offload(given: Any) -> None:
+    """Refuse what says nothing about where parts lie.
+
+    Args:
+        given: True, False, or a policy of torch.
+
+    Raises:
+        ConfigError: If it is something else.
+
+    Example:
+        >>> check_offload(True)
+    """
+    if not isinstance(given, bool) and not type(given).__name__.endswith("OffloadPolicy"):
+        raise ConfigError(f"fsdp(offload=...) must be True, False, or an OffloadPolicy of torch, but got {described(given)}")
 
 
 def chosen(module: nn.Module, policy: Policy) -> list[nn.Module]:

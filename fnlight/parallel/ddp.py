@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fnlight.errors import ConfigError, ParallelError, StepError
+from fnlight.errors import ConfigError, ParallelError, StepError, check_type
 from fnlight.metrics import Mean
 from fnlight.parallel.apart import Apart
-from fnlight.parallel.batchnorm import is_synced
+from fnlight.parallel.batchnorm import is_synced, meet
 from fnlight.parallel.batchnorm import sync_batchnorm as synced
 from fnlight.parallel.world import World, named_world, world
 from fnlight.protocols import Gradients
@@ -58,6 +58,7 @@ def ddp(
         >>> ddp(bucket_cap_mb=10)
         ddp(bucket_cap_mb=10)
     """
+    check_type("ddp(bucket_cap_mb=...)", bucket_cap_mb, int | float | None, "megabytes above 0, or None for torch's own")
     if bucket_cap_mb is not None and not bucket_cap_mb > 0:
         raise ConfigError(f"ddp(bucket_cap_mb=...) must be megabytes above 0, or None for torch's own, but got {bucket_cap_mb!r}")
     if comm_hook is not None and comm_hook not in _HALVES and not callable(comm_hook):
@@ -134,6 +135,7 @@ class Replicated:
             return None
         if self.sync_batchnorm:
             synced(module)
+        meet(module)
         for tensor in (*module.parameters(), *module.buffers()):
             distributed.broadcast(tensor.detach(), 0)
         return attrs.evolve(self, sync_batchnorm=is_synced(module))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, distributed
 
 from fnlight.combinator import Combinator
-from fnlight.data import num_samples
+from fnlight.data import group_at, num_samples
 from fnlight.data.share import cut
 from fnlight.errors import ConfigError, ParallelError
 from fnlight.gradients import Part, join_metrics
@@ -38,6 +38,7 @@ def exact_ranks(n: int | Mapping[int, int] = 1, *, parts: int = 8) -> Combinator
         >>> print(exact_ranks(4))
         exact_ranks(4, parts=8)
     """
+    group_at(n, 0)
     if not isinstance(parts, int) or parts < 1 or parts & (parts - 1):
         raise ConfigError(f"exact_ranks(parts=...) must be a power of two, such as 8, but got {parts!r}")
 

@@ -8,9 +8,9 @@ import attrs
 import torch
 from torch import Tensor, distributed, nn
 
-from fnlight.errors import ConfigError, ParallelError, StepError
-from fnlight.parallel.batchnorm import say_alike
-from fnlight.parallel.cut import Policy, chosen, cut_layers, dtype_of, offload_policy, precision_policy
+from fnlight.errors import ConfigError, ParallelError, StepError, check_type
+from fnlight.parallel.batchnorm import meet
+from fnlight.parallel.cut import Policy, check_offload, chosen, cut_layers, dtype_of, offload_policy, precision_policy
 from fnlight.parallel.mesh import TENSOR, MeshLike, check_devices, data_mesh, data_world, made_mesh
 from fnlight.parallel.norms import norms, unit_norms
 from fnlight.parallel.twin import stripped_copy
@@ -63,6 +63,7 @@ def fsdp(
     References:
         Zhao et al., "PyTorch FSDP: experiences on scaling fully sharded data parallel" (2023).
     """
+    check_type("fsdp(methods=...)", methods, Sequence, "names of methods")
     return Sharded(mesh, policy, mixed_precision, offload, reshard, tensor_parallel, tuple(methods), broadcast_buffers)
 
 
@@ -185,7 +186,7 @@ class Sharded:
         placed = attrs.evolve(self, mesh=mesh, world=data_world(mesh))
         if self.tensor_parallel is not None:
             cut_layers(module, mesh, self.tensor_parallel)
-        say_alike(module, here.size // placed.world.size)
+        meet(module, here.size // placed.world.size)
         placed._cut(module)
         placed._materialise(module)
         return placed
@@ -339,17 +340,17 @@ class Sharded:
         return stripped_copy(module, {id(self.mesh): self.mesh}, lambda p: wholes[id(p)], self.methods, all_hooks=True)
 
 
+@attrs.define(eq=False)
 class _Bound:
     """What a store keeps: whether gradients come together after the next backward pass, and the buffers that are sent."""
 
-    __slots__ = ("buffers", "sync")
-
-    def __init__(self, sync: bool, buffers: list[Tensor]) -> None:
-        self.sync, self.buffers = sync, buffers
+    sync: bool
+    buffers: list[Tensor]
 
 
 def _check(given: Sharded) -> None:
     dtype_of(given.mixed_precision)
+    check_offload(given.offload)
     if given.reshard is not None and not isinstance(given.reshard, int):
         raise ConfigError(
             f"fsdp(reshard=...) must be True, False, a number of ranks, or None for torch's choice, but got {given.reshard!r}"

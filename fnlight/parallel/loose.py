@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, distributed
 
 from fnlight.combinator import Combinator
-from fnlight.errors import ConfigError, ParallelError
+from fnlight.errors import ConfigError, ParallelError, check_type
 from fnlight.parallel.ddp import Replicated
 from fnlight.protocols import Gradients
 from fnlight.state import Store, TrainState
@@ -88,6 +88,8 @@ def diloco(every: int, *, lr: float = 0.7, momentum: float = 0.9) -> Combinator:
     """
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ConfigError(f"diloco(every) takes a number of steps of at least 1, but got {every!r}")
+    check_type("diloco(lr=...)", lr, int | float, "a number above 0")
+    check_type("diloco(momentum=...)", momentum, int | float, "a number in 0..1")
     if not lr > 0 or not 0 <= momentum < 1:
         raise ConfigError(f"diloco takes lr above 0 and momentum in 0..1, but got lr={lr!r}, momentum={momentum!r}")
     due = condition(steps(every))

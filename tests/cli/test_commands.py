@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import fnlight as fl
 from fnlight import FitConfig, Loaders, TrainState, checkpoints, fit, last, load, save, steps
 from fnlight.cli import run
 from fnlight.cli.checks import decisive
@@ -136,6 +137,27 @@ def test_prune_touches_only_what_the_run_has_saved(folder, capsys, monkeypatch):
     assert (code, out.splitlines()[-1]) == (0, "remove 1 checkpoint? [y/N] 1 checkpoint removed")
     assert [step for step, _ in checkpoints(folder)] == [1, 4, 8, 9]
     assert os.path.isdir(foreign)
+
+
+def saved(folder, *savers):
+    """Train three steps with combinators that save."""
+    state = TrainState.create(tiny_task())
+    for _ in fl.run(fl.pipe(state.task.train_step, fl.grad(), fl.apply(), *savers, fl.stop_when(fl.max_steps(3))), state, tiny_batches()):
+        pass
+    return folder
+
+
+def test_prune_finds_what_a_run_has_saved_under_any_name(tmp_path, capsys):
+    """A saver may have another name; of two of them, nobody can say which one this directory belongs to, so nothing is removed."""
+    one = saved(tmp_path / "one", fl.checkpoint_every(tmp_path / "one", steps(1), keep=last(3), name="often"))
+    assert called(capsys, "prune", one, "--keep", "last(1)", "--yes")[0] == 0
+    assert [step for step, _ in checkpoints(one)] == [3]
+    both = [fl.checkpoint_every(tmp_path / name, steps(1), keep=last(3), name=name) for name in ("two", "three")]
+    two = saved(tmp_path / "two", *both)
+    code, _, err = called(capsys, "prune", two, "--keep", "last(1)", "--yes")
+    assert code == 2
+    assert "does not say which others its run has saved, so none is removed (2 lists of them found where one is needed)" in err
+    assert [step for step, _ in checkpoints(two)] == [1, 2, 3]
 
 
 MISTAKES = [

@@ -29,8 +29,10 @@ LATER = {
 FREE = {
     ("fold_in", "key"), ("fold_in", "parts"), ("seed_generators", "key"), ("seed_generators", "device"), ("isolated", "device"),
     ("evaluate_every", "limit"), ("at_end", "tick"), ("continuous", "tick"), ("update", "batch"), ("optimizer", "params"),
+    ("parallel.fsdp", "mesh"),
 }  # fmt: skip
-"""Arguments of functions of the loop's own, which it calls once a step, and those that others check: `limit` the loader, `params` torch."""
+"""Arguments of functions of the loop's own, which it calls once a step, and those that others check: `limit` the loader, `params`
+torch, `mesh` the ranks that have joined."""
 
 DEVICES = {"device"}
 """Arguments that torch takes, and whose error is torch's own."""
@@ -68,11 +70,18 @@ def sound(fn: str, name: str, folder: Path) -> Any:
     return 2 if (fn, name) in {("wsd", "decay"), ("warmup", "steps")} else known.get(name, 2)
 
 
+PARALLEL = ("ddp", "fsdp", "loose", "diloco", "exact_ranks", "sync_batchnorm")
+
+
+def public() -> dict[str, Any]:
+    """The functions of the top level, and those that people call in `fnlight.parallel`."""
+    return {name: getattr(fl, name) for name in fl.__all__} | {f"parallel.{name}": getattr(fl.parallel, name) for name in PARALLEL}
+
+
 def cases() -> list[tuple[str, str]]:
-    """Every function of the top level with each of its arguments that is more than a switch."""
+    """Every public function with each of its arguments that is more than a switch."""
     found = []
-    for name in fl.__all__:
-        fn = getattr(fl, name)
+    for name, fn in public().items():
         for arg in inspect.signature(fn).parameters.values() if isinstance(fn, types.FunctionType) and name != "main" else ():
             switch = arg.annotation in (bool, "bool") or arg.kind is arg.VAR_KEYWORD or arg.name in DEVICES
             if not switch and (name, arg.name) not in FREE | LATER:
@@ -81,8 +90,8 @@ def cases() -> list[tuple[str, str]]:
 
 
 def called(name: str, bad: dict[str, Any], folder: Path) -> Any:
-    """Call a function of the top level with some arguments, and with sound ones where it needs more; an iterator is asked once."""
-    fn, given, named = getattr(fl, name), [], {}
+    """Call a public function with some arguments, and with sound ones where it needs more; an iterator is asked once."""
+    fn, given, named = public()[name], [], {}
     for p in inspect.signature(fn).parameters.values():
         if p.kind is p.VAR_POSITIONAL:
             given += [bad[p.name]] if p.name in bad else sound(name, p.name, folder) if p.name in ("sinks", "layers", "patterns") else []

@@ -47,10 +47,10 @@ class Net(nn.Module):
         return self.last(x)
 
 
-def net(synced=False, **options):
+def net(synced=None, **options):
     with fl.isolated():
         torch.manual_seed(0)
-        return fl.parallel.sync_batchnorm(Net(**options)) if synced else Net(**options)
+        return Net(**options) if synced is None else synced(Net(**options))
 
 
 def hooked_net():
@@ -235,7 +235,12 @@ def two(folder, world):
     yield "counted", by_hand(sharded, fl.accumulate(2), loss_fn=weighted, group=2, sizes=[5, 3])
     yield "offloaded", by_hand(fl.parallel.fsdp(offload=True, reshard=False, policy=(nn.Linear,)))
     yield "normed", by_hand(sharded, normed=True)
-    yield "synced", by_hand(sharded, loss_fn=weighted, sizes=[5, 3], optimizer=sgd, normed=True, synced=True, buffers=True)
+    yield (
+        "synced",
+        by_hand(sharded, loss_fn=weighted, sizes=[5, 3], optimizer=sgd, normed=True, synced=fl.parallel.sync_batchnorm, buffers=True),
+    )
+    of_torch = nn.SyncBatchNorm.convert_sync_batchnorm
+    yield "synced, of torch", by_hand(sharded, loss_fn=weighted, sizes=[5, 3], optimizer=sgd, normed=True, synced=of_torch, buffers=True)
     yield "parted", parted(sharded)
     yield "parted, own data", parted(sharded, own=True)
     yield "scaled", by_hand(sharded, fl.loss_scale(init=2.0**127, interval=2), loss_fn=half)
@@ -256,7 +261,10 @@ def four(folder, world):
     tensor = fl.parallel.fsdp({"data": 2, "tensor": 2}, tensor_parallel=PLAN)
     yield "tensor parallel", by_hand(tensor, *given)
     yield "counted, tensor parallel", by_hand(tensor, *given, loss_fn=weighted, sizes=[5, 3])
-    yield "synced, tensor parallel", by_hand(tensor, loss_fn=weighted, sizes=[5, 3], optimizer=sgd, normed=True, synced=True, buffers=True)
+    yield (
+        "synced, tensor parallel",
+        by_hand(tensor, loss_fn=weighted, sizes=[5, 3], optimizer=sgd, normed=True, synced=fl.parallel.sync_batchnorm, buffers=True),
+    )
     for name in ("clip_each", "clip_adaptive", "grad_noise"):
         yield f"{name}, tensor parallel", by_hand(tensor, ENTRIES[name].build(Path(folder), None))
     yield "ends", world.gather(ends(tensor, folder, world))

@@ -59,6 +59,7 @@ def test_batchnorm_sees_the_samples_of_all_ranks_on_request(found, four):
     """Five samples here and three there are normalized as the eight of one process, whatever else is cut."""
     alone = sharded.by_hand(None, loss_fn=weighted, sizes=[8], optimizer=sharded.sgd, normed=True, buffers=True)
     assert close(found[0]["synced"], alone)
+    assert close(found[0]["synced, of torch"], alone)
     assert close(four["synced, tensor parallel"], alone)
     assert not close(found[0]["normed"], sharded.by_hand(normed=True))
 

@@ -85,8 +85,13 @@ def normed(model, batch):
     return plain(model, batch)
 
 
+def converted(model, batch):
+    return plain(model, batch)
+
+
 STEPS = {
     "plain": plain,
+    "converted": converted,
     "weighted": weighted,
     "normed": normed,
     "phases": {"near": plain, "far": fl.Phase(far, fl.clip_norm(0.05), every=fl.steps(2))},
@@ -95,7 +100,7 @@ STEPS = {
 
 def layers(step):
     """A model; with a norm over the samples of all ranks where the step is to see one."""
-    if step is normed:  # no bias before the norm: the loss does not depend on it, and Adam would make steps of the rounding
+    if step in (normed, converted):  # no bias before the norm: the loss does not depend on it, and Adam would make steps of the rounding
         return nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)
     return nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)
 
@@ -104,6 +109,7 @@ def task(step=plain):
     with fl.isolated():
         torch.manual_seed(0)
         model = nn.Sequential(*layers(step))
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if step is converted else model
 
     def optimizers(model):
         if isinstance(step, dict):
@@ -134,6 +140,7 @@ RUNS = {
     **{f"weights: {name}": ("weighted", name, {"accumulate": 2}) for name in ("keyed", "uneven", "iterable")},
     "phases": ("phases", "uneven", {}),
     **{f"norms: {name}": ("normed", name, {"accumulate": 2}) for name in ("keyed", "uneven", "iterable")},
+    "norms: of torch": ("converted", "uneven", {"accumulate": 2}),
     **{f"config: {name}": ("plain", "uneven", options) for name, options in CONFIGS.items()},
 }
 

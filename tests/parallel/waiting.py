@@ -9,6 +9,7 @@ import socket
 import sys
 
 import torch
+from torch import distributed
 
 import fnlight as fl
 from fnlight.parallel import ddp, join
@@ -33,8 +34,12 @@ def meet(place: str, rank: int) -> None:
 
 
 def _end(rank: int) -> None:
+    """Rank 1 ends, once the other has joined: that one would otherwise find nobody to join."""
+    store = distributed.distributed_c10d._get_default_store()
     if rank == 1:
+        store.wait(["joined"])
         os._exit(0)
+    store.set("joined", "")
 
 
 def said(place: str) -> str:
