@@ -135,7 +135,8 @@ def meet(module: nn.Module, alike: int = 1) -> None:
         >>> type(norm).__name__, norm.alike
         ('SyncedNorm', 2)
     """
-    for name, each in module.named_modules():
+    named: dict[str, Any] = dict(module.named_modules())
+    for name, each in named.items():
         if isinstance(each, nn.SyncBatchNorm) and _on_cpu(each):
             if each.process_group not in (None, distributed.group.WORLD):
                 raise ParallelError(
