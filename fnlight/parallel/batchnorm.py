@@ -135,15 +135,14 @@ def meet(module: nn.Module, alike: int = 1) -> None:
         >>> type(norm).__name__, norm.alike
         ('SyncedNorm', 2)
     """
-    named: dict[str, Any] = dict(module.named_modules())
-    for name, each in named.items():
+    for name, each in module.named_modules():
         if isinstance(each, nn.SyncBatchNorm) and _on_cpu(each):
             if each.process_group not in (None, distributed.group.WORLD):
                 raise ParallelError(
                     f"{name!r} is a SyncBatchNorm for a group of ranks, which torch does not have on CPUs, and fnlight only over all ranks: give the "
                     "model its BatchNorm, and fl.parallel.ddp(sync_batchnorm=True)"
                 )
-            each.__class__ = SyncedNorm
+            each.__class__ = SyncedNorm  # pyright: ignore[reportAttributeAccessIssue]  # it has the same fields
         if isinstance(each, SyncedNorm):
             each.alike = alike
 
