@@ -106,6 +106,32 @@ def spread_on(device: torch.device) -> Callable[[Tensor], Tensor] | None:
     return getattr(module_of(device), "spread", None)
 
 
+def existing(device: torch.device | str) -> torch.device:
+    """The device of a name, which this machine must have.
+
+    Args:
+        device: Such as ``"cuda:1"``.
+
+    Returns:
+        The device.
+
+    Raises:
+        ConfigError: If there is none.
+
+    Example:
+        >>> existing("cpu")
+        device(type='cpu')
+    """
+    try:
+        found = torch.device(device)
+        if found.type != "cpu":
+            torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        says = str(error).splitlines()[0].split(". ")[0]
+        raise ConfigError(f"there is no device {device!r} here: {says}; give {str(default_device())!r}, or leave it out") from error
+    return found
+
+
 def move(module: nn.Module, device: torch.device) -> dict[int, Any]:
     """Move a module in place; tied parameters stay tied, also on a device that makes new ones of them, as XLA does.
 

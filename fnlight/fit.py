@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import attrs
-import torch
 
 from fnlight.checkpoint import checkpoints, newest, restore
 from fnlight.checkpoint.lock import held
@@ -16,7 +15,7 @@ from fnlight.compose import compose, loaders_of, settings, text_of, train_source
 from fnlight.config import FitConfig
 from fnlight.data import Sharded, Source, placed
 from fnlight.data.order import length_of
-from fnlight.device import default_device
+from fnlight.device import default_device, existing
 from fnlight.errors import BrokenCheckpointError, CheckpointWarning, ConfigError, check_type, warn
 from fnlight.fp8 import to_fp8
 from fnlight.loop import run
@@ -166,7 +165,7 @@ def _counted(state: TrainState, train: Source, config: FitConfig) -> TrainState:
 def _placed(state: TrainState, config: FitConfig) -> TrainState:
     if config.device == "auto" and state.device.type != "cpu":
         return state  # it was put there
-    device = default_device() if config.device == "auto" else torch.device(config.device)
+    device = default_device() if config.device == "auto" else existing(config.device)
     if device.type == state.device.type and device.index in (None, state.device.index):
         return state
     return state.moved(device)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fnlight.device import end_step_on, move
+from fnlight.device import end_step_on, existing, move
 from fnlight.errors import DonatedStateError, OptimizerError, ParallelError, check_type, described
 from fnlight.history import History, Record
 from fnlight.host import Host
@@ -240,10 +240,11 @@ class TrainState:
                 f"the model has lazy tensors without a shape, {lazy[:5]}; call it once on a batch before making a Task, or make it anew where it "
                 "was donated to another state"
             )
+        home = None if device is None else existing(device)
         memo = {id(t): t for t in (*task.model.parameters(), *task.model.buffers())} if donate else _memo
-        with isolated(None if device is None else torch.device(device)):
+        with isolated(home):
             module = copied(task.model, memo)
-            move(module, torch.device(device)) if device is not None else None
+            move(module, home) if home is not None else None
             placed = None if place is None else place.place(module)
             store = Store(module, _configure(task, module), {}, placed)
         if donate:
@@ -318,7 +319,7 @@ class TrainState:
 
     def to(self, device: torch.device | str) -> "TrainState":
         """A copy of this state on another device."""
-        return self.copy().moved(device)
+        return self.copy().moved(existing(device))
 
     def moved(self, device: torch.device | str) -> "TrainState":
         """This very state, its tensors moved in place; it donates its input."""

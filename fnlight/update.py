@@ -43,7 +43,13 @@ def grad() -> Combinator:
             fn = loss_fn
             while batch.__class__ is Part or batch.__class__ is Around:
                 fn, batch = batch.taken(fn)
+            first = store.params[0] if store.params else None
+            before = None if first is None else first.grad
             total = fn(store.module, batch) if store.place is None else store.place.loss(store, fn, batch)
+            if first is not None and first.grad is not before:  # it would be counted twice
+                raise StepError(
+                    "train_step must return the loss and leave backward() to fnlight, but has gone backward itself; leave that out, or use fl.manual"
+                )
             weight, metrics = 1.0, {}
             if total.__class__ is not Tensor or total.dim() or not total.requires_grad:
                 total, weight, metrics = _read(total, store)
@@ -108,6 +114,8 @@ def _detached(name: str, value: Any) -> Any:
 def _bad_loss(out: Any) -> str:
     if out is None:
         return "train_step returned no loss: it must return a scalar tensor, fl.Mean(total, weight), or (loss, metrics); is a `return` missing?"
+    if isinstance(out, Mapping):
+        return f"train_step must return loss or (loss, metrics) with metrics a dict, but returned a dict of {list(out)}; return the loss beside it"
     if not isinstance(out, Tensor):
         return f"train_step must return a scalar tensor as the loss, but returned {type(out).__name__}: {out!r:.60}; do not call .item() or float()"
     if out.dim():

@@ -24,6 +24,19 @@ def test_the_accelerator_is_the_default(monkeypatch):
     assert default_device() == torch.device("cpu")
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_a_device_that_is_not_there_is_refused_in_one_sentence():
+    """torch's own error may be a page long, or an AssertionError; ours comes before any work, and says what there is."""
+    for make in (
+        lambda name: TrainState.create(tiny_task(), device=name),
+        lambda name: TrainState.create(tiny_task()).to(name),
+        lambda name: fit(TrainState.create(tiny_task()), tiny_batches(), FitConfig(max_steps=1, device=name, progress=False)),
+    ):
+        for name in ("cuda", "mps"):
+            with pytest.raises(ConfigError, match=f"^there is no device '{name}' here: [^\\n]{{10,150}}; give 'cpu', or leave it out$"):
+                make(name)
+
+
 def test_a_device_that_torch_knows_no_module_of_is_refused(monkeypatch):
     """The error names the device, and for XLA what to write."""
 

@@ -180,6 +180,12 @@ def test_a_missing_step_function_is_named():
         predict(created(), {"a": loader()})
 
 
+def test_metrics_have_names():
+    """A name is text; something else is refused, not joined with what stands before it."""
+    with pytest.raises(TypeError, match="the name of a metric must be a string, but got int: 1"):
+        evaluate(created(lambda model, batch: {1: 0.5}), {"a": loader()})
+
+
 def test_an_empty_loader_is_an_error():
     """A loader without a batch cannot be evaluated on."""
     with pytest.raises(LoaderError, match="empty|no batch"):

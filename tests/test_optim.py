@@ -182,9 +182,9 @@ def test_many_forgotten_parameters_are_counted() -> None:
 GARBAGE: list[tuple[Any, str]] = [
     (None, r"must return an optimizer or Optim, but returned None; trainable: 0.weight, 0.bias, 1.weight, 1.bias"),
     ({"optimizer": 1, "lr_scheduler": 2}, r"or fl.Optim\(optimizer, schedule\), but returned a dict of \['lr_scheduler', 'optimizer'\]"),
-    (([1], [2]), r"must return a torch.optim.Optimizer .* but returned tuple: \(\[1\], \[2\]\)"),
+    (([1], [2]), r"must return a torch.optim.Optimizer .* but returned a tuple of list, list"),
+    (torch.optim.SGD, r"but returned the class SGD; call it, as in SGD\(model.parameters\(\), ...\)"),
     ("adam", r"must return a torch.optim.Optimizer .* but returned str: 'adam'"),
-    (torch.optim.SGD, r"but returned type: <class 'torch.optim.sgd.SGD'>"),
 ]
 
 

@@ -276,7 +276,11 @@ def test_a_model_without_trainable_parameters_can_be_stepped():
         (lambda m, b: (m(b).sum(), 3), r"must return loss or \(loss, metrics\) with metrics a dict, but returned a tuple of Tensor, int"),
         (lambda m, b: (m(b).sum(), {"loss": 1.0}), r"a metric called 'loss', which is the name of the loss itself"),
         (lambda m, b: (m(b).sum(), {"out": m(b)}), r"metric 'out' must be one number, but has shape \[4, 3\]"),
-        (lambda m, b: {"loss": m(b).sum()}, r"must return a scalar tensor as the loss, but returned dict"),
+        (
+            lambda m, b: {"loss": m(b).sum()},
+            r"must return loss or \(loss, metrics\) with metrics a dict, but returned a dict of \['loss'\]; return the loss",
+        ),
+        (lambda m, b: (m(b).sum().backward(), m(b).sum())[1], r"leave backward\(\) to fnlight, but has gone backward itself"),
     ],
 )
 def test_a_train_step_that_returns_something_else_is_told_what_to_return(fn, message):

@@ -38,6 +38,8 @@ def check_loader(loader: Any, what: str) -> None:
     kind = type(loader).__name__
     says = f"{what} must be an iterable of batches, such as a DataLoader or a list, but got "
     if isinstance(loader, Mapping):
+        if loader.keys() <= {"train", "val", "test", "predict"}:
+            raise TypeError(f"{says}a mapping of {list(loader)}; give fl.Loaders({', '.join(f'{use}=...' for use in loader)})")
         raise TypeError(f"{says}a mapping of {list(loader)}; join loaders with fl.zip_longest(**loaders), fl.zip_shortest or fl.concat")
     if isinstance(loader, Dataset) or (callable(getattr(loader, "__getitem__", None)) and not isinstance(loader, Iterable)):
         raise TypeError(

@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from fnlight.errors import MemoryWarning, StepError, warn
+from fnlight.errors import MemoryWarning, StepError, check_type, warn
 from fnlight.metrics.media import MEDIA
 from fnlight.metrics.monoids import Last, Max, Mean, Min, Sum, _pick
 
@@ -82,6 +82,7 @@ class Tally:
                 f"missing now: {missing}, new: {new}. Give every name each time, with Mean(0.0, 0) where there is nothing to count."
             )
         for name, value in metrics.items():
+            check_type("the name of a metric", name, str, "a string")
             if isinstance(value, Tensor) and value.dim():
                 raise StepError(
                     f"metric {name!r} must be one number, but has shape {list(value.shape)}; reduce it, or use Mean, Cat or Histogram"

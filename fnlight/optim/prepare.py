@@ -8,7 +8,7 @@ import attrs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fnlight.errors import OptimizerError, OptimizerWarning, warn
+from fnlight.errors import OptimizerError, OptimizerWarning, described, warn
 from fnlight.optim.kernels import choose_fused, leaves_open
 from fnlight.optim.needs import is_second_order, public_name, wants_closure, why_unfit
 from fnlight.optim.rates import courses_of, group_name
@@ -180,4 +180,8 @@ def _some(names: Any) -> str:
 def _describe(made: Any) -> str:
     if isinstance(made, Mapping):
         return f"a dict of {sorted(map(str, made))}"
-    return f"{type(made).__name__}: {made!r:.80}"
+    if isinstance(made, list | tuple):
+        return f"a {type(made).__name__} of {', '.join(type(each).__name__ for each in made) or 'nothing'}"
+    if isinstance(made, type):
+        return f"{described(made)}; call it, as in {made.__name__}(model.parameters(), ...)"
+    return described(made)

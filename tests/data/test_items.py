@@ -58,6 +58,7 @@ def test_loaders_are_listed_by_use_and_name() -> None:
 @pytest.mark.parametrize(
     "given, match",
     [
+        ({"train": {"train": [1], "val": [2]}}, r"mapping of \['train', 'val'\]; give fl.Loaders\(train=..., val=...\)"),
         ({"train": {"a": [1], "b": [2]}}, r"Loaders\(train=...\) must be an iterable of batches.*mapping of \['a', 'b'\].*fl.zip_longest"),
         ({"val": Numbers(3)}, r"Loaders\(val=...\).*got the dataset Numbers; wrap it: DataLoader\(dataset, batch_size=32\)"),
         ({"val": {"a": Numbers(3)}}, r"Loaders\(val=\{'a': ...\}\).*got the dataset Numbers"),
