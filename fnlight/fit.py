@@ -43,6 +43,7 @@ def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
         StepError: If a step function returns what it must not.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> from fnlight.task import Task
         >>> task = Task(nn.Linear(1, 1), lambda model, batch: (model(batch) - batch).square().mean(),

@@ -185,13 +185,16 @@ def test_a_model_that_changes_outside_of_its_buffers_is_named(twist, place):
 
 
 def test_a_step_that_goes_backward_itself_is_found():
-    """Gradients are for fnlight to compute: a `train_step` that fills them is named with the parameters."""
+    """Gradients are for fnlight to compute: a `train_step` that fills them does not train, and one that fills some is named with the parameters."""
 
-    def train_step(model, batch):
-        loss_of(model, batch).backward()
+    def train_step(model, batch, inputs=None):
+        loss_of(model, batch).backward(inputs=inputs)
         return loss_of(model, batch)
 
-    assert broken("model", r"lin\.weight\.grad: filled", task_of(train_step))
+    with pytest.raises(StepError, match=r"leave backward\(\) to fnlight, but has gone backward itself"):
+        check_task(task_of(train_step), tiny_batches()[0])
+    some = task_of(lambda model, batch: train_step(model, batch, [model.lin.bias]))
+    assert broken("model", r"lin\.bias\.grad: filled", some)
 
 
 def test_buffers_may_change_in_training():
