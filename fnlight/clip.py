@@ -1,7 +1,7 @@
 """Gradients kept within bounds: combinators between `accumulate` and `apply`, by foreach kernels."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -158,7 +158,7 @@ def clip_adaptive(clipping: float = 0.01, eps: float = 1e-3, exclude: Sequence[s
     """
     _positive("clip_adaptive", clipping)
     _positive("clip_adaptive(eps=...)", eps)
-    check_type("clip_adaptive(exclude=...)", exclude, Sequence, "a list of patterns")
+    check_type("clip_adaptive(exclude=...)", exclude, Collection, "a list of patterns")
     if isinstance(exclude, str):
         raise ConfigError(f"clip_adaptive(exclude=...) must be a list of patterns, but got the string {exclude!r}; write [{exclude!r}]")
 

@@ -119,7 +119,7 @@ def evaluate_sources(
             place.sync(state.store)
         for name, source in sources.items():
             prefix = f"{name}/" if name else ""
-            found |= {f"{prefix}{metric}": value for metric, value in _one_source(state, module, source, fn, signals).items()}
+            found |= {prefix + metric: value for metric, value in _one_source(state, module, source, fn, signals).items()}
     return found
 
 

@@ -28,7 +28,7 @@ from fnlight.task import Task, copied, empty
 from fnlight.times import Times
 from fnlight.tree import map_nodes
 
-A_STATE = "a TrainState, such as TrainState.create(task) or load(path, task) gives"
+A_STATE = "a TrainState, such as fl.TrainState.create(task) or fl.load(path, task) gives"
 """What the errors of those that take one say."""
 
 

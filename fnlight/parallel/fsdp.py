@@ -1,7 +1,7 @@
 """Sharded: every rank holds a part of each parameter, of its gradient and of its optimizer memory; torch's ``fully_shard`` does it."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -63,7 +63,7 @@ def fsdp(
     References:
         Zhao et al., "PyTorch FSDP: experiences on scaling fully sharded data parallel" (2023).
     """
-    check_type("fsdp(methods=...)", methods, Sequence, "names of methods")
+    check_type("fsdp(methods=...)", methods, Iterable, "names of methods")
     return Sharded(mesh, policy, mixed_precision, offload, reshard, tensor_parallel, tuple(methods), broadcast_buffers)
 
 

@@ -3,7 +3,7 @@
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 from fnlight.errors import ConfigError, check_type
@@ -152,7 +152,7 @@ def join(schedules: Sequence[Callable[[int], float]], boundaries: Sequence[int])
         >>> [both(count) for count in range(5)]
         [0.1, 0.1, 1.0, 0.5, 0.0]
     """
-    check_type("join(schedules)", schedules, Sequence, "a list of schedules")
+    check_type("join(schedules)", schedules, Iterable, "a list of schedules")
     check_type("join(boundaries)", boundaries, Sequence, "a list of counts")
     parts, starts = tuple(schedules), (0, *boundaries)
     if len(parts) != len(starts):

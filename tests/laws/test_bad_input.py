@@ -145,6 +145,6 @@ def test_a_placement_is_called() -> None:
 def test_what_is_no_state_yet_is_told_how_to_become_one(given: Any) -> None:
     """A task, a model, a path and nothing at all are what people try first."""
     with pytest.raises(
-        TypeError, match=r"fit\(state, ...\) must be a TrainState, such as TrainState.create\(task\) or load\(path, task\) gives"
+        TypeError, match=r"fit\(state, ...\) must be a TrainState, such as fl.TrainState.create\(task\) or fl.load\(path, task\) gives"
     ):
         fl.fit(given, [torch.ones(2, 1)], fl.FitConfig(max_steps=1, progress=False))
