@@ -35,7 +35,7 @@ class Mixture(nn.Module):
 
 
 @torch.no_grad()
-def maximise(store: fl.Store, batches: tuple[Tensor, ...], key: int) -> dict[str, Tensor]:
+def maximise(store: fl.state.Store, batches: tuple[Tensor, ...], key: int) -> dict[str, Tensor]:
     """One step: the first ones of k-means, for a start that is no accident, then of expectation maximisation; the loss is the negative log likelihood."""
     model, (x,), memory = store.module, batches, store.memory["em"]
     joint = model(x)

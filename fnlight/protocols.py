@@ -1,7 +1,7 @@
 """The types that everything else is made of; each contract stands in the docstring of its ``__call__``.
 
 A user writes a ``LossFn`` (``train_step``), an ``EvalFn`` (``eval_step``) and a ``PredictFn`` (``predict_step``).
-Combinators turn a ``LossFn`` into a ``GradFn`` and that into a ``Step``; see `fnlight.pipe`.
+Combinators turn a ``LossFn`` into a ``GradFn`` and that into a ``Step``; see `fnlight.pipe.pipe`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from fnlight import protocols
+from fnlight.gradients import grad
 from fnlight.pipe import pipe
 from fnlight.protocols import Gradients
 from fnlight.schedules import cosine
-from fnlight.state import TrainState
-from fnlight.task import Task
-from fnlight.update import apply, grad
+from fnlight.state import Task, TrainState
+from fnlight.step import apply
 
 KINDS = {n: k for n, k in vars(protocols).items() if inspect.isclass(k) and getattr(k, "_is_protocol", False) and n != "Protocol"}
 PARAMETERS = {"GradFn": 3, "LossFn": 2, "EvalFn": 2, "PredictFn": 2, "Step": 2, "When": 1, "Rule": 1, "Sink": 1, "Schedule": 1}

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from fnlight.checkpoint.encode import decode
 from fnlight.checkpoint.manifest import OPTIMIZER
-from fnlight.checkpoint.opened import Opened
-from fnlight.checkpoint.twin import fitted
-from fnlight.device import spread_like
+from fnlight.checkpoint.placeholder import fitted
+from fnlight.checkpoint.reader import Opened
 from fnlight.errors import MismatchError
 from fnlight.optim import HOST, OTHER, RAW, Optim, class_name, named_groups, place_slot
-from fnlight.tree import equal, map_tensors
+from fnlight.tensors import equal, map_tensors, spread_like
 
 _ABSENT = object()
 _KERNELS = ("fused", "foreach")  # how it is computed: the business of this machine, never of a file
@@ -41,7 +40,7 @@ def place_optimizers(
         MismatchError: Unless `afresh`, if both sides have an optimizer, of different classes.
 
     Example:
-        >>> from fnlight.checkpoint.folder import Folder
+        >>> from fnlight.checkpoint import Folder
         >>> place_optimizers({"": Optim(None)}, nn.Linear(1, 1), Opened("a", Folder("a"), {"optimizer": None, "files": {}}), frozenset(), {}, afresh=False)
         []
     """

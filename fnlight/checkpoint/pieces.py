@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fnlight.checkpoint.header import Place, read_header
 from fnlight.checkpoint.layout import WHOLE, Layout, overlap, part_name
-from fnlight.shards import Box, box, like_parts
+from fnlight.tensors import Box, box, like_parts
 
 Part = Callable[[str, int, int], Any]
 """Gives the bytes of a file from a start to an end."""
@@ -50,7 +50,7 @@ def read_pieces(
         ValueError: If a file is none, or holds other tensors than the manifest says.
 
     Example:
-        >>> from fnlight.checkpoint.tensors import chunks
+        >>> from fnlight.checkpoint import chunks
         >>> data = b"".join(chunks({"x": torch.arange(3.0)}))
         >>> entry = {"tensors": {"x": ["float32", [3]]}}
         >>> read_pieces(lambda name, start, end: data[start:end], lambda name: len(data), "a", entry, [], lambda name, shape: None)
@@ -130,7 +130,7 @@ def check_parts(part: Part, size: Callable[[str], int | None], file: str, entry:
         ValueError: If a part holds other tensors than the manifest says.
 
     Example:
-        >>> from fnlight.checkpoint.tensors import chunks
+        >>> from fnlight.checkpoint import chunks
         >>> data = b"".join(chunks({"x": torch.ones(1)}))
         >>> entry = {"parts": [[len(data), ""]], "tensors": {"x": ["float32", [2]]}, "cut": {}}
         >>> check_parts(lambda name, start, end: data[start:end], lambda name: len(data), "a.b", entry, [])

@@ -10,22 +10,17 @@ from torch import Tensor, nn
 from fnlight.checkpoint.encode import decode
 from fnlight.checkpoint.groups import place_optimizers
 from fnlight.checkpoint.manifest import MEMORY, MODEL
-from fnlight.checkpoint.opened import Opened
 from fnlight.checkpoint.pieces import Like
+from fnlight.checkpoint.placeholder import Lent, twin
 from fnlight.checkpoint.places import Path, open_checkpoint
+from fnlight.checkpoint.reader import Opened
 from fnlight.checkpoint.rename import Rename, new_name, renamed, renamed_body
-from fnlight.checkpoint.twin import Lent, twin
 from fnlight.checkpoint.weights import LoadReport, extra_states, place_weights, put, split_buffers
-from fnlight.device import spread_like
-from fnlight.dtype import DTYPES, convert
 from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning, MismatchError, check_type, warn
-from fnlight.history import History, Record
-from fnlight.metrics import Tally
-from fnlight.metrics.ranks import own_part
-from fnlight.shards import is_sharded, lying_like
-from fnlight.state import Progress, Store, TrainState
-from fnlight.task import Task
-from fnlight.times import Times
+from fnlight.metrics import Tally, own_part
+from fnlight.runtime import Times
+from fnlight.state import History, Progress, Record, Store, Task, TrainState
+from fnlight.tensors import DTYPES, convert, is_sharded, lying_like, spread_like
 
 ALLOWED = frozenset({"dtype", "model", "optimizer"})
 """Differences between a checkpoint and a task that `restore` can be told to go along with."""
@@ -54,7 +49,7 @@ def load(path: Path, task: Task, *, device: torch.device | str | None = None, pl
 
     Example:
         >>> import tempfile
-        >>> from fnlight.checkpoint.write import save
+        >>> from fnlight.checkpoint import save
         >>> task = Task(nn.Linear(2, 1), lambda model, batch: model(batch).sum())
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = save(TrainState.create(task, seed=7), f"{folder}/state")
@@ -95,7 +90,7 @@ def restore(path: Path, like: TrainState, *, allow: Iterable[str] = (), rename: 
 
     Example:
         >>> import tempfile
-        >>> from fnlight.checkpoint.write import save
+        >>> from fnlight.checkpoint import save
         >>> state = TrainState.create(Task(nn.Linear(2, 1), lambda model, batch: model(batch).sum()))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     restore(save(state.recorded({"val/loss": 0.5}), f"{folder}/state"), like=state).history[0].metrics
@@ -129,7 +124,7 @@ def refill(path: Path, state: TrainState) -> TrainState:
 
     Example:
         >>> import tempfile
-        >>> from fnlight.checkpoint.write import save
+        >>> from fnlight.checkpoint import save
         >>> state = TrainState.create(Task(nn.Linear(2, 1), lambda model, batch: model(batch).sum()))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = save(state, f"{folder}/state")

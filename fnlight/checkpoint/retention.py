@@ -110,7 +110,7 @@ def best(monitor: str, n: int = 1, mode: str = "min") -> Retention:
         ConfigError: If n is below 1, the mode is neither, or the monitor is no name.
 
     Example:
-        >>> from fnlight.history import Record
+        >>> from fnlight.state import Record
         >>> history = [Record(10, 1, {"val/loss": 0.5}), Record(20, 2, {"val/loss": 0.25}), Record(30, 3, {"val/loss": 0.75})]
         >>> sorted(best("val/loss", 2)([10, 20, 30], history))
         [10, 20]

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from fnlight.checkpoint.bucket import Bucket
 from fnlight.checkpoint.manifest import MODEL
+from fnlight.checkpoint.placeholder import Lent
 from fnlight.checkpoint.places import Path, at, open_checkpoint
 from fnlight.checkpoint.rename import Rename, new_name, renamed
 from fnlight.checkpoint.tensors import describe
-from fnlight.checkpoint.twin import Lent
 from fnlight.errors import BrokenCheckpointError, MismatchError, check_type
-from fnlight.shards import assign
 from fnlight.state import A_STATE, TrainState
+from fnlight.tensors import assign
 
 _ROWS = 20
 
@@ -224,7 +224,7 @@ def load_weights(state: TrainState, path: Path, *, partial: bool = False, rename
     Example:
         >>> import tempfile
         >>> from safetensors.torch import save_file
-        >>> from fnlight.task import Task
+        >>> from fnlight.state import Task
         >>> state = TrainState.create(Task(nn.Linear(2, 1), lambda model, batch: model(batch).sum()))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_file({"net.bias": torch.ones(1)}, f"{folder}/a.safetensors")

@@ -9,11 +9,11 @@ from typing import Any
 
 import attrs
 
-from fnlight.config import FitConfig
 from fnlight.data import Loaders
 from fnlight.errors import ConfigError, FnlightError
+from fnlight.fit import FitConfig
 from fnlight.pipe import Pipe
-from fnlight.task import Task
+from fnlight.state import Task
 
 
 @attrs.frozen(eq=False)

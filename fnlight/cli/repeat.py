@@ -6,14 +6,13 @@ from typing import Any
 import attrs
 import torch
 
-from fnlight.bundle import Bundle, load_bundle
 from fnlight.cli.checks import decisive
 from fnlight.cli.given import Given, given
 from fnlight.cli.page import Code, Place, line
-from fnlight.compose import compose, settings
-from fnlight.config import FitConfig
 from fnlight.data import Item, batches
 from fnlight.errors import ConfigError
+from fnlight.fit import FitConfig, compose, settings
+from fnlight.nonfinite import Bundle, load_bundle
 
 
 def replay(bundle: Place, task: Code = None, loaders: Code = None, config: Code = None, anomaly: bool = False) -> int:

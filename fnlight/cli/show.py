@@ -6,14 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fnlight.checkpoint import checkpoints, verify
-from fnlight.checkpoint.layout import physical
-from fnlight.checkpoint.manifest import FILES, MODEL, STATE, parse
-from fnlight.checkpoint.places import at, is_run
+from fnlight.checkpoint import FILES, MODEL, STATE, at, checkpoints, is_run, parse, physical, verify
 from fnlight.cli.content import Content, content
 from fnlight.cli.page import Place, count, line, size, table
 from fnlight.errors import BrokenCheckpointError
-from fnlight.times import Times
+from fnlight.runtime import Times
 
 
 def inspect(path: Place, rows: int = 20) -> int:

@@ -8,17 +8,15 @@ from typing import Any, Literal
 import attrs
 import torch
 
-from fnlight.combinator import Combinator
 from fnlight.compile.graph import LEVELS, Graph, check_device
-from fnlight.data import Item
-from fnlight.data.readers import num_samples
+from fnlight.data import Item, num_samples
 from fnlight.errors import ConfigError, SeamError, check_type
-from fnlight.gradients import join_metrics
-from fnlight.manual import ByHand
+from fnlight.metrics import join_metrics
 from fnlight.optim import set_lr
-from fnlight.rng import SKIPPED, TRAIN, fold_in
+from fnlight.pipe import Combinator
 from fnlight.state import Progress, Store, TrainState
-from fnlight.update import Turns, Update
+from fnlight.step import ByHand, Turns, Update
+from fnlight.tensors import SKIPPED, TRAIN, fold_in
 
 Level = Literal["trace", "step", "graph", "model"]
 

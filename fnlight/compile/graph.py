@@ -14,7 +14,7 @@ from fnlight.compile.shadow import UnsettledError, UntraceableError, WantedError
 from fnlight.compile.trace import Call, Traced, trace
 from fnlight.errors import CompileWarning, ConfigError, warn
 from fnlight.state import Progress, Store
-from fnlight.tree import leaves
+from fnlight.tensors import leaves
 
 Kernel = Callable[[Store, Any, int], Mapping[str, Any]]
 

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from fnlight.compile.products import biases_apart, by_onednn, prefers_onednn, with_onednn
 from fnlight.compile.shadow import UntraceableError
-from fnlight.rng import isolated, seed_generators
+from fnlight.tensors import isolated, seed_generators
 
 
 def lower(graph: fx.GraphModule, example: Sequence[Tensor], cache_dir: str | None = None) -> Callable[[list[Tensor]], Sequence[Tensor]]:

@@ -11,8 +11,8 @@ from fnlight.compile.bound import Bound
 from fnlight.compile.capture import Captured
 from fnlight.compile.lower import lower
 from fnlight.compile.trace import Traced
-from fnlight.rng import fold_in
 from fnlight.state import Progress, Store
+from fnlight.tensors import fold_in
 
 
 @attrs.define(eq=False, repr=False)

@@ -12,11 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from fnlight.device import is_lazy
 from fnlight.errors import FnlightError
-from fnlight.state import Store
-from fnlight.task import hooked
-from fnlight.tree import leaves, map_tensors
+from fnlight.state import Store, hooked
+from fnlight.tensors import is_lazy, leaves, map_tensors
 
 
 class UntraceableError(FnlightError):

@@ -21,12 +21,10 @@ from torch.fx.node import has_side_effect
 
 from fnlight.compile.recorder import Duties, Recorder
 from fnlight.compile.shadow import UnsettledError, UntraceableError, WantedError, changes, shadow, swapped
-from fnlight.compile.twins import twin_of
-from fnlight.gradients import join_metrics
-from fnlight.metrics import Cat, Last, Max, Mean, Min, Sum
-from fnlight.rng import NOISE, fold_in, seed_generators
+from fnlight.compile.traceable_optimizers import twin_of
+from fnlight.metrics import Cat, Last, Max, Mean, Min, Sum, join_metrics
 from fnlight.state import Store
-from fnlight.tree import leaves, map_tensors
+from fnlight.tensors import NOISE, fold_in, leaves, map_tensors, seed_generators
 
 Kernel = Callable[[Store, Any, int], Mapping[str, Any]]
 """``(store, batches, key) -> metrics``"""
@@ -55,7 +53,7 @@ def reseed(keys: Sequence[int], update: int, parts: Sequence[int], device: torch
         device: The device of the store.
 
     Example:
-        >>> from fnlight.rng import isolated
+        >>> from fnlight.tensors import isolated
         >>> with isolated():
         ...     reseed([1], 0, [0], torch.device("cpu"))
     """

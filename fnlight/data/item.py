@@ -11,9 +11,10 @@ from fnlight.data.place import placed
 from fnlight.data.readers import num_samples
 from fnlight.data.share import Share
 from fnlight.data.source import Source, check_loader
-from fnlight.errors import LoaderError, check_type
+from fnlight.errors import check_type
+from fnlight.pipe import group_at
+from fnlight.runtime import Times
 from fnlight.state import A_STATE, TrainState
-from fnlight.times import Times
 
 
 @attrs.frozen(eq=False)
@@ -117,33 +118,6 @@ def _check_named(use: str, given: Mapping[Any, Any]) -> None:
         check_loader(loader, f"Loaders({use}={{{name!r}: ...}})")
 
 
-def group_at(group: int | Mapping[int, int], epoch: int) -> int:
-    """How many batches a step consumes in an epoch.
-
-    Args:
-        group: A number, or a mapping from the epoch at which it starts to numbers.
-        epoch: The epoch, from 0 on.
-
-    Returns:
-        The number.
-
-    Raises:
-        LoaderError: If nothing is said about the epoch, or the number is below 1.
-
-    Example:
-        >>> group_at({0: 1, 5: 4}, 7)
-        4
-    """
-    if isinstance(group, Mapping):
-        begun = [first for first in group if first <= epoch]
-        if not begun:
-            raise LoaderError(f"a group given by epoch must say what holds from epoch 0 on, but got {dict(group)!r}; add 0: 1")
-        group = group[max(begun)]
-    if not isinstance(group, int) or isinstance(group, bool) or group < 1:
-        raise LoaderError(f"a group must be a number of batches >= 1, but got {group!r}")
-    return group
-
-
 def batches(
     loader: Any,
     state: Any,
@@ -180,7 +154,7 @@ def batches(
 
     Example:
         >>> from itertools import islice
-        >>> from fnlight.task import Task
+        >>> from fnlight.state import Task
         >>> from fnlight.state import TrainState
         >>> state = TrainState.create(Task(torch.nn.Identity(), lambda model, batch: batch.sum()))
         >>> [(item.batches, item.epoch, item.last) for item in islice(batches(["a", "b", "c"], state, group=2), 3)]

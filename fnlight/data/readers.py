@@ -16,8 +16,7 @@ from fnlight.data.order import Span, check_start, length_of
 from fnlight.data.share import Sharded
 from fnlight.data.tensor_loader import Held, TensorLoader
 from fnlight.errors import LoaderError, LoaderWarning, warn
-from fnlight.rng import LOADER, fold_in, seed_generators
-from fnlight.tree import leaves
+from fnlight.tensors import LOADER, fold_in, leaves, seed_generators
 
 _END: Any = object()
 

@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 import attrs
 from torch import Tensor
 
+from fnlight.data.part import Part
 from fnlight.errors import StepError
-from fnlight.gradients import Part
-from fnlight.tree import leaves, map_nodes
+from fnlight.tensors import leaves, map_nodes
 
 T = TypeVar("T")
 Triple = tuple[Any, int, bool]

@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fnlight.data.combine import Combined, Triple
 from fnlight.data.order import Span, check_start, length_of
+from fnlight.data.part import Part
 from fnlight.data.readers import Iterated, Stateful, reader_of
 from fnlight.data.share import Sharded, Share
 from fnlight.data.transfer import transferred
 from fnlight.errors import LoaderError, LoaderWarning, warn
-from fnlight.gradients import Part
-from fnlight.rng import ORDER, RANK, fold_in
+from fnlight.tensors import ORDER, RANK, fold_in
 
 
 def check_loader(loader: Any, what: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fnlight.shards import is_sharded, local, local_parts
+from fnlight.tensors import is_sharded, local, local_parts
 
 _SPARSE = attrgetter("is_sparse")
 _DENSE = {Tensor}

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fnlight.optim.fused import fused_step
-from fnlight.shards import is_sharded
+from fnlight.tensors import is_sharded
 
 _FUSED = {
     torch.optim.Adam: ("cpu", "cuda"),

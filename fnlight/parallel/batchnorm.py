@@ -17,7 +17,7 @@ class SyncedNorm(_BatchNorm):
         **options: Those of ``torch.nn.BatchNorm1d``.
 
     Attributes:
-        counts_samples: Whether samples of this rank count; False while one stands in for none, see `fnlight.gradients.Part`.
+        counts_samples: Whether samples of this rank count; False while one stands in for none, see `fnlight.data.Part`.
         alike: How many ranks have the same samples, as those of tensor parallel do.
 
     Example:

@@ -13,12 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fnlight.errors import ConfigError, ParallelError, StepError, check_type
 from fnlight.metrics import Mean
-from fnlight.parallel.apart import Apart
 from fnlight.parallel.batchnorm import is_synced, meet
 from fnlight.parallel.batchnorm import sync_batchnorm as synced
+from fnlight.parallel.deferred_allreduce import Apart
 from fnlight.parallel.world import World, named_world, world
 from fnlight.protocols import Gradients
-from fnlight.task import copied
+from fnlight.state import copied
 
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -6,14 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from fnlight.combinator import Combinator
-from fnlight.data import group_at, num_samples
-from fnlight.data.share import cut
+from fnlight.data import Part, cut, num_samples
 from fnlight.errors import ConfigError, ParallelError
-from fnlight.gradients import Part, join_metrics
+from fnlight.metrics import join_metrics
+from fnlight.pipe import Combinator, group_at
 from fnlight.protocols import Gradients
-from fnlight.rng import fold_in
 from fnlight.state import Store
+from fnlight.tensors import fold_in
 
 
 def exact_ranks(n: int | Mapping[int, int] = 1, *, parts: int = 8) -> Combinator:

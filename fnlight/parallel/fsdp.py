@@ -10,14 +10,14 @@ from torch import Tensor, distributed, nn
 
 from fnlight.errors import ConfigError, ParallelError, StepError, check_type
 from fnlight.parallel.batchnorm import meet
-from fnlight.parallel.cut import Policy, check_offload, chosen, cut_layers, dtype_of, offload_policy, precision_policy
 from fnlight.parallel.mesh import TENSOR, MeshLike, check_devices, data_mesh, data_world, made_mesh
 from fnlight.parallel.norms import norms, unit_norms
-from fnlight.parallel.twin import stripped_copy
+from fnlight.parallel.shard_policy import Policy, check_offload, chosen, cut_layers, dtype_of, offload_policy, precision_policy
+from fnlight.parallel.unsharded_copy import stripped_copy
 from fnlight.parallel.world import World, named_world, world
 from fnlight.protocols import Gradients
-from fnlight.shards import box_of, cuts, is_sharded, local
-from fnlight.task import hooked
+from fnlight.state import hooked
+from fnlight.tensors import box_of, cuts, is_sharded, local
 
 
 def fsdp(

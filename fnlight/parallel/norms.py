@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from fnlight.shards import cuts, is_sharded, local, local_parts
+from fnlight.tensors import cuts, is_sharded, local, local_parts
 
 
 def norms(values: Sequence[Tensor]) -> Tensor:

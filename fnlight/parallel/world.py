@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.data import get_worker_info
 
-from fnlight.checkpoint.encode import decode, encode
+from fnlight.checkpoint import decode, encode
 from fnlight.errors import ParallelError
 
 _SILENCE = re.compile(

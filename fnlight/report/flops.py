@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fnlight.errors import ConfigError
 from fnlight.state import TrainState
-from fnlight.update import update
+from fnlight.step import update
 
 
 @attrs.frozen
@@ -65,13 +65,13 @@ def flops(state: TrainState, batch: Any) -> int:
 
     Args:
         state: Where training stands; it is left as it was.
-        batch: One batch, or an `Item`, as `fnlight.update.update` takes it.
+        batch: One batch, or an `Item`, as `fnlight.step.update` takes it.
 
     Returns:
         The number.
 
     Example:
-        >>> from fnlight.task import Task
+        >>> from fnlight.state import Task
         >>> task = Task(torch.nn.Linear(32, 8), lambda model, batch: model(batch).sum(),
         ...             configure_optimizers=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
         >>> flops(TrainState.create(task), torch.ones(4, 32))  # forward, and the gradient of the weight

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fnlight.errors import ConfigError
-from fnlight.rng import isolated
-from fnlight.state import TrainState
-from fnlight.task import Task
-from fnlight.tree import leaves, map_tensors
+from fnlight.state import Task, TrainState
+from fnlight.tensors import isolated, leaves, map_tensors
 
 _SHAPES = 3  # tensors of one output whose shapes are listed
 

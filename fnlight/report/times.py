@@ -125,8 +125,8 @@ def times(state: TrainState, batch: Any = None, *, precision: str = "fp32") -> R
         DonatedStateError: If the state was given to a later step.
 
     Example:
-        >>> from fnlight.testing.tiny import tiny_batches, tiny_task
-        >>> from fnlight.update import update
+        >>> from fnlight.testing import tiny_batches, tiny_task
+        >>> from fnlight.step import update
         >>> state, _ = update(TrainState.create(tiny_task()), tiny_batches()[0])
         >>> times(state).total  # no run, no time
         0.0

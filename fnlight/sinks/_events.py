@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fnlight.errors import StepError
 from fnlight.metrics import Figure, Histogram, Image, Text
-from fnlight.tree import leaves
+from fnlight.tensors import leaves
 
 _BINS = 64
 _GAP = 2  # pixels between the pictures of a grid

@@ -198,7 +198,7 @@ class Console:
 
     Example:
         >>> import sys
-        >>> from fnlight.history import Record
+        >>> from fnlight.state import Record
         >>> times = iter([0.0, 2.0])
         >>> console = Console(total_steps=30, interval=0, stream=sys.stdout, clock=lambda: next(times), force_terminal=False)
         >>> console(Record(10, 0, {"train/loss": 0.5}))

@@ -51,7 +51,7 @@ def fan_out(*sinks: Any) -> FanOut:
         ConfigError: If one is not callable.
 
     Example:
-        >>> from fnlight.history import Record
+        >>> from fnlight.state import Record
         >>> steps, losses = [], []
         >>> both = fan_out(lambda record: steps.append(record.step), lambda record: losses.append(record.metrics["loss"]))
         >>> both(Record(10, 0, {"loss": 0.5}))

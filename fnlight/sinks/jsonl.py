@@ -26,7 +26,7 @@ class JSONL:
 
     Example:
         >>> import tempfile
-        >>> from fnlight.history import Record
+        >>> from fnlight.state import Record
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     sink = JSONL(f"{folder}/log.jsonl")
         ...     sink(Record(10, 1, {"val/loss": 0.5}))

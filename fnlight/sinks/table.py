@@ -29,7 +29,7 @@ class CSV:
 
     Example:
         >>> import tempfile
-        >>> from fnlight.history import Record
+        >>> from fnlight.state import Record
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     sink = CSV(f"{folder}/log.csv")
         ...     sink(Record(10, 0, {"train/loss": 0.5}))

@@ -29,7 +29,7 @@ class TensorBoard:
 
     Example:
         >>> import tempfile
-        >>> from fnlight.history import Record
+        >>> from fnlight.state import Record
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     sink = TensorBoard(f"{folder}/a", hparams={"lr": 0.1})
         ...     sink(Record(10, 1, {"val/loss": 0.5}))

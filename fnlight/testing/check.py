@@ -15,15 +15,14 @@ from torch import Tensor, nn
 
 from fnlight.checkpoint import load, save
 from fnlight.errors import ConfigError, StepError, TaskCheckError
-from fnlight.evaluate import inference
+from fnlight.gradients import grad
+from fnlight.loop import inference
 from fnlight.metrics import Tally
 from fnlight.pipe import Phase, pipe
-from fnlight.rng import TRAIN, fold_in, isolated, seed_generators
-from fnlight.state import Store, TrainState
-from fnlight.task import Task
+from fnlight.state import Store, Task, TrainState
+from fnlight.step import apply
+from fnlight.tensors import TRAIN, differences, fold_in, isolated, leaves, map_tensors, seed_generators
 from fnlight.testing.compare import listed, next_numbers, plain, snapshot
-from fnlight.tree import differences, leaves, map_tensors
-from fnlight.update import apply, grad
 
 
 @attrs.frozen
@@ -155,7 +154,7 @@ def check_task(task: Task, batch: Any, *, seed: int = 0, skip: Iterable[str] = (
         ConfigError: If `skip` names no check.
 
     Example:
-        >>> from fnlight.testing.tiny import tiny_batches, tiny_task
+        >>> from fnlight.testing import tiny_batches, tiny_task
         >>> report = check_task(tiny_task(), tiny_batches()[0])
         >>> report.skipped
         {}

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fnlight.errors import ConfigError
-from fnlight.history import Record
 from fnlight.metrics import Mean
-from fnlight.rng import isolated, seed_generators
-from fnlight.task import Task
+from fnlight.state import Record, Task
+from fnlight.tensors import isolated, seed_generators
 
 
 @attrs.define

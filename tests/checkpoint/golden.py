@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fnlight as fl
 from fnlight.checkpoint.migrations import FORMAT
-from fnlight.tree import leaves
+from fnlight.tensors import leaves
 from tests.checkpoint.parted import save_in_parts
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -177,7 +177,7 @@ def machine() -> dict[str, str]:
 
 def draw() -> str:
     """What the generator of this machine makes of a seed, as dropout sees it."""
-    with fl.isolated():
+    with fl.tensors.isolated():
         torch.manual_seed(11)
         return said(F.dropout(torch.ones(64), 0.25))
 

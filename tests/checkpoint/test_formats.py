@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import fnlight as fl
-from fnlight.checkpoint.manifest import parse
+from fnlight.checkpoint import parse
 from fnlight.checkpoint.migrations import FORMAT, MIGRATIONS, migrate
-from fnlight.tree import differences
+from fnlight.tensors import differences
 from tests.checkpoint.golden import ASSETS, CASES, IN_PARTS, case_of, draw, held, machine, unpacked, values
 
 GOLDEN = sorted(ASSETS.glob("format-*/*.json"), key=lambda path: (int(path.parent.name.partition("-")[2]), path.name))

@@ -12,14 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fnlight.checkpoint import load, restore, save
-from fnlight.checkpoint.opened import Opened
-from fnlight.checkpoint.places import open_checkpoint, step_path
-from fnlight.checkpoint.twin import Lent
+from fnlight.checkpoint import load, open_checkpoint, restore, save, step_path
+from fnlight.checkpoint.placeholder import Lent
+from fnlight.checkpoint.reader import Opened
 from fnlight.errors import CheckpointWarning
-from fnlight.state import TrainState
-from fnlight.task import Task
-from fnlight.update import update
+from fnlight.state import Task, TrainState
+from fnlight.step import update
 from tests.checkpoint.tasks import unlike
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,8 +10,7 @@ from torch import nn
 
 from fnlight.checkpoint import load_weights, save, step_path
 from fnlight.errors import BrokenCheckpointError, CheckpointError, MismatchError
-from fnlight.state import TrainState
-from fnlight.task import Task
+from fnlight.state import Task, TrainState
 from tests.checkpoint.tasks import content, files, trained, unlike
 
 

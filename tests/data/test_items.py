@@ -13,8 +13,9 @@ from torch.utils.data import (
     DataLoader,
 )
 
-from fnlight.data import Item, Loaders, Source, batches, group_at, num_samples
+from fnlight.data import Item, Loaders, Source, batches, num_samples
 from fnlight.errors import LoaderError
+from fnlight.pipe import group_at
 from tests.data.loaders import Noisy, Numbers, Pair, Placed, Stream, state_at
 
 

@@ -11,7 +11,6 @@ from fnlight import (
     Combinator,
     Mean,
     Pipe,
-    Store,
     Task,
     accumulate,
     apply,
@@ -27,7 +26,7 @@ from fnlight import (
     clip_quantile,
     clip_value,
     collect_garbage,
-    compile,  # noqa: A004  # what everybody in this field calls it
+    compile,
     debug_bundle,
     ema,
     ema_warmup,
@@ -57,6 +56,7 @@ from fnlight import (
     weighted,
 )
 from fnlight.parallel import diloco, exact_ranks
+from fnlight.state import Store
 from fnlight.testing import RecordingSink
 from tests.laws.tasks import TASKS, Case
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fnlight import Mean, Optim, Phase, Store, Task, clip_norm, cosine, isolated, manual, pipe, steps
+from fnlight import Mean, Optim, Phase, Task, clip_norm, cosine, manual, pipe, steps
+from fnlight.state import Store
+from fnlight.tensors import isolated
 from fnlight.testing import tiny_batches, tiny_task
 
 

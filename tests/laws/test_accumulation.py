@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fnlight import FitConfig, Item, Mean, Task, TrainState, accumulate, apply, clip_norm, fit, grad, pipe
+from fnlight import FitConfig, Mean, Task, TrainState, accumulate, apply, clip_norm, fit, grad, pipe
+from fnlight.data import Item
 from tests.laws.tasks import TASKS
 
 TRAINED = [name for name, case in TASKS.items() if case.trains and case.kind == "loss"]

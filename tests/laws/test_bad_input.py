@@ -110,7 +110,9 @@ def test_nonsense_is_refused_where_it_is_given(name: str, arg: str, tmp_path: Pa
     """The error comes from the call, with what was expected and what was got."""
     if name in ("load", "load_weights", "restore", "average_checkpoints", "verify"):
         fl.save(state(), tmp_path / "saved")
-    with pytest.raises((TypeError, ValueError, fl.FnlightError), match=r"(?s)(must|takes|needs|there is|starts from|joins) .*Nonsense"):
+    with pytest.raises(
+        (TypeError, ValueError, fl.errors.FnlightError), match=r"(?s)(must|takes|needs|there is|starts from|joins) .*Nonsense"
+    ):
         called(name, {arg: Nonsense()}, tmp_path)
 
 

@@ -4,7 +4,9 @@ import inspect
 
 import pytest
 
-from fnlight import DonatedStateError, FitConfig, Item, TrainState, evaluate, fit, predict, pure, run, save, update
+from fnlight import FitConfig, TrainState, evaluate, fit, predict, pure, run, save, update
+from fnlight.data import Item
+from fnlight.errors import DonatedStateError
 from fnlight.testing import trees_equal
 from tests.laws.combinators import PAIRS, pipe_with
 from tests.laws.tasks import TASKS

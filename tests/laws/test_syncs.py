@@ -14,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fnlight import (
-    MemoryWarning,
     Task,
     TrainState,
     check_finite,
@@ -28,6 +27,7 @@ from fnlight import (
     skip_spikes,
     steps,
 )
+from fnlight.errors import MemoryWarning
 from fnlight.testing import RecordingSink
 from tests.laws.combinators import ENTRIES, pipe_with
 

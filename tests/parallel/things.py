@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fnlight as fl
 from fnlight.data import num_samples
-from fnlight.shards import is_sharded
+from fnlight.tensors import is_sharded
 from tests.parallel.trajectories import STEPS, measured, numbers, plain, task, tensors
 
 
-def said(fn, kind=fl.FnlightError):
+def said(fn, kind=fl.errors.FnlightError):
     """The error of a function, as text."""
     try:
         return fn() and "nothing"
@@ -140,7 +140,7 @@ def gone_back(folder, places=("ddp", "fsdp")):
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             state = fitted(data, place=place, **options)
-        said = [str(w.message).split(" back to ")[0] for w in told if w.category is fl.FaultWarning]
+        said = [str(w.message).split(" back to ")[0] for w in told if w.category is fl.errors.FaultWarning]
         whole = {name: p.full_tensor() if is_sharded(p) else p for name, p in state.params.items()}
         yield name, [numbers(whole), state.progress.step, state.progress.skipped, said]
 
@@ -158,7 +158,7 @@ def others():
 
 def exact(step="plain"):
     """Weights that do not depend on the number of ranks, bitwise; with dropout, uneven batches and accumulation."""
-    with fl.isolated():
+    with fl.tensors.isolated():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3))
     mine = fl.Task(model, STEPS[step], configure_optimizers=lambda model: torch.optim.AdamW(model.parameters(), lr=0.05))

@@ -106,7 +106,7 @@ def layers(step):
 
 
 def task(step=plain):
-    with fl.isolated():
+    with fl.tensors.isolated():
         torch.manual_seed(0)
         model = nn.Sequential(*layers(step))
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if step is converted else model
@@ -169,7 +169,7 @@ def by_fit(step, loader, options):
 def by_pipe(choice, kind, folder):
     """What a pipe with one combinator gives."""
     case = TASKS[kind]
-    with fl.isolated():
+    with fl.tensors.isolated():
         state = fl.TrainState.create(case.make(), seed=0, place=fl.parallel.ddp())
     loader = [tuple(t[:4] for t in batch) for batch in case.batches()]  # four samples: on four ranks one each
     step = fl.pipe(
@@ -189,8 +189,8 @@ def everything(folder):
     found = {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.simplefilter("ignore", fl.LoaderWarning)
-        warnings.simplefilter("ignore", fl.OptimizerWarning)
+        warnings.simplefilter("ignore", fl.errors.LoaderWarning)
+        warnings.simplefilter("ignore", fl.errors.OptimizerWarning)
         for name, given in RUNS.items():
             found[name] = by_fit(*given)
         for name, given in PIPES.items():

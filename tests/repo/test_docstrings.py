@@ -9,7 +9,7 @@ import pytest
 from tests.repo.source import PACKAGE, Function, functions, lacking, modules, noun, place, public, tree
 
 WITHOUT_EXAMPLE = {
-    "protocols": "types without code; `fnlight.pipe` shows them at work",
+    "protocols": "types without code; `fnlight.pipe.pipe` shows them at work",
     "errors": "exceptions say in one line what happened; the functions that raise them show when",
 }
 """Modules whose functions and classes need no ``Example:``, each with the reason."""

@@ -56,7 +56,7 @@ def test_one_noun_has_its_page() -> None:
 
 @pytest.mark.parametrize("name", ["update", "fit", "pipe", "evaluate"])
 def test_where_a_function_and_its_module_share_a_name_the_function_is_exported(name: str) -> None:
-    """``fl.fit`` is the function; its module stays importable as ``from fnlight.fit import ...``."""
+    """``fl.fit`` is the function; its module stays importable as ``from fnlight.fit.fit import ...``."""
     assert isinstance(getattr(fl, name), types.FunctionType)
 
 

@@ -9,12 +9,9 @@ import torch
 from torch import nn
 
 from fnlight import (
-    CompileWarning,
-    ConfigError,
     FitConfig,
     Loaders,
     Optim,
-    ParallelError,
     TrainState,
     accumulate,
     apply,
@@ -37,7 +34,8 @@ from fnlight import (
     update,
     warmup_cosine,
 )
-from fnlight.rng import isolated, seed_generators
+from fnlight.errors import CompileWarning, ConfigError, ParallelError
+from fnlight.tensors import isolated, seed_generators
 from fnlight.testing import RecordingSink, assert_trees_equal, tiny_batches, tiny_task
 from tests.laws.tasks import TASKS
 from tests.laws.test_accumulation import TRAINED

@@ -1,0 +1,113 @@
+"""From a loss to gradients: forward, backward, and what a train_step may return."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fnlight.data import Part
+from fnlight.errors import StepError
+from fnlight.metrics import Mean
+from fnlight.pipe import Around, Combinator
+from fnlight.protocols import Gradients
+from fnlight.state import Store
+
+
+def grad() -> Combinator:
+    """Turn a `LossFn` into a `GradFn`: seed the generators from the key, run it forward, and go backward.
+
+    Returns:
+        A combinator from `LossFn` to `GradFn`; it adds the loss to the metrics under ``loss``.
+
+    Example:
+        >>> print(pipe(lambda model, batch: model(batch).sum(), grad()))
+        <lambda> > grad
+    """
+
+    def wrap(loss_fn: Any) -> Any:
+        def grad_fn(store: Store, batch: Any, key: int) -> Gradients:
+            store.seed(key)
+            fn = loss_fn
+            while batch.__class__ is Part or batch.__class__ is Around:
+                fn, batch = batch.taken(fn)
+            first = store.params[0] if store.params else None
+            before = None if first is None else first.grad
+            total = fn(store.module, batch) if store.place is None else store.place.loss(store, fn, batch)
+            if first is not None and first.grad is not before:  # it would be counted twice
+                raise StepError(
+                    "train_step must return the loss and leave backward() to fnlight, but has gone backward itself; leave that out, or use fl.manual"
+                )
+            weight, metrics = 1.0, {}
+            if total.__class__ is not Tensor or total.dim() or not total.requires_grad:
+                total, weight, metrics = _read(total, store)
+            values = None
+            scaled = total if store.scale is None else total * store.scale
+            if store.params and store.optim.create_graph:
+                found = torch.autograd.grad(scaled, store.params, create_graph=True, allow_unused=True)  # .grad with a graph would leak
+                values = [None if v is None else v.clone() for v in found]  # no views: optimizers detach them in place
+            elif store.params:
+                scaled.backward()
+            loss = total.detach()
+            metrics["loss"] = loss if weight.__class__ is float else Mean(loss, weight)
+            return Gradients([p.grad for p in store.params] if values is None else values, loss, weight, metrics)
+
+        return grad_fn
+
+    return Combinator("grad", wrap, "loss", "sum")
+
+
+def _read(out: Any, store: Store) -> tuple[Tensor, Any, dict[str, Any]]:
+    """Take apart what a train_step returned: loss, weight, and metrics in the order in which they are reported."""
+    metrics: dict[str, Any] = {"loss": None}
+    if out.__class__ is tuple:
+        out = _read_metrics(out, metrics)
+    weight: Any = 1.0
+    if out.__class__ is Mean:
+        out, weight = out.total, out.weight
+        if weight.__class__ is float:
+            weight = torch.tensor(weight)  # a float 1.0 marks a plain scalar
+    if not isinstance(out, Tensor) or out.dim() or (store.params and not out.requires_grad):
+        raise StepError(_bad_loss(out))
+    return out, weight, metrics
+
+
+def _read_metrics(out: Any, metrics: dict[str, Any]) -> Any:
+    if len(out) != 2 or not isinstance(out[1], Mapping):
+        kinds = ", ".join(type(part).__name__ for part in out)
+        raise StepError(f"train_step must return loss or (loss, metrics) with metrics a dict, but returned a tuple of {kinds}")
+    found: Any = out[1]
+    if "loss" in found:
+        raise StepError(
+            "train_step returned a metric called 'loss', which is the name of the loss itself; call it something else or leave it out"
+        )
+    for name, value in found.items():
+        metrics[name] = _detached(name, value)
+    return out[0]
+
+
+def _detached(name: str, value: Any) -> Any:
+    """A metric without its graph, which would otherwise be kept alive until the next log."""
+    if isinstance(value, Tensor):
+        if value.dim():
+            raise StepError(
+                f"metric {name!r} must be one number, but has shape {list(value.shape)}; reduce it, e.g. with .mean(), or use fl.Histogram"
+            )
+        return value.detach() if value.requires_grad else value
+    if value.__class__ is Mean and isinstance(value.total, Tensor) and value.total.requires_grad:
+        return Mean(value.total.detach(), value.weight)
+    return value
+
+
+def _bad_loss(out: Any) -> str:
+    if out is None:
+        return "train_step returned no loss: it must return a scalar tensor, fl.Mean(total, weight), or (loss, metrics); is a `return` missing?"
+    if isinstance(out, Mapping):
+        return f"train_step must return loss or (loss, metrics) with metrics a dict, but returned a dict of {list(out)}; return the loss beside it"
+    if not isinstance(out, Tensor):
+        return f"train_step must return a scalar tensor as the loss, but returned {type(out).__name__}: {out!r:.60}; do not call .item() or float()"
+    if out.dim():
+        return f"train_step must return a scalar loss of shape [], but its shape is {list(out.shape)}; reduce it, e.g. with .mean()"
+    if not out.is_floating_point():
+        return f"train_step must return a loss of real floating-point numbers, but its dtype is {out.dtype}; convert it, e.g. with .float() or .abs()"
+    return "train_step returned a loss without a graph: no gradient can flow from it; is something detached, under no_grad, or is all of it frozen?"

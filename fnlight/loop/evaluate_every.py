@@ -1,0 +1,109 @@
+"""Evaluation during training: when it is due, and its metrics in the history."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fnlight.errors import Interrupted, LoaderError, check_type
+from fnlight.loop.evaluate import evaluate_sources, sources_of, step_of
+from fnlight.loop.log_to import news
+from fnlight.metrics import MEDIA
+from fnlight.pipe import Combinator
+from fnlight.runtime import A_SIGNALS, Signals
+from fnlight.state import TrainState
+from fnlight.triggers import Tick, condition, epochs
+
+
+def evaluate_every(
+    loader: Any,
+    every: Callable[[Tick], bool] = epochs(1),
+    *,
+    name: str = "val",
+    eval_step: Callable[[Any, Any], Any] | None = None,
+    weights: str | None = None,
+    limit: int | float | None = None,
+    signals: Signals | None = None,
+) -> Combinator:
+    """Evaluate when it is due, and add the metrics to the history as ``val/loss`` and so on.
+
+    An evaluation that did not end, because of a signal or an error, leaves no record; a run that goes on begins with it.
+
+    Args:
+        loader: A loader, or a mapping of named loaders (then ``val/NAME/loss``).
+        every: When it is due.
+        name: What stands before the metrics' names; unique in a pipe.
+        eval_step: ``(model, batch) -> metrics``; None takes the task's.
+        weights: The memory whose averaged weights are evaluated, such as ``"ema"``; None takes the parameters.
+        limit: Batches at most (int), or a fraction of them (float).
+        signals: What listens; when a signal comes, the evaluation is put off.
+
+    Returns:
+        A combinator from `Step` to `Step`.
+
+    Example:
+        >>> print(evaluate_every([1], every=steps(100)))
+        evaluate_every(val, every=steps(100))
+    """
+    _check(name, eval_step, weights, signals)
+    due, key = condition(every, "evaluate_every(every=...)"), f"evaluate_every {name}"
+    opened: dict[Any, Any] = {}  # kept from one evaluation to the next, with the workers that persist
+
+    def sources(state: TrainState) -> Any:
+        if state.device not in opened:
+            opened[state.device] = sources_of(loader, state.device, limit, state.store.place)
+        return opened[state.device]
+
+    def evaluated_now(state: TrainState) -> TrainState:
+        fn = step_of(state, "eval_step", eval_step)
+        tree = state.store.memory[key]
+        tree["owed"] = True
+        try:
+            with state.store.times.taken("evaluate"):
+                found = evaluate_sources(state, sources(state), fn, weights, signals)
+        except Interrupted:
+            return state
+        except LoaderError as error:
+            error.add_note(f"in the evaluation {name!r}, behind step {state.progress.step}")
+            raise
+        tree["owed"] = False
+        media = {f"{name}/{k}": v for k, v in found.items() if isinstance(v, MEDIA)}
+        if media:
+            state.store.media = {**(state.store.media or {}), **media}
+        return state.recorded({f"{name}/{k}": v for k, v in found.items() if not isinstance(v, MEDIA)})
+
+    def wrap(step: Any) -> Any:
+        def evaluated(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
+            before = state.progress
+            state, metrics = step(state, batch)
+            return (evaluated_now(state) if due(Tick(before, state.progress)) else state), metrics
+
+        return evaluated
+
+    def start(state: TrainState) -> TrainState:
+        step_of(state, "eval_step", eval_step)
+        sources(state)
+        if not state.store.memory[key]["owed"]:
+            return state
+        after = evaluated_now(state)
+        if after.history is not state.history:
+            state.store.media = {**news(after, state.history), **(state.store.media or {})}
+        return after
+
+    def finish(before: TrainState, state: TrainState) -> TrainState:
+        at = state.progress
+        if signals is not None and signals.received is not None and state.stopped == signals.received:
+            return state  # the training is not at its end
+        here = state.history and state.history[-1].step == at.step and any(k.startswith(f"{name}/") for k in state.history[-1].metrics)
+        return evaluated_now(state) if not here and due(Tick(at, at, end=True)) else state
+
+    label = f"{name}, every={every}" + (f", weights={weights!r}" if weights else "")
+    return Combinator(
+        "evaluate_every", wrap, "step", "step", args=label, key=key, init=lambda store: {"owed": False}, phase="evaluate",
+        start=start, finish=finish, yields=(f"{name}/",),
+    )  # fmt: skip
+
+
+def _check(name: Any, eval_step: Any, weights: Any, signals: Any) -> None:
+    check_type("evaluate_every(name=...)", name, str, "what stands before the metrics' names")
+    check_type("evaluate_every(eval_step=...)", eval_step, Callable | None, "a function of model and batch, or None for the task's")
+    check_type("evaluate_every(weights=...)", weights, str | None, 'the name of averaged weights, such as "ema", or None')
+    check_type("evaluate_every(signals=...)", signals, Signals | None, A_SIGNALS)

@@ -1,0 +1,57 @@
+"""Stop rules, asked after every step."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+
+from fnlight.errors import ConfigError
+from fnlight.pipe import Combinator
+from fnlight.state import TrainState
+from fnlight.triggers import StopRule
+
+
+def stop_when(*rules: Callable[[TrainState], str | None]) -> Combinator:
+    """Stop a run when a rule gives a reason; asked after every step, and before the first one.
+
+    Args:
+        *rules: Stop rules; the first reason counts.
+
+    Returns:
+        A combinator from `Step` to `Step` that sets ``state.stopped``.
+
+    Raises:
+        ConfigError: If there is no rule, or one is not callable.
+
+    Example:
+        >>> from fnlight.triggers import max_steps
+        >>> print(stop_when(max_steps(10)))
+        stop_when(max_steps(10))
+    """
+    if not rules or not all(callable(rule) for rule in rules):
+        raise ConfigError(f"stop_when needs stop rules such as max_epochs(10), but got {rules!r}")
+
+    known = min([rule.until for rule in rules if isinstance(rule, StopRule) and rule.until is not None], default=None)
+    bare = [rule.fn if isinstance(rule, StopRule) else rule for rule in rules]  # one call less at every step
+
+    def asked(state: TrainState) -> TrainState:
+        for rule in bare:
+            reason = rule(state)
+            if reason is not None:
+                return attrs.evolve(state, stopped=reason)
+        return state
+
+    def start(state: TrainState) -> TrainState:
+        state.store.until = known  # a step of several updates takes no more than these
+        return asked(state)
+
+    def wrap(step: Any) -> Any:
+        def stopping(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
+            state, metrics = step(state, batch)
+            return asked(state), metrics
+
+        return stopping
+
+    monitors = tuple(m for rule in rules if isinstance(rule, StopRule) for m in rule.monitors)
+    label = ", ".join(getattr(rule, "__name__", repr(rule)) for rule in rules)
+    return Combinator("stop_when", wrap, "step", "step", args=label, phase="stop", start=start, monitors=monitors)

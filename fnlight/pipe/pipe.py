@@ -1,0 +1,350 @@
+"""The pipe that joins combinators: a step is built by wrapping a function into a function into a function."""
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+from fnlight.errors import ConfigError, MemoryWarning, MonitorError, SeamError, warn
+from fnlight.pipe.combinator import TICK, Combinator, Kind
+from fnlight.pipe.mean import mean_of_group
+from fnlight.state import Store, TrainState
+from fnlight.tensors import leaves
+
+_ORDER: tuple[Kind, ...] = ("kernel", "loss", "sum", "grad", "step")
+_SAYS = {
+    "kernel": "an update by hand, (store, batches, key) -> metrics",
+    "loss": "a LossFn, (model, batch) -> loss",
+    "sum": "a GradFn of one batch, whose gradients are sums",
+    "grad": "a GradFn of a group, whose gradients are true means",
+    "step": "a Step, (state, batch) -> (state, metrics)",
+}
+
+
+@attrs.frozen(eq=False, init=False, repr=False)
+class Phase:
+    """One of several losses that take turns, each with its own optimizer; a value in the mapping that is a task's ``train_step``.
+
+    Args:
+        train_step: ``(model, batch) -> loss`` or ``(loss, metrics)``.
+        *combinators: What holds for this phase alone, such as ``clip_norm(0.1)``. It takes the place of what all phases share under the same
+            name; else what wraps the loss stands in front of the shared ones, and what changes gradients behind them.
+        every: When it is due: a function of a tick, such as ``steps(5)``; None is every step.
+
+    Example:
+        >>> phase = Phase(lambda model, batch: batch)
+        >>> phase(None, 3)
+        3
+    """
+
+    train_step: Callable[[Any, Any], Any]
+    combinators: tuple[Combinator, ...]
+    every: Callable[[Any], bool] | None
+
+    def __init__(self, train_step: Any, *combinators: Combinator, every: Callable[[Any], bool] | None = None) -> None:
+        if every is not None and not callable(every):
+            raise ConfigError(f"Phase(every=...) must be a trigger such as steps(5), but got {every!r}")
+        for c in combinators:
+            if not isinstance(c, Combinator):
+                raise SeamError(_no_combinator(c))
+            if c.gives == "step":
+                raise SeamError(f"{c} gives a whole step, so it cannot be a phase's own; put it behind the mapping of phases")
+        self.__attrs_init__(train_step, combinators, every)  # pyright: ignore[reportAttributeAccessIssue]  # made by attrs
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        """Call the train_step."""
+        return self.train_step(model, batch)
+
+
+@attrs.frozen(eq=False, repr=False)
+class Turn:
+    """A phase as `apply` is given it.
+
+    Args:
+        grad_fn: Gives the true gradients of a group of batches.
+        every: When it is due; None is every step.
+        group: Batches of a step that it takes, the first ones: a number, or a mapping of epochs to numbers; None takes all.
+
+    Example:
+        >>> Turn(lambda store, batches, key: None).every is None
+        True
+    """
+
+    grad_fn: Callable[..., Any]
+    every: Callable[[Any], bool] | None = None
+    group: int | Mapping[int, int] | None = None
+
+
+@attrs.frozen(eq=False, repr=False)
+class Pipe:
+    """A function with the combinators that wrap it; made by `pipe`.
+
+    Args:
+        fn: The wrapped function.
+        base: What the pipe shows as its innermost function.
+        combinators: In reading order, innermost first.
+        kind: The kind of function that the pipe is.
+        group: Batches that one step consumes: a number, or a mapping of first epochs to numbers.
+        phases: The pipes of the phases that it joins, by name.
+
+    Example:
+        >>> half = Combinator("half", lambda loss_fn: lambda model, batch: loss_fn(model, batch) / 2, "loss", "loss")
+        >>> print(pipe(lambda model, batch: batch, half))
+        <lambda> > half
+    """
+
+    fn: Callable[..., Any]
+    base: str
+    combinators: tuple[Combinator, ...]
+    kind: Kind
+    group: int | Mapping[int, int] = 1
+    phases: Mapping[str, "Pipe"] = attrs.field(factory=dict)
+
+    def __call__(self, state: Any, batch: Any, *more: Any) -> Any:
+        """Call the wrapped function; a `Step` first makes sure that its combinators have their memory in the store."""
+        if self.kind == "step" and state.store.owner is not self:
+            self.adopt(state)
+        return self.fn(state, batch, *more)
+
+    def __str__(self) -> str:
+        return " > ".join([self.base, *map(str, self.combinators)])
+
+    __repr__ = __str__
+
+    def adopt(self, state: TrainState) -> None:
+        """Give every combinator that remembers something its tree in the store; say what was added or is left over."""
+        store, at = state.live, state.progress.step
+        if not self.phases.keys() <= store.phases.keys():
+            raise SeamError(
+                f"this step has the phases {', '.join(self.phases)}, but the task has optimizers for {', '.join(store.phases) or 'none of them'}; "
+                "let configure_optimizers return a dict of an optimizer for each phase"
+            )
+        trees = store.memory.get("phases", {})
+        for name, phase in self.phases.items():
+            own = store.phases[name]
+            own.memory = trees.get(name, {})
+            phase._own(own, at, f"phases/{name}/")
+            if own.memory:
+                trees[name] = own.memory
+        if trees:
+            store.memory["phases"] = trees
+        self._own(store, at, "")
+        store.owner = self
+
+    def _own(self, store: Store, at: int, prefix: str) -> None:
+        owners = {c.key: c for c in self.combinators if c.init is not None}
+        known = owners.keys() | {"loader"} | ({"phases"} if self.phases else set())
+        left = [prefix + key for key in store.memory if key not in known and _notable(store.memory[key])]
+        if left:
+            warn(
+                f"the state at step {at} holds memory of {left}, which no combinator of this pipe owns; it is kept as it is. Pipe: {self}",
+                MemoryWarning,
+            )
+        for key, combinator in owners.items():
+            if key in store.memory and combinator.init is not None:
+                store.complete(key, combinator.init)
+            if key in store.memory or combinator.init is None:
+                continue
+            tree = combinator.init(store)
+            if at and _notable(tree):
+                warn(f"{combinator} starts its memory at step {at}: the state holds none for {prefix + key!r}", MemoryWarning)
+            store.memory[key] = tree
+
+    def start(self, state: TrainState) -> TrainState:
+        """Prepare a run: memory first, then what each combinator does before the first step, in reading order."""
+        self._check_monitors(state)
+        self.adopt(state)
+        state.store.media = None  # what an earlier run showed
+        for name, phase in self.phases.items():
+            phase._begin(_within(state, name))
+        return self._begin(state)
+
+    def _begin(self, state: TrainState) -> TrainState:
+        for combinator in self.combinators:
+            if combinator.start is not None:
+                state = combinator.start(state)
+        return state
+
+    def finish(self, state: TrainState) -> TrainState:
+        """End a run: what each combinator does after the last step, in reading order."""
+        before = state
+        for name, phase in self.phases.items():
+            phase.finish(_within(state, name))
+        for combinator in self.combinators:
+            if combinator.finish is not None:
+                state = combinator.finish(before, state)
+        return state
+
+    def _check_monitors(self, state: TrainState) -> None:
+        yields = [prefix for c in self.combinators for prefix in c.yields]
+        wanted = {name: str(c) for c in self.combinators for name in c.monitors}
+        wanted |= {optim.monitor: f"the schedule {optim.schedule}" for optim in state.store.optims.values() if optim.monitor is not None}
+        for name, who in wanted.items():
+            if not name.startswith(tuple(yields)) and not any(name in record.metrics for record in state.history):
+                raise MonitorError(
+                    f"{who} monitors {name!r}, but nothing in this pipe yields it, so it could never fire; there are "
+                    f"{[prefix + '...' for prefix in yields] or 'no evaluations at all'}: add evaluate_every(loader) for 'val/...', epoch_means() for 'train/...'"
+                )
+
+    def close(self) -> None:
+        """Release what combinators hold open, however the run ended."""
+        for combinator in (*(c for phase in self.phases.values() for c in phase.combinators), *self.combinators):
+            if combinator.close is not None:
+                combinator.close()
+
+
+def _within(state: TrainState, name: str) -> TrainState:
+    """The state as the combinators of a phase see it: its store is that of the phase."""
+    store = state.store.phases[name]
+    return attrs.evolve(state, store=store, version=store.version)
+
+
+def _notable(tree: Any) -> bool:
+    """Say whether losing a tree would change the training: one with tensors would, windows of metrics and lists of files would not."""
+    return any(isinstance(leaf, Tensor) for _, leaf in leaves(tree))
+
+
+def pipe(fn: Any, *combinators: Combinator) -> Pipe:
+    """Join a function and combinators: ``pipe(x, f, g)`` is ``g(f(x))``; every seam is checked.
+
+    Args:
+        fn: What the first combinator takes: a ``train_step``, or a user's own `Step`, or another pipe; or a mapping of names to
+            ``train_step``s or `Phase`s, each of which gets all combinators in front of `apply`, which joins them.
+        *combinators: Innermost first, in the order in which a reader thinks of them.
+
+    Returns:
+        A `Pipe`, callable as the function that the last combinator gives; ``print`` shows it in reading order.
+
+    Raises:
+        SeamError: If neighbours do not fit, two combinators share a name or contradict each other, or the phases of a tick are out of order.
+
+    Example:
+        >>> twice = Combinator("twice", lambda loss_fn: lambda model, batch: 2 * loss_fn(model, batch), "loss", "loss")
+        >>> print(pipe(lambda model, batch: batch.sum(), twice))
+        <lambda> > twice
+    """
+    for c in combinators:
+        if not isinstance(c, Combinator):
+            raise SeamError(_no_combinator(c))
+    if isinstance(fn, Mapping):
+        return _joined(fn, combinators)
+    if not callable(fn):
+        raise SeamError(f"pipe(fn, ...) starts from a function such as task.train_step, but got {type(fn).__name__}: {fn!r:.80}")
+    inner = fn if isinstance(fn, Pipe) else None
+    every = (*(inner.combinators if inner else ()), *combinators)
+    _check_names(every)
+    _check_phases(every)
+    kind: Kind = inner.kind if inner else (combinators[0].takes if combinators else "step")
+    wrapped: Any = inner.fn if inner else fn
+    for i, c in enumerate(combinators):
+        if c.takes == "grad" and kind == "sum":
+            wrapped, kind = mean_of_group(wrapped), "grad"
+        if c.takes != kind:
+            raise SeamError(_seam(c, kind, combinators[:i], fn))
+        wrapped, kind = c.wrap(wrapped), c.gives
+    groups = [c.group for c in every if c.group is not None] or [inner.group if inner else 1]
+    base, phases = (inner.base, inner.phases) if inner else (getattr(fn, "__name__", type(fn).__name__), {})
+    if kind == "step":
+        for company in [(*phase.combinators, *every) for phase in phases.values()] or [every]:
+            _check_company(company)
+    group, times = groups[-1], max([1, *(c.repeats for c in combinators)])
+    whole = {epoch: n * times for epoch, n in group.items()} if isinstance(group, Mapping) else group * times
+    return Pipe(wrapped, base, every, kind, whole, phases)
+
+
+def _joined(given: Mapping[str, Any], combinators: tuple[Combinator, ...]) -> Pipe:
+    """A step of several phases: each has a pipe of its own, up to the combinator that gives a step."""
+    end = next((i for i, c in enumerate(combinators) if c.gives == "step"), None)
+    if end is None:
+        raise SeamError(
+            f"the phases {', '.join(given)} become one step by apply(), but there is none; put it behind the combinators that they share"
+        )
+    joint, phases, turns, said = combinators[end], dict[str, Pipe](), dict[str, Turn](), list[Any]()
+    for name, fn in given.items():
+        phase = fn if isinstance(fn, Phase) else Phase(fn)
+        own = {c.key for c in phase.combinators}
+        early = [c for c in phase.combinators if c.takes == "loss"]
+        late = [c for c in phase.combinators if c.takes != "loss"]
+        shared = [c for c in combinators[:end] if c.key not in own]
+        order = sorted((*early, *shared, *late), key=lambda c: _ORDER.index(c.takes))
+        whole = pipe(phase.train_step, *order)
+        _check_phase(name, whole, joint)
+        groups = [c.group for c in whole.combinators if c.group is not None]
+        turns[name] = Turn(mean_of_group(whole.fn) if whole.kind == "sum" else whole.fn, phase.every, groups[-1] if groups else None)
+        phases[name] = whole
+        said += [f"{name}({whole}{'' if phase.every is None else f', every={phase.every}'})"]
+    group = _largest([turn.group for turn in turns.values() if turn.group is not None])
+    return pipe(Pipe(joint.wrap(turns), " + ".join(said), (joint,), "step", group, phases), *combinators[end + 1 :])
+
+
+def _check_phase(name: str, phase: Pipe, joint: Combinator) -> None:
+    if phase.kind not in ("sum", "grad"):
+        given = _SAYS[phase.kind if phase.combinators else "loss"]
+        raise SeamError(f"{joint} takes {_SAYS['grad']}, but the phase {name!r} gives {given}; put grad() in front of {joint}")
+    for c in phase.combinators:
+        if c.monitors or c.yields:
+            raise SeamError(f"{c} acts on the whole state, so it cannot stand within the phase {name!r}; put it behind {joint}")
+
+
+def _largest(groups: list[int | Mapping[int, int]]) -> int | Mapping[int, int]:
+    """The batches of a step of which each phase takes as many as it says."""
+    by_epoch = [group if isinstance(group, Mapping) else {0: group} for group in groups]
+    starts = sorted({start for group in by_epoch for start in group})
+    found = {start: max(group[max(s for s in group if s <= start)] for group in by_epoch) for start in starts}
+    return found if len(found) > 1 else found.get(0, 1)
+
+
+def _no_combinator(given: Any) -> str:
+    if callable(given):
+        name = getattr(given, "__name__", type(given).__name__)
+        return f"pipe joins combinators, but got the function {name}; call it first, as in {name}(...), or wrap it in fl.Combinator(name, wrap, takes, gives)"
+    return f"pipe joins combinators, but got {type(given).__name__}: {given!r:.80}"
+
+
+def _check_names(combinators: tuple[Combinator, ...]) -> None:
+    seen: dict[str, Combinator] = {}
+    for c in combinators:
+        if c.key in seen:
+            raise SeamError(
+                f"two combinators of one name, {seen[c.key]} and {c}: leave one out, or, where both are meant, give one its own name= ({c.key!r} is taken)"
+            )
+        seen[c.key] = c
+
+
+def _check_phases(combinators: tuple[Combinator, ...]) -> None:
+    phased = [c for c in combinators if c.phase is not None]
+    for before, after in pairwise(phased):
+        if TICK.index(before.phase or "") > TICK.index(after.phase or ""):
+            raise SeamError(
+                f"{after} ({after.phase}) stands behind {before} ({before.phase}), but a tick has one order: {', '.join(TICK)}; "
+                f"move {after} in front of {before}"
+            )
+
+
+def _check_company(combinators: tuple[Combinator, ...]) -> None:
+    for c in combinators:
+        wrong = None if c.fits is None else c.fits(combinators)
+        if wrong is not None:
+            raise SeamError(wrong)
+
+
+def _seam(c: Combinator, kind: Kind, earlier: tuple[Combinator, ...], fn: Any) -> str:
+    earlier = (*(fn.combinators if isinstance(fn, Pipe) else ()), *earlier)
+    before = earlier[-1] if earlier else None
+    whom = f"behind {before}" if before else f"behind {getattr(fn, '__name__', type(fn).__name__)}"
+    if _ORDER.index(c.takes) < _ORDER.index(kind):
+        where = {
+            "kernel": "directly behind a function (store, batches, key) -> metrics",
+            "loss": f"in front of {next(e for e in earlier if e.gives != 'loss')}" if c.gives != "loss" else "in front of grad()",
+            "sum": "directly behind grad()",
+            "grad": "between grad() and apply()",
+            "step": "behind apply()",
+        }[c.takes]
+        what = f"move {c} {where}"
+    else:
+        last = "apply()" if kind != "loss" else "grad() and apply()"
+        need = {"kernel": "", "loss": "", "sum": "grad()", "grad": "grad()", "step": last}[c.takes]
+        what = f"put {need} in front of {c}"
+    return f"{c} takes {_SAYS[c.takes]}, but {whom} it is given {_SAYS[kind]}; {what}" + (f" ({c.why})" if c.why else "")

@@ -1,0 +1,169 @@
+"""Loss scaling for fp16: gradients too small for sixteen bits are computed from a larger loss, and made small again."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fnlight.errors import ConfigError, NonFiniteError
+from fnlight.metrics import Last, Sum, uncounted
+from fnlight.optim import buffers_before
+from fnlight.pipe import Combinator
+from fnlight.protocols import Gradients
+from fnlight.state import Store, TrainState
+from fnlight.tensors import local_parts
+
+
+def loss_scale(
+    init: float = 65536.0, growth: float = 2.0, backoff: float = 0.5, interval: int = 2000, max_consecutive: int = 100
+) -> Combinator:
+    """Multiply the loss by a scale before it goes backward, and divide the gradients by it, in the semantics of ``torch.amp.GradScaler``.
+
+    A step whose gradients are NaN or infinite is skipped: its batches are consumed, but there is no update, ``progress.step`` and the
+    schedule stay, ``progress.skipped`` counts it, and the scale backs off. After `interval` steps without that it grows. Nothing of a
+    skipped step remains: not in buffers, not in the means of the metrics. The metrics gain ``loss_scale`` and ``skipped``.
+
+    Whether a step counts must be known before the next one, so one number a step is waited for, as ``GradScaler.step`` does.
+
+    Args:
+        init: The first scale.
+        growth: What the scale is multiplied by to grow, above 1.
+        backoff: What it is multiplied by to back off, in 0..1.
+        interval: Good steps in a row after which it grows.
+        max_consecutive: Skipped steps in a row after which training fails, for then it is not the scale.
+
+    Returns:
+        A combinator from `GradFn` to `GradFn`; it stands before all others that see gradients, for they must see true ones.
+
+    Raises:
+        ConfigError: If a number is out of its range.
+
+    Example:
+        >>> print(loss_scale())
+        loss_scale
+
+    References:
+        Micikevicius et al., "Mixed precision training" (2018).
+    """
+    _check(init, growth, backoff, interval, max_consecutive)
+
+    def init_tree(store: Store) -> dict[str, Any]:
+        scale = torch.full((), init, dtype=torch.float32, device=store.device)
+        return {"scale": scale, "good": torch.zeros((), dtype=torch.int32, device=store.device), "consecutive": 0, "buffers": None}
+
+    def wrap(grad_fn: Any) -> Any:
+        def scaled(store: Store, batches: Any, key: int) -> Gradients:
+            store.host.refuse("loss_scale must know after every step whether it counts, which a graph does not say")
+            tree, buffers = store.memory["loss_scale"], buffers_before(store.module, store.memory["loss_scale"]["buffers"])
+            used = tree["scale"].clone()
+            store.scale = used
+            try:
+                found: Gradients = grad_fn(store, batches, key)
+            finally:
+                store.scale = None
+            bad = unscale(local_parts(v for v in found.values if v is not None), used)
+            if store.place is not None:
+                bad = store.place.anywhere(bad)
+            torch._amp_update_scale_(tree["scale"], tree["good"], bad, growth, backoff, interval)
+            if tree["buffers"] is None:
+                tree["buffers"] = buffers.changing()
+            skipped = bool(bad)
+            metrics = found.metrics
+            if skipped:
+                buffers.put_back()
+                metrics = uncounted(metrics)
+                _count(tree, max_consecutive)
+            else:
+                tree["consecutive"] = 0
+            return found._replace(metrics={**metrics, "loss_scale": Last(used), "skipped": Sum(int(skipped))}, finite=not skipped)
+
+        return scaled
+
+    given = {"init": init, "growth": growth, "backoff": backoff, "interval": interval, "max_consecutive": max_consecutive}
+    args = ", ".join(f"{name}={value}" for name, value in given.items() if value != _DEFAULTS[name])
+    return Combinator("loss_scale", wrap, "grad", "grad", args=args, init=init_tree, start=_check_weights, fits=_misplaced)
+
+
+_DEFAULTS = dict(zip(loss_scale.__annotations__, loss_scale.__defaults__ or (), strict=False))
+
+
+def unscale(values: Sequence[Tensor], scale: Tensor) -> Tensor:
+    """Divide gradients by a scale, in place.
+
+    Args:
+        values: Tensors of any shapes, dtypes and devices; sparse ones too.
+        scale: A scalar tensor, shape [].
+
+    Returns:
+        A scalar tensor, shape []: 1.0 if any entry is NaN or infinite, else 0.0.
+
+    Example:
+        >>> values = [torch.tensor([2.0, 4.0]), torch.tensor([float("inf")])]
+        >>> unscale(values, torch.tensor(2.0)).item(), values[0].tolist()
+        (1.0, [1.0, 2.0])
+    """
+    inverse = scale.double().reciprocal().float()
+    bad = torch.zeros_like(scale)
+    groups: dict[Any, list[Tensor]] = {}
+    for value in values:
+        dense = value._values() if value.is_sparse else value
+        groups.setdefault((dense.device, dense.dtype), []).append(dense)
+    for (device, _), group in groups.items():
+        if device == scale.device:
+            torch._amp_foreach_non_finite_check_and_unscale_(group, bad, inverse)
+        else:
+            there = torch.zeros_like(bad, device=device)
+            torch._amp_foreach_non_finite_check_and_unscale_(group, there, inverse.to(device))
+            bad = torch.maximum(bad, there.to(bad.device))
+    return bad
+
+
+def _count(tree: dict[str, Any], most: int) -> None:
+    tree["consecutive"] += 1
+    if tree["consecutive"] >= most:
+        raise NonFiniteError(
+            f"the gradients of {most} steps in a row were NaN or infinite, at a loss scale of {tree['scale'].item():g} by now: it is not the scale; "
+            "look into the data, lower the learning rate, or train in bf16, whose range is that of fp32"
+        )
+
+
+def _check_weights(state: TrainState) -> TrainState:
+    half = [name for name, p in state.store.named.items() if p.requires_grad and p.dtype == torch.float16]
+    if half:
+        raise ConfigError(
+            f"loss_scale keeps weights in fp32 and only computes in fp16, but {half[:5]} are fp16 themselves; "
+            "make the model in fp32, and let autocast(torch.float16) choose what is computed in fp16"
+        )
+    return state
+
+
+def _misplaced(combinators: tuple[Combinator, ...]) -> str | None:
+    if not any(c.name == "autocast" and c.args == "fp16" for c in combinators):
+        return (
+            "loss_scale is for fp16, but this step computes in another precision, whose small gradients do not vanish; "
+            "put autocast(torch.float16) in front of grad(), or leave loss_scale out"
+        )
+    own = next(c for c in combinators if c.name == "loss_scale")
+    first = next(c for c in combinators if c.takes == c.gives == "grad" and c.name != "microbatch")
+    if first.name != "loss_scale":
+        return f"{first} stands in front of loss_scale and would see scaled gradients; move loss_scale in front of {first}"
+    if any(c.name == "microbatch" for c in combinators[combinators.index(own) :]):
+        return "microbatch stands behind loss_scale, which would count every attempt; move microbatch in front of loss_scale"
+    return None
+
+
+def _check(init: Any, growth: Any, backoff: Any, interval: Any, max_consecutive: Any) -> None:
+    wrong = [
+        f"{name} must be {what}, but got {value!r}"
+        for name, value, what, fine in (
+            ("init", init, "above 0", lambda v: 0 < v < float("inf")),
+            ("growth", growth, "above 1", lambda v: 1 < v < float("inf")),
+            ("backoff", backoff, "between 0 and 1", lambda v: 0 < v < 1),
+            ("interval", interval, "a whole number of at least 1", lambda v: v >= 1 and v == int(v)),
+            ("max_consecutive", max_consecutive, "a whole number of at least 1", lambda v: v >= 1 and v == int(v)),
+        )
+        if not isinstance(value, int | float) or isinstance(value, bool) or not fine(value)
+    ]
+    if wrong:
+        raise ConfigError(f"loss_scale: {'; '.join(wrong)}")

@@ -1,0 +1,17 @@
+"""The state: `Task` pairs a model with pure functions, and `TrainState` is the immutable value that holds everything a run needs to continue.
+
+Read `state` first; `history` is what rules, retentions and plateaus look at.
+"""
+
+from fnlight.state.history import History, Record
+from fnlight.state.state import A_STATE, Progress, Store, TrainState
+from fnlight.state.task import Task, copied, hooked
+
+__all__ = [
+    "History",
+    "Progress",
+    "Record",
+    "Store",
+    "Task",
+    "TrainState",
+]
