@@ -18,7 +18,7 @@ from fnlight.checkpoint.rename import Rename, new_name, renamed, renamed_body
 from fnlight.checkpoint.weights import LoadReport, extra_states, place_weights, put, split_buffers
 from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning, MismatchError, check_type, warn
 from fnlight.metrics import Tally, own_part
-from fnlight.runtime import Times
+from fnlight.runtime import WallTime
 from fnlight.state import History, Progress, Record, Store, Task, TrainState
 from fnlight.tensors import DTYPES, convert, is_sharded, lying_like, spread_like
 
@@ -136,9 +136,9 @@ def refill(path: Path, state: TrainState) -> TrainState:
     place = state.live.place
     opened = open_checkpoint(path, hold=place is None, ranks=None if place is None else place.everyone)
     store = state.donated()
-    times = store.times
+    times = store.wall_time
     found, _ = _fill(state, Lent(), opened, frozenset(), None)
-    store.times, store.version = times, state.version + 2
+    store.wall_time, store.version = times, state.version + 2
     return attrs.evolve(found, version=store.version)
 
 
@@ -257,7 +257,7 @@ def _head(state: TrainState, body: Any) -> TrainState:
     if not all(type(n) is int and n >= 0 for n in progress.updates.values()):
         raise ValueError(f"updates {progress.updates!r:.80}")
     updates = {name: progress.updates.get(name, 0) for name in state.store.phases}
-    state.store.times = Times.from_json(body.get("times", {}))
+    state.store.wall_time = WallTime.from_json(body.get("times", {}))
     history = History(_record(*entry) for entry in body["history"])
     return attrs.evolve(state, progress=attrs.evolve(progress, updates=updates), seed=seed, stopped=stopped, history=history)
 

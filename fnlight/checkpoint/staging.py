@@ -13,7 +13,7 @@ from fnlight.checkpoint.write import Tensors
 
 
 class Buffers:
-    """Host memory for the tensors of one save, kept from one save to the next.
+    """HostCallbacks memory for the tensors of one save, kept from one save to the next.
 
     Example:
         >>> buffers, weight = Buffers(), torch.zeros(2)

@@ -75,7 +75,12 @@ def _read(found: Bundle, code: Given, step: Any, config: FitConfig) -> Item:
         raise ConfigError(f"the bundle holds no batch: {found.lacks}; give --loaders, from which it is read anew")
     overfit = config.overfit_batches
     items = batches(
-        code.loaders.train, found.state, step.group, limit=overfit or config.limit_train, shuffle=not overfit, device=found.state.device
+        code.loaders.train,
+        found.state,
+        step.batches_per_step,
+        limit=overfit or config.limit_train,
+        shuffle=not overfit,
+        device=found.state.device,
     )
     return next(items)
 

@@ -15,7 +15,7 @@ from fnlight.metrics import join_metrics
 from fnlight.optim import set_lr
 from fnlight.pipe import Combinator
 from fnlight.state import Progress, Store, TrainState
-from fnlight.step import ByHand, Turns, Update
+from fnlight.step import ByHand, MultiOptimizerStep, Update
 from fnlight.tensors import SKIPPED, TRAIN, fold_in
 
 Level = Literal["trace", "step", "graph", "model"]
@@ -62,11 +62,11 @@ def compile(level: Level = "step", *, unroll: int = 1, cache_dir: str | None = N
     def wrap(step: Any) -> Any:
         if isinstance(step, Update) and unroll > 1:
             return Unrolled(Graph(step.kernel, level, cache_dir), unroll)
-        if isinstance(step, Turns) and unroll == 1:
+        if isinstance(step, MultiOptimizerStep) and unroll == 1:
             return attrs.evolve(step, kernels={name: Graph(kernel, level, cache_dir) for name, kernel in step.kernels.items()})
         if isinstance(step, Update | ByHand) and unroll == 1:
             return attrs.evolve(step, kernel=Graph(step.kernel, level, cache_dir))
-        if isinstance(step, Turns | ByHand):
+        if isinstance(step, MultiOptimizerStep | ByHand):
             raise ConfigError(f"compile(unroll={unroll}) takes several updates of one optimizer in a call; leave unroll out here")
         raise SeamError(
             f"compile({label}) makes one graph of an update, so it must stand directly behind apply(), manual() and ema(), but something else "
@@ -77,12 +77,12 @@ def compile(level: Level = "step", *, unroll: int = 1, cache_dir: str | None = N
         check_device(level, state.store)
         return state
 
-    def fits(combinators: tuple[Combinator, ...]) -> str | None:
+    def validate(combinators: tuple[Combinator, ...]) -> str | None:
         at = next(i for i, c in enumerate(combinators) if c.name == "compile")
         late = [c for c in combinators[at:] if c.name == "ema" and "every=" not in c.args]
         return f"{late[0]} stands behind compile({label}) and would average once a call; move it in front" if late and unroll > 1 else None
 
-    return Combinator("compile", wrap, "step", "step", args=label, phase="update", repeats=unroll, start=start, fits=fits)
+    return Combinator("compile", wrap, "step", "step", args=label, phase="update", repeats=unroll, start=start, validate=validate)
 
 
 def _compiled_model(loss_fn: Any) -> Any:
@@ -119,7 +119,7 @@ class Unrolled:
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
         """Take the updates of one item; the input state is donated."""
         item = Item.of(batch, state=state)
-        size = max(1, (item.group or len(item.batches)) // self.times)
+        size = max(1, (item.batches_per_step or len(item.batches)) // self.times)
         store = state.donated()
         if store.until is not None and (left := (store.until - state.progress.step) * size) > 0:
             item = _shortened(item, left)

@@ -86,7 +86,7 @@ class Share:
         """Batches of ranks that each have their own, up to the first one that is the last of any rank; the samples are those of all."""
         rank, size = self.world.rank, self.world.size
         for batch, samples, last in found:
-            *counts, ends = self.world.total([*(samples if i == rank else 0 for i in range(size)), int(last)])
+            *counts, ends = self.world.all_reduce_sum([*(samples if i == rank else 0 for i in range(size)), int(last)])
             yield batch if min(counts) == max(counts) else Part(batch, 1.0, max(counts)), sum(counts), bool(ends)
             if ends:
                 return

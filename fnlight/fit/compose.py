@@ -15,7 +15,7 @@ from fnlight.gradients import accumulate, clip_norm, clip_value, grad, microbatc
 from fnlight.loop import checkpoint_every, collect_garbage, epoch_means, evaluate_every, log_to, profile, stop_when
 from fnlight.nonfinite import EVERY, check_finite, debug_bundle, rollback, skip_nonfinite
 from fnlight.parallel import exact_ranks
-from fnlight.pipe import Combinator, Pipe, group_at, pipe
+from fnlight.pipe import Combinator, Pipe, batches_at, pipe
 from fnlight.precision import autocast, cast, loss_scale
 from fnlight.runtime import A_SIGNALS, Signals
 from fnlight.sinks import Console
@@ -67,8 +67,8 @@ def compose(task: Task, config: FitConfig, loaders: Any = None, signals: Signals
         debug_bundle(config.dir, config=text_of(config)) if config.debug_bundle and config.dir else None,
         _evaluation(task, config, given, signals),
         epoch_means(),
-        log_to(*config.sinks, every=config.log_every, times=config.log_times) if config.sinks else None,
-        log_to(Console(total_steps=known_steps(given, config)), every=_EVERY_TICK, name="progress", times=True)
+        log_to(*config.sinks, every=config.log_every, wall_time=config.log_times) if config.sinks else None,
+        log_to(Console(total_steps=known_steps(given, config)), every=_EVERY_TICK, name="progress", wall_time=True)
         if config.progress
         else None,
         checkpoint_every(
@@ -223,7 +223,7 @@ def known_steps(loaders: Loaders, config: FitConfig) -> int | None:
     if config.max_epochs is not None and loaders.train is not None:
         num_batches = train_source(loaders, config).num_batches
         if num_batches is not None:
-            bounds.append(sum(-(-num_batches // group_at(config.accumulate, epoch)) for epoch in range(config.max_epochs)))
+            bounds.append(sum(-(-num_batches // batches_at(config.accumulate, epoch)) for epoch in range(config.max_epochs)))
     return min(bounds, default=None)
 
 

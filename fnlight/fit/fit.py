@@ -67,7 +67,7 @@ def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
                 if writes:
                     _write_config(config)
                 state.store.resources.update(locks)
-                state.store.times.begin(time.perf_counter, began)
+                state.store.wall_time.begin(time.perf_counter, began)
                 state = _drain(run(step, state, train, donate=True, signals=signals))
         return state if place is None or given_place is not None else alone(state)
 
@@ -125,7 +125,7 @@ def _resumed(state: TrainState, config: FitConfig, donate: bool) -> TrainState:
                 CheckpointWarning,
             )
         if resumed.stopped is None:
-            resumed.store.times.lose(_age(dict(checkpoints(found)).get(resumed.progress.step, found)))
+            resumed.store.wall_time.lose(_age(dict(checkpoints(found)).get(resumed.progress.step, found)))
         return resumed
     broken = checkpoints(config.dir) if config.dir is not None and (place is None or place.writes) else []
     if broken:

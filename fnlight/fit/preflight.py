@@ -57,7 +57,7 @@ def preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pipe
             "before fl.Task(model, ...)",
             TaskWarning,
         )
-    asked = [name for c in step.combinators for name in c.monitors if name.startswith("val/")]
+    asked = [name for c in step.combinators for name in c.requires if name.startswith("val/")]
     monitors = [optim.monitor for optim in state.store.optims.values()]
     watched = [name for name in monitors if name is not None and name.startswith("val/")]
     wanted = list(dict.fromkeys((*asked, *watched)))

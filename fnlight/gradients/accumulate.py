@@ -29,4 +29,4 @@ def accumulate(n: int | Mapping[int, int]) -> Combinator:
         raise ConfigError(f"accumulate must be a number of batches >= 1, or epochs to such numbers, but got {n!r}")
     if isinstance(n, Mapping) and 0 not in n:
         raise ConfigError(f"accumulate as a mapping must say what holds from epoch 0 on, but got {dict(n)!r}; add 0: 1")
-    return Combinator("accumulate", mean_of_group, "sum", "grad", args=str(n), group=n)
+    return Combinator("accumulate", mean_of_group, "grad_sum", "grad", args=str(n), batches_per_step=n)

@@ -54,7 +54,7 @@ def grad() -> Combinator:
 
         return grad_fn
 
-    return Combinator("grad", wrap, "loss", "sum")
+    return Combinator("grad", wrap, "loss", "grad_sum")
 
 
 def _read(out: Any, store: Store) -> tuple[Tensor, Any, dict[str, Any]]:

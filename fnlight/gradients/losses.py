@@ -52,7 +52,7 @@ def weighted(weights: Mapping[str, Weight]) -> Combinator:
         return weighing
 
     label = ", ".join(f"{name}={weight!r}" for name, weight in weights.items())
-    return Combinator("weighted", wrap, "sum", "sum", args=label)
+    return Combinator("weighted", wrap, "grad_sum", "grad_sum", args=label)
 
 
 def _at_step(weight: Callable[[int], float]) -> Callable[[Store], float]:
@@ -147,7 +147,7 @@ def grad_cache(loss_fn: Callable[[Any], Any], n: int) -> Combinator:
 
         return cached
 
-    return Combinator("grad_cache", wrap, "loss", "grad", args=f"{getattr(loss_fn, '__name__', loss_fn)}, {n}", group=n)
+    return Combinator("grad_cache", wrap, "loss", "grad", args=f"{getattr(loss_fn, '__name__', loss_fn)}, {n}", batches_per_step=n)
 
 
 def _embedded(embed: Any, store: Store, batches: Sequence[Any], keys: Sequence[int]) -> list[Any]:
@@ -220,7 +220,7 @@ def carry(init: Callable[[Any, Any], Any]) -> Combinator:
         return carrying
 
     empty: Callable[[Store], Any] = lambda store: {"epoch": None, "value": None}  # noqa: E731  # too short for a name
-    return Combinator("carry", wrap, "sum", "sum", args=getattr(init, "__name__", repr(init)), init=empty)
+    return Combinator("carry", wrap, "grad_sum", "grad_sum", args=getattr(init, "__name__", repr(init)), init=empty)
 
 
 def _goes_on(store: Store) -> bool:

@@ -39,4 +39,4 @@ def epoch_means() -> Combinator:
 
         return averaged
 
-    return Combinator("epoch_means", wrap, "step", "step", init=lambda store: Tally(), phase="history", yields=("train/",))
+    return Combinator("epoch_means", wrap, "step", "step", init=lambda store: Tally(), phase="history", provides=("train/",))

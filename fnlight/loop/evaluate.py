@@ -137,7 +137,7 @@ def _one_source(state: TrainState, module: nn.Module, source: Source, fn: EvalSt
         tally.add(i, metrics)
         state.store.end_step()
     if signals is not None:
-        signals.agreed(signals.number if place is None else int(place.everyone.most([signals.number])[0]))
+        signals.agreed(signals.number if place is None else int(place.everyone.all_reduce_max([signals.number])[0]))
         signals.check()
     return tally.read() if place is None else read_in_order(tally, place.world.gather)
 
@@ -190,7 +190,7 @@ def inference(store: Store, weights: str | None = None) -> Iterator[nn.Module]:
         >>> store.module.training
         True
     """
-    store.spent = None  # there is room for what is evaluated
+    store.retained_grads = None  # there is room for what is evaluated
     module, modes = store.module, [(m, m.training) for m in store.module.modules()]
     average = weights_to_use(store.optims.values(), module) if weights is None else average_of(store, weights)
     targets = named_tensors(module) if average else {}

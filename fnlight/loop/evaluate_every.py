@@ -57,7 +57,7 @@ def evaluate_every(
         tree = state.store.memory[key]
         tree["owed"] = True
         try:
-            with state.store.times.taken("evaluate"):
+            with state.store.wall_time.taken("evaluate"):
                 found = evaluate_sources(state, sources(state), fn, weights, signals)
         except Interrupted:
             return state
@@ -98,7 +98,7 @@ def evaluate_every(
     label = f"{name}, every={every}" + (f", weights={weights!r}" if weights else "")
     return Combinator(
         "evaluate_every", wrap, "step", "step", args=label, key=key, init=lambda store: {"owed": False}, phase="evaluate",
-        start=start, finish=finish, yields=(f"{name}/",),
+        start=start, finish=finish, provides=(f"{name}/",),
     )  # fmt: skip
 
 

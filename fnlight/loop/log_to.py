@@ -11,7 +11,7 @@ from fnlight.state import Record, TrainState
 from fnlight.triggers import Tick, condition, steps
 
 
-def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "log", times: bool = False) -> Combinator:
+def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "log", wall_time: bool = False) -> Combinator:
     """Send records to sinks: training metrics when they are due, as exact means since the last time, and every evaluation at once.
 
     Training metrics are called ``train/loss`` and so on, with ``lr`` beside them (``lr/NAME`` where there are several groups); means over an
@@ -22,7 +22,7 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
         *sinks: Any functions of a `Record`.
         every: When the training metrics are due.
         name: Where the window lies in the memory; unique in a pipe.
-        times: True adds what the time since the last record went to: ``samples/s``, and the shares ``time/step``, ``time/data`` and so on.
+        wall_time: True adds what the time since the last record went to: ``samples/s``, and the shares ``time/step``, ``time/data`` and so on.
 
     Returns:
         A combinator from `Step` to `Step`.
@@ -47,13 +47,13 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
             deliver(sinks, Record(state.progress.step, state.progress.epoch, metrics), state.store.memory, told)
 
     def logged_now(state: TrainState, due: bool, old: tuple[Record, ...]) -> None:
-        with state.store.times.taken("log"):
+        with state.store.wall_time.taken("log"):
             metrics = news(state, old)
             if due:
                 tally, place = state.store.memory[name], state.store.place
                 read = tally.read() if place is None else read_all(tally, place.world.gather)
                 metrics |= {f"train/{k}": v for k, v in read.items()} | state.store.reported()
-                metrics |= state.store.times.window(name, state.progress.samples) if times else {}
+                metrics |= state.store.wall_time.window(name, state.progress.samples) if wall_time else {}
                 tally.clear()
             if metrics:
                 send(state, metrics)
@@ -74,7 +74,7 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
 
     def start(state: TrainState) -> TrainState:
         told.clear()
-        state.store.times.mark(name, state.progress.samples)
+        state.store.wall_time.mark(name, state.progress.samples)
         if state.store.media:  # of an evaluation that was made up for
             send(state, dict(state.store.media))
         return state
@@ -89,7 +89,7 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
 
     label = ", ".join(getattr(s, "__name__", repr(s)) for s in sinks)
     return Combinator(
-        "log_to", wrap, "step", "step", args=f"{label}, every={every}{', times=True' if times else ''}", key=name, init=lambda store: Tally(),
+        "log_to", wrap, "step", "step", args=f"{label}, every={every}{', wall_time=True' if wall_time else ''}", key=name, init=lambda store: Tally(),
         phase="log", start=start, finish=finish, close=lambda: let_go(sinks),
     )  # fmt: skip
 

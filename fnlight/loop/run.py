@@ -79,7 +79,15 @@ def run(
 
     def items(state: TrainState) -> Iterator[Item]:
         found = batches(
-            source, state, whole.group, limit=limit, shuffle=shuffle, device=state.device, clock=clock, times=state.store.times, beat=beat
+            source,
+            state,
+            whole.batches_per_step,
+            limit=limit,
+            shuffle=shuffle,
+            device=state.device,
+            clock=clock,
+            wall_time=state.store.wall_time,
+            beat=beat,
         )
         if signals is None:
             return found
@@ -93,7 +101,7 @@ def _run(
     step: Pipe, state: TrainState, items: Callable[[TrainState], Iterator[Item]], signals: Signals | None, clock: Callable[[], float]
 ) -> Iterator[tuple[TrainState, Metrics]]:
     store, error = state.store, None
-    store.times.begin(clock)
+    store.wall_time.begin(clock)
     try:
         with isolated(state.device):
             known = state.history
@@ -125,13 +133,13 @@ def _run(
         finally:
             if signals is not None:
                 signals.alone()
-            store.times.end()
+            store.wall_time.end()
             _release(store, error)
 
 
 def _release(store: Store, error: BaseException | None) -> None:
     """Close what a run holds open, the last first, whatever the others raise; gradients are let go."""
-    held, store.resources, store.spent = store.resources, {}, None
+    held, store.resources, store.retained_grads = store.resources, {}, None
     with ExitStack() as stack:
         for resource in held.values():
             stack.callback(resource.close, error)

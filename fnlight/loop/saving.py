@@ -103,7 +103,7 @@ def checkpoint_every(
 
     return Combinator(
         "checkpoint_every", wrap, "step", "step", args=_label(path, every, keep, permanent, background, on_exception, initial), key=name,
-        init=lambda store: {"saved": [], "permanent": [], "skipped": 0}, phase="save", start=start, finish=finish, monitors=keep.monitors,
+        init=lambda store: {"saved": [], "permanent": [], "skipped": 0}, phase="save", start=start, finish=finish, requires=keep.monitors,
     )  # fmt: skip
 
 
@@ -193,7 +193,7 @@ class Saver:
         place = state.store.place
         if place is None:
             return self.thread.idle
-        return before.seconds != state.progress.seconds and not place.everyone.most([not self.thread.idle])[0]
+        return before.seconds != state.progress.seconds and not place.everyone.all_reduce_max([not self.thread.idle])[0]
 
     def save(self, state: TrainState, forever: bool = False, wait: bool = False, together: bool = True) -> None:
         """Save a state, after the save that may be under way; in the background, return as soon as its tensors are copied.
@@ -201,7 +201,7 @@ class Saver:
         Where several ranks train together, all of them call it, and one writes; unless one saves what it can, `together` being False.
         """
         self._let_end(state)
-        with state.store.times.taken("save"):
+        with state.store.wall_time.taken("save"):
             write = self._prepared(state, forever, staged=self.background and not wait, together=together)
             if write is None:
                 return
@@ -213,7 +213,7 @@ class Saver:
 
     def _let_end(self, state: TrainState) -> None:
         """Wait for the save before, which is time of the run."""
-        with state.store.times.taken("stall"):
+        with state.store.wall_time.taken("stall"):
             self.settle()
 
     def settle(self) -> None:
@@ -225,7 +225,7 @@ class Saver:
         """Make the last state of a run durable; if it is saved already, it only learns why the run ended."""
         self._let_end(state)
         if _is_listed(state.store.memory[self.key], state.progress):
-            with state.store.times.taken("save"):
+            with state.store.wall_time.taken("save"):
                 amend(state, step_path(self.dir, state.progress.step))
         else:
             self.save(state, wait=True)

@@ -52,6 +52,6 @@ def stop_when(*rules: Callable[[TrainState], str | None]) -> Combinator:
 
         return stopping
 
-    monitors = tuple(m for rule in rules if isinstance(rule, StopRule) for m in rule.monitors)
+    requires = tuple(m for rule in rules if isinstance(rule, StopRule) for m in rule.monitors)
     label = ", ".join(getattr(rule, "__name__", repr(rule)) for rule in rules)
-    return Combinator("stop_when", wrap, "step", "step", args=label, phase="stop", start=start, monitors=monitors)
+    return Combinator("stop_when", wrap, "step", "step", args=label, phase="stop", start=start, requires=requires)

@@ -37,7 +37,7 @@ def rollback(dir: str | os.PathLike[str], every: Callable[[Tick], bool] = steps(
     Args:
         dir: The run's directory, the one that `checkpoint_every` in the same pipe saves to.
         every: When it is due; make it fire wherever a checkpoint is saved, so that none is saved after the fact.
-        max_consecutive: Times in a row, at least 1, that one goes back to one and the same checkpoint; then training fails.
+        max_consecutive: WallTime in a row, at least 1, that one goes back to one and the same checkpoint; then training fails.
 
     Returns:
         A combinator from `Step` to `Step`. Where the first checkpoint may come too late, give ``checkpoint_every(..., initial=True)``.
@@ -77,7 +77,7 @@ def rollback(dir: str | os.PathLike[str], every: Callable[[Tick], bool] = steps(
     return Combinator(
         "rollback", wrap, "step", "step", args=f"{path!r}, every={every}, max_consecutive={max_consecutive}",
         init=lambda store: {**no_losses(), "to": -1, "row": 0, "total": 0}, phase="update",
-        finish=lambda before, state: checked(state), fits=_fits,
+        finish=lambda before, state: checked(state), validate=_validate,
     )  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def _first(place: Any, found: Any) -> Any:
     return next((each for each in ranks if each is not None), None)
 
 
-def _fits(combinators: tuple[Combinator, ...]) -> str | None:
+def _validate(combinators: tuple[Combinator, ...]) -> str | None:
     names = [c.name for c in combinators]
     if "checkpoint_every" not in names:
         return "rollback goes back to a checkpoint, but nothing in this pipe saves any; add checkpoint_every(dir) with the same directory"

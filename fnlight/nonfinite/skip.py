@@ -62,7 +62,7 @@ def skip_nonfinite(max_consecutive: int | None = 10) -> Combinator:
         return state
 
     return Combinator(
-        "skip_nonfinite", wrap, "grad", "grad", args=f"max_consecutive={max_consecutive}", init=init, finish=finish, fits=_first
+        "skip_nonfinite", wrap, "grad", "grad", args=f"max_consecutive={max_consecutive}", init=init, finish=finish, validate=_first
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, distributed
 from fnlight.data import Part, cut, num_samples
 from fnlight.errors import ConfigError, ParallelError
 from fnlight.metrics import join_metrics
-from fnlight.pipe import Combinator, group_at
+from fnlight.pipe import Combinator, batches_at
 from fnlight.protocols import Gradients
 from fnlight.state import Store
 from fnlight.tensors import fold_in
@@ -37,7 +37,7 @@ def exact_ranks(n: int | Mapping[int, int] = 1, *, parts: int = 8) -> Combinator
         >>> print(exact_ranks(4))
         exact_ranks(4, parts=8)
     """
-    group_at(n, 0)
+    batches_at(n, 0)
     if not isinstance(parts, int) or parts < 1 or parts & (parts - 1):
         raise ConfigError(f"exact_ranks(parts=...) must be a power of two, such as 8, but got {parts!r}")
 
@@ -60,7 +60,7 @@ def exact_ranks(n: int | Mapping[int, int] = 1, *, parts: int = 8) -> Combinator
 
         return exact
 
-    return Combinator("exact_ranks", wrap, "sum", "grad", args=f"{n}, parts={parts}", group=n)
+    return Combinator("exact_ranks", wrap, "grad_sum", "grad", args=f"{n}, parts={parts}", batches_per_step=n)
 
 
 def _of_batch(grad_fn: Any, store: Store, batch: Any, key: int, mine: int, rank: int, size: int) -> tuple[Tensor, dict[str, Any]]:

@@ -15,33 +15,33 @@ from fnlight.state import Store, TrainState
 from fnlight.triggers import Tick, condition, steps
 
 
-def loose() -> "Loose":
+def local_sgd() -> "LocalSGD":
     """Every rank holds the whole model and trains on its part of the data by itself; `diloco` brings the ranks together now and then.
 
     Returns:
         A placement.
 
     Example:
-        >>> loose()
-        loose()
+        >>> local_sgd()
+        local_sgd()
     """
-    return Loose({})
+    return LocalSGD({})
 
 
 @attrs.frozen(eq=False, repr=False)
-class Loose(Replicated):
-    """The placement that `loose` gives; what its methods are for stands in `Placement`.
+class LocalSGD(Replicated):
+    """The placement that `local_sgd` gives; what its methods are for stands in `Placement`.
 
     Args:
         options: None are needed.
 
     Example:
-        >>> Loose({}).place(torch.nn.Linear(1, 1)) is None  # alone there is nothing to do
+        >>> LocalSGD({}).place(torch.nn.Linear(1, 1)) is None  # alone there is nothing to do
         True
     """
 
     def __repr__(self) -> str:
-        return "loose()"
+        return "local_sgd()"
 
     def begin(self, store: Any, last: bool) -> None:
         """Nothing travels."""
@@ -62,7 +62,7 @@ class Loose(Replicated):
 def diloco(every: int, *, lr: float = 0.7, momentum: float = 0.9) -> Combinator:
     """Bring ranks that train by themselves together every so many steps: an outer step of SGD with Nesterov momentum along their mean way.
 
-    It needs the placement `loose`. With ``lr=1.0, momentum=0.0`` it is local SGD: weights are averaged. Communication falls by the factor
+    It needs the placement `local_sgd`. With ``lr=1.0, momentum=0.0`` it is local SGD: weights are averaged. Communication falls by the factor
     `every`. Between two meetings the ranks hold different weights, so evaluate and save at multiples of `every`; inner optimizers keep their own
     memory, of which a checkpoint holds that of rank 0.
 
@@ -113,10 +113,10 @@ def diloco(every: int, *, lr: float = 0.7, momentum: float = 0.9) -> Combinator:
 
 
 def _check(state: TrainState) -> TrainState:
-    if state.store.place is not None and not isinstance(state.store.place, Loose):
+    if state.store.place is not None and not isinstance(state.store.place, LocalSGD):
         raise ParallelError(
             f"diloco brings ranks together that train by themselves, but under {state.store.place} they are together in every step; create the "
-            "state with place=fl.parallel.loose()"
+            "state with place=fl.parallel.local_sgd()"
         )
     return state
 

@@ -4,7 +4,7 @@ Read `combinator` first, then `pipe`; `mean` divides the gradients of one step b
 """
 
 from fnlight.pipe.combinator import Combinator
-from fnlight.pipe.mean import Around, group_at, loss_of_all, mean_of_group
+from fnlight.pipe.mean import Around, batches_at, loss_of_all, mean_of_group
 from fnlight.pipe.pipe import Phase, Pipe, Turn, pipe
 
 __all__ = [

@@ -1,6 +1,6 @@
 """A combinator: a value that wraps one function into another, and says of itself what it takes, gives and remembers.
 
-The kinds of function, from the user's to the loop's: ``loss`` (`LossFn`), ``sum`` (a `GradFn` of one batch whose gradients are sums),
+The kinds of function, from the user's to the loop's: ``loss`` (`LossFn`), ``grad_sum`` (a `GradFn` of one batch whose gradients are sums),
 ``grad`` (a `GradFn` of a group of batches whose gradients are true means) and ``step`` (`Step`). Besides, ``kernel``: a function
 ``(store, batches, key) -> metrics`` that changes the store itself, of which `fnlight.step.manual` makes a step.
 """
@@ -13,7 +13,7 @@ import attrs
 from fnlight.errors import check_type
 from fnlight.state import Store, TrainState
 
-Kind = Literal["kernel", "loss", "sum", "grad", "step"]
+Kind = Literal["kernel", "loss", "grad_sum", "grad", "step"]
 
 TICK = ("update", "schedule", "evaluate", "history", "log", "save", "stop")
 """The one order of a tick; combinators that act in a phase must stand in it."""
@@ -26,20 +26,20 @@ class Combinator:
     Args:
         name: What it is called, for ``print(step)`` and for errors.
         wrap: Maps the inner function to the outer one.
-        takes: The kind of function it wraps: ``"loss"``, ``"sum"``, ``"grad"`` or ``"step"``.
+        takes: The kind of function it wraps: ``"loss"``, ``"grad_sum"``, ``"grad"`` or ``"step"``.
         gives: The kind of function that results.
         args: Its arguments, as ``print(step)`` shows them.
         key: What it is called in the state's memory, unique in a pipe; the name if left out.
         init: Maps a `Store` to the tree that this combinator owns there as ``store.memory[key]``; None if it remembers nothing.
         phase: The phase of `TICK` it acts in; None if it may stand anywhere.
-        group: Batches that one step consumes: a number, or a mapping of epochs to numbers; None leaves it to others.
+        batches_per_step: Batches that one step consumes: a number, or a mapping of epochs to numbers; None leaves it to others.
         repeats: How many times as many one call takes.
         start: Maps the state before the first step of a run to a state.
         finish: Maps the state after the last step of a run, and the state as its neighbours have finished it, to a state.
         close: Called when a run ends, however it ends. What is one run's alone is put into ``store.resources`` by `start`.
-        monitors: Names in the history that it needs.
-        yields: Prefixes of the names that it adds to the history.
-        fits: Maps all combinators of a finished step to what is wrong with its company, or None.
+        requires: Names in the history that it needs.
+        provides: Prefixes of the names that it adds to the history.
+        validate: Maps all combinators of a finished step to what is wrong with its company, or None.
         why: What the error of a wrong seam adds: the reason why it takes nothing else.
 
     Raises:
@@ -60,21 +60,21 @@ class Combinator:
     key: str = attrs.field(default=attrs.Factory(lambda self: self.name, takes_self=True), kw_only=True)
     init: Callable[[Store], Any] | None = attrs.field(default=None, kw_only=True)
     phase: str | None = attrs.field(default=None, kw_only=True)
-    group: int | Mapping[int, int] | None = attrs.field(default=None, kw_only=True)
+    batches_per_step: int | Mapping[int, int] | None = attrs.field(default=None, kw_only=True)
     repeats: int = attrs.field(default=1, kw_only=True)
     start: Callable[[TrainState], TrainState] | None = attrs.field(default=None, kw_only=True)
     finish: Callable[[TrainState, TrainState], TrainState] | None = attrs.field(default=None, kw_only=True)
     close: Callable[[], None] | None = attrs.field(default=None, kw_only=True)
-    monitors: tuple[str, ...] = attrs.field(default=(), kw_only=True)
-    yields: tuple[str, ...] = attrs.field(default=(), kw_only=True)
-    fits: Callable[[tuple["Combinator", ...]], str | None] | None = attrs.field(default=None, kw_only=True)
+    requires: tuple[str, ...] = attrs.field(default=(), kw_only=True)
+    provides: tuple[str, ...] = attrs.field(default=(), kw_only=True)
+    validate: Callable[[tuple["Combinator", ...]], str | None] | None = attrs.field(default=None, kw_only=True)
     why: str = attrs.field(default="", kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         check_type("Combinator(name=...)", self.name, str, "a name")
         check_type(f"{self.name}: the name of its memory", self.key, str, "a string")
         check_type(f"Combinator({self.name!r}, wrap)", self.wrap, Callable, "a function that wraps another one")
-        for field in ("init", "start", "finish", "close", "fits"):
+        for field in ("init", "start", "finish", "close", "validate"):
             check_type(f"{self.name}({field}=...)", getattr(self, field), Callable | None, "a function, or None")
         for kind in (self.takes, self.gives):
             if kind not in get_args(Kind):

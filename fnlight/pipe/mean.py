@@ -12,7 +12,7 @@ from fnlight.protocols import Gradients
 from fnlight.tensors import RANK, fold_in, local_parts
 
 
-def group_at(group: int | Mapping[int, int], epoch: int) -> int:
+def batches_at(group: int | Mapping[int, int], epoch: int) -> int:
     """How many batches a step consumes in an epoch.
 
     Args:
@@ -26,7 +26,7 @@ def group_at(group: int | Mapping[int, int], epoch: int) -> int:
         LoaderError: If nothing is said about the epoch, or the number is below 1.
 
     Example:
-        >>> group_at({0: 1, 5: 4}, 7)
+        >>> batches_at({0: 1, 5: 4}, 7)
         4
     """
     if isinstance(group, Mapping):

@@ -13,11 +13,11 @@ from fnlight.pipe.mean import mean_of_group
 from fnlight.state import Store, TrainState
 from fnlight.tensors import leaves
 
-_ORDER: tuple[Kind, ...] = ("kernel", "loss", "sum", "grad", "step")
+_ORDER: tuple[Kind, ...] = ("kernel", "loss", "grad_sum", "grad", "step")
 _SAYS = {
     "kernel": "an update by hand, (store, batches, key) -> metrics",
     "loss": "a LossFn, (model, batch) -> loss",
-    "sum": "a GradFn of one batch, whose gradients are sums",
+    "grad_sum": "a GradFn of one batch, whose gradients are sums",
     "grad": "a GradFn of a group, whose gradients are true means",
     "step": "a Step, (state, batch) -> (state, metrics)",
 }
@@ -65,7 +65,7 @@ class Turn:
     Args:
         grad_fn: Gives the true gradients of a group of batches.
         every: When it is due; None is every step.
-        group: Batches of a step that it takes, the first ones: a number, or a mapping of epochs to numbers; None takes all.
+        batches_per_step: Batches of a step that it takes, the first ones: a number, or a mapping of epochs to numbers; None takes all.
 
     Example:
         >>> Turn(lambda store, batches, key: None).every is None
@@ -74,7 +74,7 @@ class Turn:
 
     grad_fn: Callable[..., Any]
     every: Callable[[Any], bool] | None = None
-    group: int | Mapping[int, int] | None = None
+    batches_per_step: int | Mapping[int, int] | None = None
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -86,7 +86,7 @@ class Pipe:
         base: What the pipe shows as its innermost function.
         combinators: In reading order, innermost first.
         kind: The kind of function that the pipe is.
-        group: Batches that one step consumes: a number, or a mapping of first epochs to numbers.
+        batches_per_step: Batches that one step consumes: a number, or a mapping of first epochs to numbers.
         phases: The pipes of the phases that it joins, by name.
 
     Example:
@@ -99,7 +99,7 @@ class Pipe:
     base: str
     combinators: tuple[Combinator, ...]
     kind: Kind
-    group: int | Mapping[int, int] = 1
+    batches_per_step: int | Mapping[int, int] = 1
     phases: Mapping[str, "Pipe"] = attrs.field(factory=dict)
 
     def __call__(self, state: Any, batch: Any, *more: Any) -> Any:
@@ -178,14 +178,14 @@ class Pipe:
         return state
 
     def _check_monitors(self, state: TrainState) -> None:
-        yields = [prefix for c in self.combinators for prefix in c.yields]
-        wanted = {name: str(c) for c in self.combinators for name in c.monitors}
+        provided = [prefix for c in self.combinators for prefix in c.provides]
+        wanted = {name: str(c) for c in self.combinators for name in c.requires}
         wanted |= {optim.monitor: f"the schedule {optim.schedule}" for optim in state.store.optims.values() if optim.monitor is not None}
         for name, who in wanted.items():
-            if not name.startswith(tuple(yields)) and not any(name in record.metrics for record in state.history):
+            if not name.startswith(tuple(provided)) and not any(name in record.metrics for record in state.history):
                 raise MonitorError(
                     f"{who} monitors {name!r}, but nothing in this pipe yields it, so it could never fire; there are "
-                    f"{[prefix + '...' for prefix in yields] or 'no evaluations at all'}: add evaluate_every(loader) for 'val/...', epoch_means() for 'train/...'"
+                    f"{[prefix + '...' for prefix in provided] or 'no evaluations at all'}: add evaluate_every(loader) for 'val/...', epoch_means() for 'train/...'"
                 )
 
     def close(self) -> None:
@@ -239,12 +239,12 @@ def pipe(fn: Any, *combinators: Combinator) -> Pipe:
     kind: Kind = inner.kind if inner else (combinators[0].takes if combinators else "step")
     wrapped: Any = inner.fn if inner else fn
     for i, c in enumerate(combinators):
-        if c.takes == "grad" and kind == "sum":
+        if c.takes == "grad" and kind == "grad_sum":
             wrapped, kind = mean_of_group(wrapped), "grad"
         if c.takes != kind:
             raise SeamError(_seam(c, kind, combinators[:i], fn))
         wrapped, kind = c.wrap(wrapped), c.gives
-    groups = [c.group for c in every if c.group is not None] or [inner.group if inner else 1]
+    groups = [c.batches_per_step for c in every if c.batches_per_step is not None] or [inner.batches_per_step if inner else 1]
     base, phases = (inner.base, inner.phases) if inner else (getattr(fn, "__name__", type(fn).__name__), {})
     if kind == "step":
         for company in [(*phase.combinators, *every) for phase in phases.values()] or [every]:
@@ -271,20 +271,20 @@ def _joined(given: Mapping[str, Any], combinators: tuple[Combinator, ...]) -> Pi
         order = sorted((*early, *shared, *late), key=lambda c: _ORDER.index(c.takes))
         whole = pipe(phase.train_step, *order)
         _check_phase(name, whole, joint)
-        groups = [c.group for c in whole.combinators if c.group is not None]
-        turns[name] = Turn(mean_of_group(whole.fn) if whole.kind == "sum" else whole.fn, phase.every, groups[-1] if groups else None)
+        groups = [c.batches_per_step for c in whole.combinators if c.batches_per_step is not None]
+        turns[name] = Turn(mean_of_group(whole.fn) if whole.kind == "grad_sum" else whole.fn, phase.every, groups[-1] if groups else None)
         phases[name] = whole
         said += [f"{name}({whole}{'' if phase.every is None else f', every={phase.every}'})"]
-    group = _largest([turn.group for turn in turns.values() if turn.group is not None])
+    group = _largest([turn.batches_per_step for turn in turns.values() if turn.batches_per_step is not None])
     return pipe(Pipe(joint.wrap(turns), " + ".join(said), (joint,), "step", group, phases), *combinators[end + 1 :])
 
 
 def _check_phase(name: str, phase: Pipe, joint: Combinator) -> None:
-    if phase.kind not in ("sum", "grad"):
+    if phase.kind not in ("grad_sum", "grad"):
         given = _SAYS[phase.kind if phase.combinators else "loss"]
         raise SeamError(f"{joint} takes {_SAYS['grad']}, but the phase {name!r} gives {given}; put grad() in front of {joint}")
     for c in phase.combinators:
-        if c.monitors or c.yields:
+        if c.requires or c.provides:
             raise SeamError(f"{c} acts on the whole state, so it cannot stand within the phase {name!r}; put it behind {joint}")
 
 
@@ -325,7 +325,7 @@ def _check_phases(combinators: tuple[Combinator, ...]) -> None:
 
 def _check_company(combinators: tuple[Combinator, ...]) -> None:
     for c in combinators:
-        wrong = None if c.fits is None else c.fits(combinators)
+        wrong = None if c.validate is None else c.validate(combinators)
         if wrong is not None:
             raise SeamError(wrong)
 
@@ -338,13 +338,13 @@ def _seam(c: Combinator, kind: Kind, earlier: tuple[Combinator, ...], fn: Any) -
         where = {
             "kernel": "directly behind a function (store, batches, key) -> metrics",
             "loss": f"in front of {next(e for e in earlier if e.gives != 'loss')}" if c.gives != "loss" else "in front of grad()",
-            "sum": "directly behind grad()",
+            "grad_sum": "directly behind grad()",
             "grad": "between grad() and apply()",
             "step": "behind apply()",
         }[c.takes]
         what = f"move {c} {where}"
     else:
         last = "apply()" if kind != "loss" else "grad() and apply()"
-        need = {"kernel": "", "loss": "", "sum": "grad()", "grad": "grad()", "step": last}[c.takes]
+        need = {"kernel": "", "loss": "", "grad_sum": "grad()", "grad": "grad()", "step": last}[c.takes]
         what = f"put {need} in front of {c}"
     return f"{c} takes {_SAYS[c.takes]}, but {whom} it is given {_SAYS[kind]}; {what}" + (f" ({c.why})" if c.why else "")

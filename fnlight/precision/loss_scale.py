@@ -82,7 +82,7 @@ def loss_scale(
 
     given = {"init": init, "growth": growth, "backoff": backoff, "interval": interval, "max_consecutive": max_consecutive}
     args = ", ".join(f"{name}={value}" for name, value in given.items() if value != _DEFAULTS[name])
-    return Combinator("loss_scale", wrap, "grad", "grad", args=args, init=init_tree, start=_check_weights, fits=_misplaced)
+    return Combinator("loss_scale", wrap, "grad", "grad", args=args, init=init_tree, start=_check_weights, validate=_misplaced)
 
 
 _DEFAULTS = dict(zip(loss_scale.__annotations__, loss_scale.__defaults__ or (), strict=False))

@@ -46,7 +46,7 @@ def autocast(dtype: torch.dtype = torch.bfloat16) -> Combinator:
 
         return cast
 
-    return Combinator("autocast", wrap, "loss", "loss", args=_DTYPES[dtype], fits=_scaled if dtype == torch.float16 else None)
+    return Combinator("autocast", wrap, "loss", "loss", args=_DTYPES[dtype], validate=_scaled if dtype == torch.float16 else None)
 
 
 def _scaled(combinators: tuple[Combinator, ...]) -> str | None:
@@ -106,7 +106,7 @@ def cast(dtype: torch.dtype) -> Combinator:
                 tree["dtype"] = _TRUE[dtype]
         return state
 
-    return Combinator("cast", wrap, "loss", "loss", args=_TRUE[dtype], init=init, start=start, fits=_alone)
+    return Combinator("cast", wrap, "loss", "loss", args=_TRUE[dtype], init=init, start=start, validate=_alone)
 
 
 def _alone(combinators: tuple[Combinator, ...]) -> str | None:

@@ -3,12 +3,12 @@
 Read `signals` first.
 """
 
-from fnlight.runtime.host_callbacks import Host
+from fnlight.runtime.host_callbacks import HostCallbacks
 from fnlight.runtime.signals import A_SIGNALS, Signals, exit_code, held_back, leave_to_parent, listening, worker_death
-from fnlight.runtime.wall_time import Times
+from fnlight.runtime.wall_time import WallTime
 
 __all__ = [
-    "Host",
+    "HostCallbacks",
     "Signals",
-    "Times",
+    "WallTime",
 ]

@@ -1,6 +1,6 @@
 """The host's part of a step whose kernel may be one graph: what Python has to say before it, and what it looks at behind it.
 
-A stage that needs a number which changes from step to step, or that looks at a tensor, does so through `Host`. In an eager step that
+A stage that needs a number which changes from step to step, or that looks at a tensor, does so through `HostCallbacks`. In an eager step that
 happens on the spot. While a kernel is traced, another host stands in its place, which makes a number an input of the graph, and a look
 something that is done behind it.
 """
@@ -12,14 +12,14 @@ import attrs
 
 
 @attrs.frozen(eq=False, repr=False)
-class Host:
+class HostCallbacks:
     """The host of eager steps; `fnlight.compile` puts its own there.
 
     Args:
         traced: Whether a kernel is being traced, so that no tensor has a value that Python could read.
 
     Example:
-        >>> Host().traced
+        >>> HostCallbacks().traced
         False
     """
 
@@ -37,7 +37,7 @@ class Host:
 
         Example:
             >>> from types import SimpleNamespace
-            >>> Host().number(SimpleNamespace(progress=3), lambda store: 0.5**store.progress)
+            >>> HostCallbacks().number(SimpleNamespace(progress=3), lambda store: 0.5**store.progress)
             0.125
         """
         return fn(store)

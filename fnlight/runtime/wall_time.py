@@ -13,13 +13,13 @@ from typing import Any
 import attrs
 
 CAUSES = ("start", "data", "evaluate", "log", "save", "stall", "lost")
-"""What takes time beside the steps, as fields of `Times`."""
+"""What takes time beside the steps, as fields of `WallTime`."""
 
 _NUMBERS = ("total", *CAUSES)
 
 
 @attrs.define(eq=False)
-class Times:
+class WallTime:
     """Seconds of wall time by cause; changed in place by a run, and saved with its state.
 
     Args:
@@ -35,7 +35,7 @@ class Times:
 
     Example:
         >>> times = iter([0.0, 1.0, 1.0, 5.0, 6.0])
-        >>> spent = Times()
+        >>> spent = WallTime()
         >>> spent.begin(lambda: next(times))
         >>> spent.started()
         >>> with spent.taken("evaluate"):
@@ -159,7 +159,7 @@ class Times:
         gap = max(0.0, seconds)
         self.lost, self.total = self.lost + gap, self.total + gap
 
-    def copy(self) -> "Times":
+    def copy(self) -> "WallTime":
         """The same seconds, of which no run is under way."""
         self.settle()
         return attrs.evolve(self)  # which takes the arguments only
@@ -170,7 +170,7 @@ class Times:
         return {**{name: getattr(self, name) for name in _NUMBERS}, "runs": self.runs}
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> "Times":
+    def from_json(cls, found: Mapping[str, Any]) -> "WallTime":
         """What `to_json` gave; an empty mapping is that of a checkpoint that knows nothing of it.
 
         Args:

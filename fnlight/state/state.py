@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from fnlight.errors import DonatedStateError, OptimizerError, ParallelError, check_type, described
 from fnlight.metrics import Tally
 from fnlight.optim import Optim, choose_fused, named_state, prepare, prepare_each, reported, to_device, weights_to_use
-from fnlight.runtime import Host, Times
+from fnlight.runtime import HostCallbacks, WallTime
 from fnlight.state.history import History, Record
 from fnlight.state.task import Task, copied, empty
 from fnlight.tensors import SKIPPED, TRAIN, end_step_on, existing, fold_in, isolated, map_nodes, move, seed_generators
@@ -85,8 +85,30 @@ class Store:
     """
 
     __slots__ = (
-        "back", "bound", "device", "end_step", "host", "media", "memory", "module", "named", "optim", "owner", "params", "phases", "place",
-        "position", "progress", "resources", "scale", "seed", "skipped", "spent", "times", "until", "version",
+        "back",
+        "bound",
+        "device",
+        "end_step",
+        "host",
+        "media",
+        "memory",
+        "module",
+        "named",
+        "optim",
+        "owner",
+        "params",
+        "phases",
+        "place",
+        "position",
+        "progress",
+        "resources",
+        "retained_grads",
+        "scale",
+        "seed",
+        "skipped",
+        "until",
+        "version",
+        "wall_time",
     )  # fmt: skip
 
     def __init__(self, module: nn.Module, optim: Optim | Mapping[str, Optim], memory: dict[str, Any], place: Any = None) -> None:
@@ -98,12 +120,12 @@ class Store:
         self.owner: Any = None  # the pipe whose combinators have their memory here
         self.position: Callable[[], Any] | None = None  # where a loader that keeps its own position stands
         self.skipped = False  # whether the last step left out its update, and the host knows
-        self.spent: Any = None  # on the CPU, gradients until the next step: freed before, their pages would go back to the system
+        self.retained_grads: Any = None  # on the CPU, gradients until the next step: freed before, their pages would go back to the system
         self.progress = Progress()  # what was completed before the step that is under way
         self.until: int | None = None  # the completed steps at which the run that is under way ends at the latest, if that is known
         self.scale: Tensor | None = None  # what a loss is multiplied by before it goes backward
         self.resources: dict[str, Any] = {}  # what a run holds open, by name; each has a close(error), and none is copied or saved
-        self.times = Times()  # where the time of the training went
+        self.wall_time = WallTime()  # where the time of the training went
         self.media: dict[str, Any] | None = None  # pictures and texts of an evaluation, for the sinks of the same tick
         self.named = dict(module.named_parameters())
         self.params = [p for p in self.named.values() if p.requires_grad]
@@ -112,7 +134,7 @@ class Store:
         self.end_step = end_step_on(self.device)
         # what a kernel seeds the generators with; a trace puts its own here
         self.seed: Callable[[int], None] = partial(seed_generators, device=self.device)
-        self.host = Host()  # what Python has to say and to look at around a kernel; a trace puts its own here
+        self.host = HostCallbacks()  # what Python has to say and to look at around a kernel; a trace puts its own here
         self.phases = {name: self._phase(each) for name, each in optim.items()} if isinstance(optim, Mapping) else {}
 
     def _phase(self, optim: Optim) -> "Store":
@@ -170,7 +192,7 @@ class Store:
         memo: dict[int, Any] = {}
         module = copied(self.module, memo) if self.place is None else self.place.copy(self.module, memo)
         twin = Store(module, copy.deepcopy(self.optims if self.phases else self.optim, memo), copy.deepcopy(self.memory, memo), self.place)
-        twin.times = self.times.copy()
+        twin.wall_time = self.wall_time.copy()
         twin.end_step()  # on a lazy device a copy shares memory until then, and a step would take it away
         return twin
 
@@ -296,11 +318,11 @@ class TrainState:
         return MappingProxyType(self.store.memory)
 
     @property
-    def times(self) -> Times:
+    def wall_time(self) -> WallTime:
         """Where the time of the training went, over all of its runs; it does not count in comparisons."""
-        times = self.live.times
-        times.settle()
-        return times
+        wall_time = self.live.wall_time
+        wall_time.settle()
+        return wall_time
 
     def module(self) -> nn.Module:
         """A module of its own with these weights, in the modes of the live one; of a schedule-free optimizer, with the averaged ones."""
@@ -327,7 +349,7 @@ class TrainState:
                 "TrainState.create(task, device=..., place=...)"
             )
         store.settle()
-        version, resources, times = store.version + 2, store.resources, store.times  # as a step does
+        version, resources, wall_time = store.version + 2, store.resources, store.wall_time  # as a step does
         memo, optim = move(store.module, torch.device(device)), store.optims if store.phases else store.optim
         optim = copy.deepcopy(optim, memo) if memo else optim
         for each in optim.values() if isinstance(optim, Mapping) else (optim,):
@@ -335,7 +357,7 @@ class TrainState:
             to_device(each)
         store.memory = {key: tree if key == "loader" else map_nodes(partial(_moved, device), tree) for key, tree in store.memory.items()}
         store.__init__(store.module, optim, store.memory, store.place)
-        store.version, store.resources, store.times = version, resources, times
+        store.version, store.resources, store.wall_time = version, resources, wall_time
         return attrs.evolve(self, version=version)
 
     def donated(self) -> Store:

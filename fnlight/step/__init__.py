@@ -6,7 +6,7 @@ Read `update` first.
 from fnlight.step.averages import average_checkpoints, averaged, ema, ema_warmup, refresh_batch_norm, swa
 from fnlight.step.manual import ByHand, manual
 from fnlight.step.optimizer_in_backward import apply_in_backward
-from fnlight.step.update import Turns, Update, apply, pure, update
+from fnlight.step.update import MultiOptimizerStep, Update, apply, pure, update
 
 __all__ = [
     "Update",

@@ -8,11 +8,13 @@ import attrs
 from fnlight.data import Item, Part
 from fnlight.errors import StepError
 from fnlight.optim import set_lr
-from fnlight.pipe import Combinator, group_at
+from fnlight.pipe import Combinator, batches_at
 from fnlight.state import Store, TrainState
 
 
-def manual(init: Callable[[Store], Any] | None = None, *, key: str = "manual", group: int | Mapping[int, int] | None = None) -> Combinator:
+def manual(
+    init: Callable[[Store], Any] | None = None, *, key: str = "manual", batches_per_step: int | Mapping[int, int] | None = None
+) -> Combinator:
     """Turn a function ``(store, batches, key) -> metrics`` into a `Step`, for what is trained without a gradient, or in a way of its own.
 
     The function may write whatever the store holds: parameters and buffers of ``store.module``, in place and under ``torch.no_grad``, its own
@@ -23,7 +25,7 @@ def manual(init: Callable[[Store], Any] | None = None, *, key: str = "manual", g
     Args:
         init: Maps the store to the memory that the function owns; None if it remembers nothing but what is in the module.
         key: What its memory is called.
-        group: Batches that one step consumes: a number, or a mapping of epochs to numbers; None is 1.
+        batches_per_step: Batches that one step consumes: a number, or a mapping of epochs to numbers; None is 1.
 
     Returns:
         A combinator from such a function to `Step`.
@@ -42,8 +44,8 @@ def manual(init: Callable[[Store], Any] | None = None, *, key: str = "manual", g
         halve > manual
         (None, 1, ['weight'])
     """
-    if group is not None:
-        group_at(group, 0)
+    if batches_per_step is not None:
+        batches_at(batches_per_step, 0)
 
     def wrap(fn: Any) -> Any:
         def kernel(store: Store, batches: Any, key: int) -> Mapping[str, Any]:
@@ -59,7 +61,7 @@ def manual(init: Callable[[Store], Any] | None = None, *, key: str = "manual", g
         return ByHand(kernel)
 
     label = "" if key == "manual" else repr(key)
-    return Combinator("manual", wrap, "kernel", "step", args=label, key=key, init=init, phase="update", group=group)
+    return Combinator("manual", wrap, "kernel", "step", args=label, key=key, init=init, phase="update", batches_per_step=batches_per_step)
 
 
 @attrs.frozen(eq=False, repr=False)

@@ -51,7 +51,7 @@ def apply_in_backward() -> Combinator:
         _check(state.store)
         return state
 
-    return Combinator("apply_in_backward", wrap, "sum", "step", phase="update", start=start, why=_WHY)
+    return Combinator("apply_in_backward", wrap, "grad_sum", "step", phase="update", start=start, why=_WHY)
 
 
 def _check(store: Store) -> None:

@@ -16,7 +16,7 @@ from fnlight.data import Item
 from fnlight.errors import NonFiniteError, OptimizerError, StepError, check_type
 from fnlight.gradients import grad
 from fnlight.optim import set_lr, step_where, take_step, take_step_on_host
-from fnlight.pipe import Combinator, Pipe, Turn, group_at, loss_of_all, pipe
+from fnlight.pipe import Combinator, Pipe, Turn, batches_at, loss_of_all, pipe
 from fnlight.protocols import Gradients
 from fnlight.state import A_STATE, Progress, Store, TrainState
 from fnlight.tensors import SKIPPED, TRAIN, fold_in, isolated
@@ -40,7 +40,7 @@ def apply() -> Combinator:
 
     def wrap(grad_fn: Any) -> Any:
         if isinstance(grad_fn, Mapping):
-            return Turns(grad_fn, {name: partial(_optimize, turn.grad_fn) for name, turn in grad_fn.items()})
+            return MultiOptimizerStep(grad_fn, {name: partial(_optimize, turn.grad_fn) for name, turn in grad_fn.items()})
         return Update(partial(_optimize, grad_fn))
 
     return Combinator("apply", wrap, "grad", "step", phase="update")
@@ -79,14 +79,14 @@ class Update:
             key = fold_in(key, SKIPPED + progress.skipped)
         store.skipped, store.progress = False, progress
         store.version += 2  # from here on the input is donated, whatever happens
-        store.spent = None
+        store.retained_grads = None
         try:
             metrics = self.kernel(store, item.batches, key)
         except NonFiniteError as error:
             error.add_note(f"at step {progress.step + 1}, in epoch {item.epoch}, up to its batch {item.batch}")
             raise
         finally:
-            store.spent = [p.grad for p in store.params] if store.device.type == "cpu" else None
+            store.retained_grads = [p.grad for p in store.params] if store.device.type == "cpu" else None
             for p in store.params:
                 p.grad = None
         store.end_step()
@@ -116,7 +116,7 @@ class Update:
 
 
 @attrs.frozen(eq=False, repr=False)
-class Turns:
+class MultiOptimizerStep:
     """A `Step` in which several optimizers take their turns.
 
     Args:
@@ -139,7 +139,7 @@ class Turns:
         tick = Tick(before, before.after(item, 1, 0, updates))
         for i, (name, turn) in enumerate(self.turns.items()):
             if turn.every is None or turn.every(tick):
-                batches = item.batches if turn.group is None else item.batches[: group_at(turn.group, item.epoch)]
+                batches = item.batches if turn.batches_per_step is None else item.batches[: batches_at(turn.batches_per_step, item.epoch)]
                 at = attrs.evolve(before, step=updates[name])
                 found = _turn(store, name, self.kernels[name], batches, fold_in(key, i), at, state.history)
                 metrics |= {f"{name}/{k}": v for k, v in found.items()}
@@ -232,7 +232,7 @@ def pure(step: Any) -> Any:
     def pure_step(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
         with isolated(state.device):
             after, metrics = step(state.copy(), batch)
-        after.store.spent = None
+        after.store.retained_grads = None
         return after, metrics
 
     return pure_step

@@ -26,7 +26,7 @@ from fnlight import (
     clip_quantile,
     clip_value,
     collect_garbage,
-    compile,
+    compile,  # noqa: A004  # what everybody in this field calls it
     debug_bundle,
     ema,
     ema_warmup,

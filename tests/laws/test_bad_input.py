@@ -70,7 +70,7 @@ def sound(fn: str, name: str, folder: Path) -> Any:
     return 2 if (fn, name) in {("wsd", "decay"), ("warmup", "steps")} else known.get(name, 2)
 
 
-PARALLEL = ("ddp", "fsdp", "loose", "diloco", "exact_ranks", "sync_batchnorm")
+PARALLEL = ("ddp", "fsdp", "local_sgd", "diloco", "exact_ranks", "sync_batchnorm")
 
 
 def public() -> dict[str, Any]:

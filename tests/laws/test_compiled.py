@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fnlight import FitConfig, Last, Max, Mean, Min, Pipe, Sum, Task, TensorLoader, TrainState, compile, fit, pipe, run, steps
+from fnlight import FitConfig, Last, Max, Mean, Min, Pipe, Sum, Task, TensorLoader, TrainState, compile, fit, pipe, run, steps  # noqa: A004  # what everybody in this field calls it
 from fnlight.errors import CompileWarning
 from fnlight.testing import assert_trees_equal
 from tests.laws.combinators import ENTRIES, pipe_with

@@ -16,7 +16,7 @@ READERS = {
     "buffers": lambda state: state.buffers,
     "opt_state": lambda state: state.opt_state,
     "memory": lambda state: state.memory,
-    "times": lambda state: state.times,
+    "wall_time": lambda state: state.wall_time,
     "live": lambda state: state.live,
     "module": lambda state: state.module(),
     "copy": lambda state: state.copy(),

@@ -40,7 +40,7 @@ def found(tmp_path_factory):
         ("carry", "carry keeps what belongs to the samples of one process"),
         ("cache", "grad_cache takes the loss of all samples of a step at once"),
         ("predict", "predict(signals=...) is for one process"),
-        ("diloco", "create the state with place=fl.parallel.loose()"),
+        ("diloco", "create the state with place=fl.parallel.local_sgd()"),
         ("sides", "uneven parts of loaders side by side"),
         ("hosts", "several processes say that they are the one of local rank 0 on"),
     ],

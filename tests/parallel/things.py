@@ -152,7 +152,7 @@ def others():
         yield name, numbers(state.params)
     for name, given in (("diloco", {}), ("local sgd", {"lr": 1.0, "momentum": 0.0})):
         step = fl.pipe(plain, fl.grad(), fl.apply(), fl.parallel.diloco(3, **given), fl.stop_when(fl.max_steps(6)))
-        state = [state for state, _ in fl.run(step, placed(fl.parallel.loose()), loader())][-1]
+        state = [state for state, _ in fl.run(step, placed(fl.parallel.local_sgd()), loader())][-1]
         yield name, [numbers(state.params), fl.evaluate(state, loader(), eval_step=measured)["loss"]]
 
 

@@ -16,7 +16,7 @@ def test_a_combinator_is_called_with_the_function_that_it_wraps():
 def test_a_combinator_prints_as_a_call():
     """Its arguments stand in brackets, and there are none where there is nothing to say."""
     assert str(Combinator("clip_norm", lambda fn: fn, "grad", "grad", args="1.0")) == "clip_norm(1.0)"
-    assert str(Combinator("grad", lambda fn: fn, "loss", "sum")) == "grad"
+    assert str(Combinator("grad", lambda fn: fn, "loss", "grad_sum")) == "grad"
 
 
 def test_the_memory_of_a_combinator_is_called_as_it_is_unless_told_otherwise():
@@ -28,7 +28,7 @@ def test_the_memory_of_a_combinator_is_called_as_it_is_unless_told_otherwise():
 def test_a_combinator_never_changes():
     """It is a value: two pipes may share it."""
     with pytest.raises(attrs.exceptions.FrozenInstanceError, match="can't set attribute"):
-        Combinator("grad", lambda fn: fn, "loss", "sum").name = "other"
+        Combinator("grad", lambda fn: fn, "loss", "grad_sum").name = "other"
 
 
 def test_a_tick_has_the_order_in_which_a_checkpoint_knows_what_was_measured_and_logged():

@@ -52,7 +52,7 @@ def test_a_pipe_prints_in_reading_order():
     step = pipe(train_step, autocast(), grad(), accumulate(4), clip_norm(1.0), apply(), ema(0.99))
     assert str(step) == "train_step > autocast(bf16) > grad > accumulate(4) > clip_norm(1.0) > apply > ema(0.99)"
     assert repr(step) == str(step)
-    assert step.group == 4
+    assert step.batches_per_step == 4
 
 
 def test_a_pipe_can_be_wrapped_further():
@@ -176,7 +176,7 @@ def test_start_and_finish_run_in_reading_order():
 
 def test_a_monitor_that_nothing_yields_is_an_error_before_the_first_step():
     """Only names that a combinator of the pipe yields, or the history holds, can be monitored."""
-    stopping = Combinator("stopping", lambda step: step, "step", "step", monitors=patience("val/loss", 3).monitors)
+    stopping = Combinator("stopping", lambda step: step, "step", "step", requires=patience("val/loss", 3).monitors)
     step = pipe(train_step, grad(), apply(), stopping)
     with pytest.raises(MonitorError, match=r"stopping monitors 'val/loss', but nothing in this pipe yields it, so it could never fire"):
         step.start(created())

@@ -16,7 +16,7 @@ from fnlight.errors import ConfigError, DonatedStateError
 from fnlight.gradients import grad
 from fnlight.loop import run, stop_when
 from fnlight.pipe import pipe
-from fnlight.report import PEAKS, ModelSummary, RunReport, flops, peak_flops, summary, times
+from fnlight.report import PEAKS, ModelSummary, RunReport, flops, peak_flops, summary, wall_time
 from fnlight.state import Task, TrainState
 from fnlight.step import apply
 from fnlight.tensors import equal
@@ -345,14 +345,14 @@ def test_a_run_is_reported_with_what_it_computed() -> None:
     clock = iter(float(n) for n in range(100))
     step = pipe(state.task.train_step, grad(), apply(), stop_when(max_steps(3)))
     state, _ = list(run(step, state, [batch], clock=lambda: next(clock)))[-1]
-    found = times(state, batch)
+    found = wall_time(state, batch)
     assert (found.steps, found.samples, found.runs) == (3, 12, 1)
-    assert found.total == state.times.total > 0
+    assert found.total == state.wall_time.total > 0
     assert found.flops == flops(state, batch) / 4
     assert found.flops_per_second == found.flops * 12 / found.seconds["step"]
     assert found.utilisation is None
     assert "the peak of cpu in fp32 is not known" in str(found)
-    assert "FLOP" not in str(times(state))
+    assert "FLOP" not in str(wall_time(state))
 
 
 def test_utilisation_is_the_share_of_the_peak_within_steps() -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from fnlight.optim import Optim
-from fnlight.runtime import Host
+from fnlight.runtime import HostCallbacks
 from fnlight.state import Progress, Store
 
 
@@ -25,6 +25,6 @@ def test_a_look_happens_at_once() -> None:
 def test_nothing_keeps_an_eager_step_from_being_taken() -> None:
     """Conditions and reasons are for graphs."""
     store = Store(nn.Linear(1, 1), Optim(None), {})
-    assert not Host().traced
+    assert not HostCallbacks().traced
     store.host.only_if(store, lambda live: False)
     store.host.refuse("it may well be eager")

@@ -87,14 +87,14 @@ def test_its_random_numbers_come_from_the_key_of_the_step():
 
 
 def test_a_group_is_given_whole():
-    """With `group=2` a step is given two batches at a time, and the rest of an epoch."""
+    """With `batches_per_step=2` a step is given two batches at a time, and the rest of an epoch."""
     seen = []
 
     def counting(store, batches, key):
         seen.append(len(batches))
         return {}
 
-    for _ in run(pipe(counting, manual(group=2), stop_when(max_steps(4))), created(), DATA):
+    for _ in run(pipe(counting, manual(batches_per_step=2), stop_when(max_steps(4))), created(), DATA):
         pass
     assert seen == [2, 1, 2, 1]
 

@@ -179,7 +179,7 @@ def test_a_step_takes_the_batches_of_the_phase_that_needs_most():
         grad(),
         apply(),
     )
-    assert step.group == {0: 2, 1: 4}
+    assert step.batches_per_step == {0: 2, 1: 4}
     state, _ = stepped(step, TrainState.create(task_of()), 3)
     assert (state.progress.epoch, seen) == (2, {"disc": 3, "gen": 8})
 

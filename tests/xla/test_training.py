@@ -141,7 +141,7 @@ def test_a_step_is_compiled_twice_at_most(kind):
     counts = [num_compiles()]
     assert counts[0] - before <= 1
     with isolated(state.device):
-        for item in islice(batches(tiny_batches(num_batches=8), state, step.group, device=state.device), 10):
+        for item in islice(batches(tiny_batches(num_batches=8), state, step.batches_per_step, device=state.device), 10):
             state, _ = step.fn(state, item)
             counts.append(num_compiles())
             rates |= {float(value) for value in state.store.reported().values()}

@@ -109,7 +109,7 @@ def _short(number: float) -> str:
     return f"{number:.3g} "
 
 
-def times(state: TrainState, batch: Any = None, *, precision: str = "fp32") -> RunReport:
+def wall_time(state: TrainState, batch: Any = None, *, precision: str = "fp32") -> RunReport:
     """Say where the time of a training went, over all runs that it took.
 
     Args:
@@ -128,10 +128,10 @@ def times(state: TrainState, batch: Any = None, *, precision: str = "fp32") -> R
         >>> from fnlight.testing import tiny_batches, tiny_task
         >>> from fnlight.step import update
         >>> state, _ = update(TrainState.create(tiny_task()), tiny_batches()[0])
-        >>> times(state).total  # no run, no time
+        >>> wall_time(state).total  # no run, no time
         0.0
     """
-    spent, device = state.times, device_name(state.device)
+    spent, device = state.wall_time, device_name(state.device)
     item = None if batch is None else Item.of(batch, state=state)
     counted = None if item is None else flops(state, item) / max(1, item.samples)
     at = state.progress
