@@ -94,8 +94,22 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
     )  # fmt: skip
 
 
-def news(state: TrainState, old: tuple[Record, ...]) -> dict[str, Any]:
-    """What this tick added to the history, and the media of its evaluation."""
+def news(state: Any, old: tuple[Record, ...]) -> dict[str, Any]:
+    """What a tick added to the history, and the media of its evaluation.
+
+    Args:
+        state: The state after the tick.
+        old: The history before it.
+
+    Returns:
+        Names to values, as sinks get them: means over an epoch are called ``train_epoch/...``.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> state = SimpleNamespace(history=(Record(4, 1, {"train/loss": 0.5}),), store=SimpleNamespace(media=None))
+        >>> news(state, ())
+        {'train_epoch/loss': 0.5}
+    """
     if state.history is old:
         return dict(state.store.media or {})
     known = old[-1].metrics if old and old[-1].step == state.history[-1].step else {}

@@ -71,28 +71,18 @@ def run(
     whole = step if isinstance(step, Pipe) else pipe(step)
     state = state if donate else state.copy()
     beat = None if state.store.place is None else state.store.place.everyone.pulse(clock, signals)
-    source = (
-        Source(loader, limit=limit, shuffle=shuffle, device=state.device)
-        if signals is not None and not isinstance(loader, Source)
-        else loader
-    )
+    if signals is not None and not isinstance(loader, Source):
+        loader = Source(loader, limit=limit, shuffle=shuffle, device=state.device)
 
     def items(state: TrainState) -> Iterator[Item]:
         found = batches(
-            source,
-            state,
-            whole.batches_per_step,
-            limit=limit,
-            shuffle=shuffle,
-            device=state.device,
-            clock=clock,
+            loader, state, whole.batches_per_step, limit=limit, shuffle=shuffle, device=state.device, clock=clock, beat=beat,
             wall_time=state.store.wall_time,
-            beat=beat,
-        )
+        )  # fmt: skip
         if signals is None:
             return found
         # a loader that keeps its own place would not know it any more if it were left in the middle of a batch
-        return signals.between(found) if source.keeps_position else signals.until(found)
+        return signals.between(found) if loader.keeps_position else signals.until(found)
 
     return _run(whole, state, items, signals, clock)
 

@@ -4,7 +4,9 @@ Read `state` first; `history` is what rules, retentions and plateaus look at.
 """
 
 from fnlight.state.history import History, Record
-from fnlight.state.state import A_STATE, Progress, Store, TrainState
+from fnlight.state.progress import Progress
+from fnlight.state.state import A_STATE, TrainState
+from fnlight.state.store import Store
 from fnlight.state.task import Task, copied, hooked
 
 __all__ = [

@@ -72,7 +72,7 @@ def _problems(path: Path, node: Function | ast.ClassDef) -> list[str]:
 def test_public_functions_and_classes_follow_the_template(path: Path) -> None:
     """Every public function and class says what it is, what it takes and gives, and shows it at work."""
     problems = [p for node in public(path) for p in _problems(path, node)]
-    assert not problems, lacking(problems, "docstrings (see `fold_in` in fnlight/rng.py for one that is complete):")
+    assert not problems, lacking(problems, "docstrings (see `fold_in` in fnlight/tensors/rng.py for one that is complete):")
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -13,8 +13,8 @@ LONGER_MODULES: dict[str, str] = {}
 """Modules past the limit, each with the reason."""
 
 LONGER_FUNCTIONS = {
-    "loop.evaluate_every": "a combinator: the short functions in it share what it is given",
-    "loop.log_to": "a combinator: the short functions in it share what it is given",
+    "evaluate_every.evaluate_every": "a combinator: the short functions in it share what it is given",
+    "log_to.log_to": "a combinator: the short functions in it share what it is given",
 }
 """Functions past the limit, as ``module.function``, each with the reason."""
 
