@@ -19,6 +19,7 @@ class Part(NamedTuple):
         most: The samples that the largest of the ranks' parts holds, where each rank has data of its own, and they differ.
 
     Example:
+        >>> import torch
         >>> loss_fn, batch = Part(torch.tensor([1.0, 3.0]), 0.5).taken(lambda model, batch: batch.mean())
         >>> loss_fn(None, batch)
         Mean(total=tensor(1.), weight=0.5)

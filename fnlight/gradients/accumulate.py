@@ -21,6 +21,8 @@ def accumulate(n: int | Mapping[int, int]) -> Combinator:
         ConfigError: If a number is below 1, or a mapping says nothing about epoch 0.
 
     Example:
+        >>> from fnlight.gradients import grad
+        >>> from fnlight.pipe import pipe
         >>> print(pipe(lambda model, batch: model(batch).sum(), grad(), accumulate(4)))
         <lambda> > grad > accumulate(4)
     """

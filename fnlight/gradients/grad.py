@@ -21,6 +21,7 @@ def grad() -> Combinator:
         A combinator from `LossFn` to `GradFn`; it adds the loss to the metrics under ``loss``.
 
     Example:
+        >>> from fnlight.pipe import pipe
         >>> print(pipe(lambda model, batch: model(batch).sum(), grad()))
         <lambda> > grad
     """

@@ -40,6 +40,7 @@ def evaluate_every(
         A combinator from `Step` to `Step`.
 
     Example:
+        >>> from fnlight.triggers import steps
         >>> print(evaluate_every([1], every=steps(100)))
         evaluate_every(val, every=steps(100))
     """

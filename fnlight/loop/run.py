@@ -57,7 +57,7 @@ def run(
         >>> from fnlight.triggers import max_steps
         >>> from fnlight.state import Task
         >>> from fnlight.step import apply
-        >>> from fnlight.gradients.mean import grad
+        >>> from fnlight.gradients import grad
         >>> import torch
         >>> task = Task(torch.nn.Linear(1, 1), lambda model, batch: model(batch).sum(),
         ...             configure_optimizers=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))

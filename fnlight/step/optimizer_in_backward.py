@@ -34,7 +34,7 @@ def apply_in_backward() -> Combinator:
 
     Example:
         >>> from fnlight.pipe.pipe import pipe
-        >>> from fnlight.gradients.mean import grad
+        >>> from fnlight.gradients import grad
         >>> print(pipe(lambda model, batch: model(batch).sum(), grad(), apply_in_backward()))
         <lambda> > grad > apply_in_backward
 

@@ -65,7 +65,7 @@ def test_a_device_says_by_its_module_that_it_is_lazy(monkeypatch):
 def ends(monkeypatch):
     """The CPU as a lazy device: a list that grows each time it is told that a step has ended."""
     calls = []
-    monkeypatch.setattr("fnlight.state.end_step_on", lambda device: lambda: calls.append(device.type))
+    monkeypatch.setattr("fnlight.state.store.end_step_on", lambda device: lambda: calls.append(device.type))
     monkeypatch.setattr(shadow, "is_lazy", lambda device: True)
     return calls
 
