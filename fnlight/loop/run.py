@@ -56,6 +56,7 @@ def run(
     Example:
         >>> from fnlight.triggers import max_steps
         >>> from fnlight.state import Task
+        >>> from fnlight.loop.stop_when import stop_when
         >>> from fnlight.step import apply
         >>> from fnlight.gradients import grad
         >>> import torch

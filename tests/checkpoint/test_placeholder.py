@@ -69,7 +69,7 @@ def taken(kind: str, folder: Path) -> int:
 @pytest.mark.parametrize("kind", ["load", "restore"])
 def test_reading_takes_the_memory_of_one_state(tmp_path: Path, kind: str) -> None:
     """At the peak there is one new state, and no second copy of it or of a part of it: 40 MiB a tensor, of which there are three."""
-    code = f"import pathlib; from tests.checkpoint.test_twin import taken; print(taken({kind!r}, pathlib.Path({str(tmp_path)!r})))"
+    code = f"import pathlib; from tests.checkpoint.test_placeholder import taken; print(taken({kind!r}, pathlib.Path({str(tmp_path)!r})))"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}  # a process of its own: what other tests have let go would hide what this one takes
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
