@@ -17,6 +17,7 @@ from fnlight.pipe import Combinator
 from fnlight.state import Progress, Store, TrainState
 from fnlight.step import ByHand, MultiOptimizerStep, Update
 from fnlight.tensors import SKIPPED, TRAIN, fold_in
+from fnlight.triggers import steps
 
 Level = Literal["trace", "step", "graph", "model"]
 
@@ -79,7 +80,7 @@ def compile(level: Level = "step", *, unroll: int = 1, cache_dir: str | None = N
 
     def validate(combinators: tuple[Combinator, ...]) -> str | None:
         at = next(i for i, c in enumerate(combinators) if c.name == "compile")
-        late = [c for c in combinators[at:] if c.name == "ema" and "every=" not in c.args]
+        late = [c for c in combinators[at:] if c.name == "ema" and c.facts.get("every") == steps(1)]
         return f"{late[0]} stands behind compile({label}) and would average once a call; move it in front" if late and unroll > 1 else None
 
     return Combinator("compile", wrap, "step", "step", args=label, phase="update", repeats=unroll, start=start, validate=validate)

@@ -139,7 +139,7 @@ def _check_weights(state: TrainState) -> TrainState:
 
 
 def _misplaced(combinators: tuple[Combinator, ...]) -> str | None:
-    if not any(c.name == "autocast" and c.args == "fp16" for c in combinators):
+    if not any(c.name == "autocast" and c.facts.get("dtype") == torch.float16 for c in combinators):
         return (
             "loss_scale is for fp16, but this step computes in another precision, whose small gradients do not vanish; "
             "put autocast(torch.float16) in front of grad(), or leave loss_scale out"

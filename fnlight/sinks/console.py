@@ -176,7 +176,7 @@ def _interval(_: Any, __: Any, value: Any) -> None:
         raise ConfigError(f"Console(interval=...) must be seconds, at least 0, but got {value!r}")
 
 
-@attrs.define(eq=False, repr=False)
+@attrs.define(repr=False, unsafe_hash=True)
 class Console:
     """A sink that shows progress: a bar on a terminal, else a line every few seconds and at every evaluation.
 
@@ -213,7 +213,7 @@ class Console:
     stream: Any = None
     clock: Callable[[], float] = time.monotonic
     force_terminal: bool | None = None
-    _run: _Run | None = attrs.field(default=None, init=False)
+    _run: _Run | None = attrs.field(default=None, init=False, eq=False)
 
     def __call__(self, record: Any) -> None:
         """Take a record; show it if it is time."""

@@ -118,7 +118,7 @@ def ema(decay: Decay, name: str = "ema", *, every: Callable[[Tick], bool] = step
         return averaging
 
     label = f"{decay}" + ("" if name == "ema" else f", {name!r}") + ("" if always else f", every={every}")
-    return Combinator("ema", wrap, "step", "step", args=label, key=name, init=_floating, phase="update")
+    return Combinator("ema", wrap, "step", "step", args=label, key=name, facts={"every": every}, init=_floating, phase="update")
 
 
 def swa(start: int, every: Callable[[Tick], bool] = epochs(1), name: str = "swa") -> Combinator:
