@@ -58,7 +58,7 @@ def compile(level: Level = "step", *, unroll: int = 1, cache_dir: str | None = N
     check_type("compile(cache_dir=...)", cache_dir, str | PathLike | None, "a directory, or None for torch's own")
     label = repr(level) + (f", unroll={unroll}" if unroll > 1 else "")
     if level == "model":
-        return Combinator("compile", _compiled_model, "loss", "loss", args=label)
+        return Combinator("compile", _CompiledModel, "loss", "loss", args=label)
 
     def wrap(step: Any) -> Any:
         if isinstance(step, Update) and unroll > 1:
@@ -86,19 +86,27 @@ def compile(level: Level = "step", *, unroll: int = 1, cache_dir: str | None = N
     return Combinator("compile", wrap, "step", "step", args=label, phase="update", repeats=unroll, start=start, validate=validate)
 
 
-def _compiled_model(loss_fn: Any) -> Any:
-    made: dict[str, Any] = {}  # for the model of the last call
+@attrs.define(eq=False, repr=False)
+class _CompiledModel:
+    """A `LossFn` whose model is called through its compiled form.
 
-    def compiled(model: Any, batch: Any) -> Any:
-        if made.get("model") is not model:
-            made.update(model=model, call=torch.compile(model._call_impl))
-        model._compiled_call_impl = made["call"]
+    The form of the last model is kept, together with that model in one assignment: it is made from the model alone, so two states that take turns
+    get their own, and pay for making it again.
+    """
+
+    loss_fn: Any
+    last: tuple[Any, Any] = attrs.field(default=(None, None), init=False)
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        known, call = self.last
+        if known is not model:
+            call = torch.compile(model._call_impl)
+            self.last = (model, call)
+        model._compiled_call_impl = call
         try:
-            return loss_fn(model, batch)
+            return self.loss_fn(model, batch)
         finally:
             model._compiled_call_impl = None
-
-    return compiled
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -136,7 +144,7 @@ class Unrolled:
     def _at_once(self, state: TrainState, store: Store, updates: list[Any]) -> Mapping[str, Any] | None:
         ahead = _Ahead(state.progress, len(updates))
         rates = [_rates(state, store, at) for at in ahead] if store.optim.scheduled else [_rates(state, store, ahead.at)] * len(ahead)
-        return self.graph.take(store, updates, _Keys(state, ahead), rates, ahead)
+        return self.graph.take(store, updates, _Keys(state, ahead), rates=rates, ahead=ahead)
 
     def _one_by_one(self, state: TrainState, store: Store, updates: list[Any]) -> tuple[Mapping[str, Any], int, int]:
         """What is left at the end of an epoch, and what has no graph; some of it may be skipped."""
@@ -164,7 +172,16 @@ def _shortened(item: Item, most: int) -> Item:
 
 
 def _ahead(at: Progress, steps: int, skipped: int) -> Progress:
-    return Progress(at.step + steps, at.epoch, at.batch, at.samples, at.seconds, at.epoch_samples, at.skipped + skipped, at.updates)
+    return Progress(
+        step=at.step + steps,
+        epoch=at.epoch,
+        batch=at.batch,
+        samples=at.samples,
+        seconds=at.seconds,
+        epoch_samples=at.epoch_samples,
+        skipped=at.skipped + skipped,
+        updates=at.updates,
+    )
 
 
 def _key(state: TrainState, at: Progress) -> int:

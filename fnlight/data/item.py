@@ -59,7 +59,7 @@ class Item:
         if len(batches) == 1 and isinstance(batches[0], Item):
             return batches[0]
         at = state.progress
-        return cls(batches, at.epoch, at.batch + len(batches), False, sum(map(num_samples, batches)))
+        return cls(batches=batches, epoch=at.epoch, batch=at.batch + len(batches), last=False, samples=sum(map(num_samples, batches)))
 
 
 @attrs.frozen(eq=False)
@@ -167,7 +167,9 @@ def batches(
     batches_at(batches_per_step, state.progress.epoch)
     place = state.store.place
     share = None if place is None else Share(place.world)
-    return _items(_source(loader, limit, shuffle, device, share), state, batches_per_step, clock, wall_time, beat)
+    return _items(
+        _source(loader, limit, shuffle, device=device, share=share), state, batches_per_step, clock=clock, wall_time=wall_time, beat=beat
+    )
 
 
 def _source(loader: Any, limit: int | float | None, shuffle: bool, device: torch.device | str | None, share: Share | None) -> Source:
@@ -210,7 +212,10 @@ def _items(
             passed = max(0.0, now - then)  # a clock that is set back takes no time back
             if asked is not None and wall_time is not None:
                 wall_time.data += max(0.0, (now if beat is clock else clock()) - asked)
-            yield Item(found, epoch, done, last, samples, passed, _at(source, epoch, done, last) if keeps else None, size)
+            yield Item(
+                batches=found, epoch=epoch, batch=done, last=last, samples=samples, seconds=passed,
+                position=_at(source, epoch, done, last) if keeps else None, batches_per_step=size,
+            )  # fmt: skip
             found, samples, then = None, 0, now
             if wall_time is not None:
                 if asked is None:

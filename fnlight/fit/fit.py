@@ -63,7 +63,7 @@ def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
             with settings(config):
                 state = _converted(state, config)
                 step = compose(state.task, config, given, signals)
-                preflight(state, given, config, step, signals)
+                preflight(state, given, config, step=step, signals=signals)
                 if writes:
                     _write_config(config)
                 state.store.resources.update(locks)

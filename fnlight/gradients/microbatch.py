@@ -166,7 +166,8 @@ def _undo(store: Store, buffers: list[tuple[nn.Module, str, Any, Any]]) -> None:
     gc.collect()
     if store.device.type != "cpu":
         empty: Callable[[], None] | None = getattr(torch.get_device_module(store.device), "empty_cache", None)
-        empty() if empty is not None else None
+        if empty is not None:
+            empty()
 
 
 def _split(module: nn.Module, before: int | None, size: int) -> str:

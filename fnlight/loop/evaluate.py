@@ -60,7 +60,7 @@ def evaluate(
     fn = step_of(state, "eval_step", eval_step)
     check_type("evaluate(signals=...)", signals, Signals | None, A_SIGNALS)
     with isolated(state.device), nullcontext() if (place := state.store.place) is None else place.everyone.waiting("in an evaluation"):
-        found = evaluate_sources(state, sources_of(loader, state.device, limit, place), fn, weights, signals)
+        found = evaluate_sources(state, sources_of(loader, state.device, limit, place), fn, weights=weights, signals=signals)
     return {name: value for name, value in found.items() if not isinstance(value, MEDIA)}
 
 
@@ -116,7 +116,7 @@ def evaluate_sources(
             place.sync(state.store)
         for name, source in sources.items():
             prefix = f"{name}/" if name else ""
-            found |= {prefix + metric: value for metric, value in _one_source(state, module, source, fn, signals).items()}
+            found |= {prefix + metric: value for metric, value in _one_source(state, module, source, fn=fn, signals=signals).items()}
     return found
 
 

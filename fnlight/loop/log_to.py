@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import attrs
+
 from fnlight.errors import ConfigError
 from fnlight.metrics import Tally, read_all
 from fnlight.pipe import Combinator
@@ -40,11 +42,13 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
         if not callable(sink):
             raise ConfigError(f"a sink must be a function of a record, but got {type(sink).__name__}: {sink!r:.60}")
 
-    is_due, told = condition(every, "log_to(every=...)"), set[str]()
+    is_due, key = condition(every, "log_to(every=...)"), f"log_to {name}"
 
     def send(state: TrainState, metrics: dict[str, Any]) -> None:
         if state.store.place is None or state.store.place.writes:
-            deliver(sinks, Record(state.progress.step, state.progress.epoch, metrics), state.store.memory, told)
+            resources = state.store.resources
+            told = resources.get(key) or resources.setdefault(key, _Told())
+            deliver(sinks, Record(state.progress.step, state.progress.epoch, metrics), state.store.memory, told.sinks)
 
     def logged_now(state: TrainState, due: bool, old: tuple[Record, ...]) -> None:
         with state.store.wall_time.taken("log"):
@@ -73,7 +77,7 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
         return logged
 
     def start(state: TrainState) -> TrainState:
-        told.clear()
+        state.store.resources[key] = _Told()
         state.store.wall_time.mark(name, state.progress.samples)
         if state.store.media:  # of an evaluation that was made up for
             send(state, dict(state.store.media))
@@ -92,6 +96,16 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
         "log_to", wrap, "step", "step", args=f"{label}, every={every}{', wall_time=True' if wall_time else ''}", key=name, init=lambda store: Tally(),
         phase="log", start=start, finish=finish, close=lambda: let_go(sinks),
     )  # fmt: skip
+
+
+@attrs.frozen(eq=False, repr=False)
+class _Told:
+    """The sinks whose failure one run has warned of."""
+
+    sinks: set[str] = attrs.field(factory=set)
+
+    def close(self, error: BaseException | None) -> None:
+        """Nothing is open."""
 
 
 def news(state: Any, old: tuple[Record, ...]) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def run(
         # a loader that keeps its own place would not know it any more if it were left in the middle of a batch
         return signals.between(found) if loader.keeps_position else signals.until(found)
 
-    return _run(whole, state, items, signals, clock)
+    return _run(whole, state, items, signals=signals, clock=clock)
 
 
 def _run(

@@ -45,7 +45,7 @@ def skip_nonfinite(max_consecutive: int | None = 10) -> Combinator:
             found: Gradients = grad_fn(store, batches, key)
             fine, finite = _finite_each(store, found, found.loss if store.place is None else loss_of_all(store, found))
             tree["bad"] = torch.where(finite, tree["bad"], fine.logical_not())
-            left = _left_out(found, finite, tree, buffers, "skipped")
+            left = _left_out(found, finite, tree, buffers=buffers, name="skipped")
             store.host.later(store, look)
             return left._replace(metrics={**counted_where(found.metrics, finite), "skipped": left.metrics["skipped"]})
 
@@ -115,7 +115,7 @@ def skip_spikes(sigma: float = 6.0, window: int = 100, max_consecutive: int | No
             found: Gradients = grad_fn(store, batches, key)
             loss = loss_of_all(store, found)
             ok = ~_enters(tree, loss.float(), sigma)
-            left = _left_out(found, ok, tree, buffers, "spikes")
+            left = _left_out(found, ok, tree, buffers=buffers, name="spikes")
             store.host.later(store, look)
             return left
 

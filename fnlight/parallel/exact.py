@@ -51,7 +51,7 @@ def exact_ranks(n: int | Mapping[int, int] = 1, *, parts: int = 8) -> Combinator
                 )
             total, metrics = None, None
             for m, batch in enumerate(batches):
-                flat, found = _of_batch(grad_fn, store, batch, fold_in(key, m), parts // size, rank, size)
+                flat, found = _of_batch(grad_fn, store, batch, key=fold_in(key, m), mine=parts // size, rank=rank, size=size)
                 total = flat if total is None else total + flat
                 metrics = found if metrics is None else join_metrics(metrics, found)
             assert total is not None

@@ -137,13 +137,15 @@ def _add(a: Gradients, b: Gradients) -> Gradients:
         torch._foreach_add_(left, right)
     metrics = join_metrics(a.metrics, b.metrics)
     finite = a.finite if b.finite is None else b.finite if a.finite is None else a.finite & b.finite
-    return Gradients(values, a.loss + b.loss, a.weight + b.weight, metrics, finite)
+    return Gradients(values=values, loss=a.loss + b.loss, weight=a.weight + b.weight, metrics=metrics, finite=finite)
 
 
 def _divide(found: Gradients, weight: Any) -> Gradients:
     held = [v for v in found.values if v is not None]
+    if not held:
+        return found
     if isinstance(weight, Tensor):  # parts, since a number on the device cannot be on each of several meshes
-        torch._foreach_mul_(local_parts(held), 1.0 / weight.to(held[0].device)) if held else None
-    elif held:
+        torch._foreach_mul_(local_parts(held), 1.0 / weight.to(held[0].device))
+    else:
         torch._foreach_div_(held, weight)
     return found

@@ -7,9 +7,7 @@ import attrs
 from torch import Tensor
 
 from fnlight.errors import ConfigError, MemoryWarning, SeamError, warn
-from fnlight.pipe.combinator import Combinator, Kind
-from fnlight.pipe.mean import mean_of_group
-from fnlight.pipe.seams import (
+from fnlight.pipe._seams import (
     ORDER,
     check_combinators,
     check_company,
@@ -19,6 +17,8 @@ from fnlight.pipe.seams import (
     end_of_phases,
     needs_mean,
 )
+from fnlight.pipe.combinator import Combinator, Kind
+from fnlight.pipe.mean import mean_of_group
 from fnlight.state import Store, TrainState
 from fnlight.tensors import leaves
 
@@ -155,7 +155,7 @@ class Pipe:
         """Prepare a run: memory first, then what each combinator does before the first step, in reading order."""
         check_monitors(state, self.combinators)
         self.adopt(state)
-        state.store.media = None  # what an earlier run showed
+        state.store.media = state.store.until = None  # what an earlier run showed, and where it ended
         for name, phase in self.phases.items():
             phase._begin(_within(state, name))
         return self._begin(state)

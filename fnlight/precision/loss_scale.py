@@ -46,7 +46,7 @@ def loss_scale(
     References:
         Micikevicius et al., "Mixed precision training" (2018).
     """
-    _check(init, growth, backoff, interval, max_consecutive)
+    _check(init, growth, backoff, interval=interval, max_consecutive=max_consecutive)
 
     def init_tree(store: Store) -> dict[str, Any]:
         scale = torch.full((), init, dtype=torch.float32, device=store.device)
@@ -65,7 +65,7 @@ def loss_scale(
             bad = unscale(local_parts(v for v in found.values if v is not None), used)
             if store.place is not None:
                 bad = store.place.anywhere(bad)
-            torch._amp_update_scale_(tree["scale"], tree["good"], bad, growth, backoff, interval)
+            torch._amp_update_scale_(tree["scale"], tree["good"], bad, growth, scale_backoff_factor=backoff, growth_interval=interval)
             if tree["buffers"] is None:
                 tree["buffers"] = buffers.changing()
             skipped = bool(bad)

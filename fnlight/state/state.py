@@ -81,7 +81,7 @@ class TrainState:
             TypeError: If the task is not a `Task` or has given its model away, the seed is no integer, or `place` is no placement.
             OptimizerError: If `configure_optimizers` does not fit the model.
         """
-        check_type("TrainState.create(task)", task, Task, "a Task", "write fl.Task(model, train_step, ...)")
+        check_type("TrainState.create(task)", task, Task, expected="a Task", advice="write fl.Task(model, train_step, ...)")
         if place is not None and getattr(place, "place", None) is None:
             raise TypeError(f"TrainState.create(place=...) must be a placement such as fl.parallel.ddp(), but got {described(place)}")
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
@@ -96,12 +96,21 @@ class TrainState:
         memo = {id(t): t for t in (*task.model.parameters(), *task.model.buffers())} if donate else _memo
         with isolated(home):
             module = copied(task.model, memo)
-            move(module, home) if home is not None else None
+            if home is not None:
+                move(module, home)
             placed = None if place is None else place.place(module)
             store = Store(module, _configure(task, module), {}, placed)
         if donate:
             empty(task.model)
-        return cls(task, Progress(updates=dict.fromkeys(store.phases, 0)), seed, History(), None, store, 0)
+        return cls(
+            task=task,
+            progress=Progress(updates=dict.fromkeys(store.phases, 0)),
+            seed=seed,
+            history=History(),
+            stopped=None,
+            store=store,
+            version=0,
+        )
 
     @property
     def live(self) -> Store:
@@ -186,7 +195,8 @@ class TrainState:
         memo, optim = move(store.module, torch.device(device)), store.optims if store.phases else store.optim
         optim = copy.deepcopy(optim, memo) if memo else optim
         for each in optim.values() if isinstance(optim, Mapping) else (optim,):
-            choose_fused(each.optimizer, store.module) if each.chooses else None
+            if each.chooses:
+                choose_fused(each.optimizer, store.module)
             to_device(each)
         store.memory = {key: tree if key == "loader" else map_nodes(partial(_moved, device), tree) for key, tree in store.memory.items()}
         store.__init__(store.module, optim, store.memory, store.place)
@@ -209,7 +219,9 @@ class TrainState:
         store.end_step()
         store.position, store.media = item.position, None
         after = p.after(item, made - store.skipped, skipped + store.skipped, p.updates if updates is None else updates)
-        return TrainState(self.task, after, self.seed, self.history, None, store, store.version)
+        return TrainState(
+            task=self.task, progress=after, seed=self.seed, history=self.history, stopped=None, store=store, version=store.version
+        )
 
     def recorded(self, metrics: Mapping[str, float]) -> "TrainState":
         """This state with metrics added to its history at the present step."""

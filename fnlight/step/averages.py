@@ -266,7 +266,7 @@ def refresh_batch_norm(
     with isolated(state.device), inference(store, weights) as module:
         for m, training in modes:
             m.training = training
-        _measure(state, module, norms, fn, Source(loader, limit=limit, device=state.device))
+        _measure(state, module, norms, fn=fn, source=Source(loader, limit=limit, device=state.device))
         measured = {f"{n}.{b}".lstrip("."): value.clone() for n, m in norms.items() for b, value in m.named_buffers(recurse=False)}
     for name, buffer in store.module.named_buffers():
         buffer.copy_(before[name] if weights is not None else measured.get(name, before[name]))

@@ -107,10 +107,16 @@ def _update(store: Store, group: dict[str, Any] | None, weight: list[Any], p: Te
         return
     if weight:
         held = weight[0]
-        torch._foreach_mul_([found], 1.0 / held.to(found.device)) if isinstance(held, Tensor) else torch._foreach_div_([found], held)
+        if isinstance(held, Tensor):
+            torch._foreach_mul_([found], 1.0 / held.to(found.device))
+        else:
+            torch._foreach_div_([found], held)
     groups = optimizer.param_groups
     p.grad, optimizer.param_groups = found, [{**group, "params": [p]}]
     try:
-        take_step_on_host(optimizer) if store.optim.offload else take_step(optimizer)
+        if store.optim.offload:
+            take_step_on_host(optimizer)
+        else:
+            take_step(optimizer)
     finally:
         p.grad, optimizer.param_groups = None, groups

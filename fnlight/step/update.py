@@ -92,7 +92,9 @@ class Update:
         store.end_step()
         store.position, store.media = item.position, None
         after = progress.after(item, 1 - store.skipped, int(store.skipped), progress.updates)
-        return TrainState(state.task, after, state.seed, state.history, None, store, store.version), metrics
+        return TrainState(
+            task=state.task, progress=after, seed=state.seed, history=state.history, stopped=None, store=store, version=store.version
+        ), metrics
 
     def then(self, fn: Callable[[Store], None], *reads: str) -> "Update":
         """An update whose kernel goes on with a function of the store, which changes tensors only.
@@ -141,7 +143,7 @@ class MultiOptimizerStep:
             if turn.every is None or turn.every(tick):
                 batches = item.batches if turn.batches_per_step is None else item.batches[: batches_at(turn.batches_per_step, item.epoch)]
                 at = attrs.evolve(before, step=updates[name])
-                found = _turn(store, name, self.kernels[name], batches, fold_in(key, i), at, state.history)
+                found = _turn(store, name, self.kernels[name], batches=batches, key=fold_in(key, i), at=at, history=state.history)
                 metrics |= {f"{name}/{k}": v for k, v in found.items()}
                 made += [not store.phases[name].skipped]
                 updates[name] += made[-1]
@@ -167,14 +169,7 @@ def _optimize(grad_fn: Callable[..., Gradients], store: Store, batches: Any, key
     found = grad_fn(store, batches, key)
     if optimizer is not None:
         _put(store, found)
-        if found.finite is None:
-            take_step_on_host(optimizer) if store.optim.offload else take_step(optimizer, store.optim.bound)
-        elif found.finite is False:
-            store.skipped = True
-        elif store.optim.offload:
-            take_step_on_host(optimizer) if found.finite else None
-        else:
-            step_where(optimizer, found.finite, store.optim.bound, blind=store.host.traced)
+        _take(store, optimizer, found.finite)
     elif store.params:
         raise OptimizerError(
             f"this task has an optimizer for each of the phases {', '.join(store.phases)}, so its step starts from a mapping of them to functions, "
@@ -183,6 +178,19 @@ def _optimize(grad_fn: Callable[..., Gradients], store: Store, batches: Any, key
             else "this task cannot train: its parameters require gradients, but it has no configure_optimizers; give fl.Task one"
         )
     return found.metrics
+
+
+def _take(store: Store, optimizer: Any, finite: Tensor | bool | None) -> None:
+    """Let the optimizer step, unless gradients are not finite."""
+    if finite is False:
+        store.skipped = True
+    elif store.optim.offload:
+        if finite is None or finite:
+            take_step_on_host(optimizer)
+    elif finite is None:
+        take_step(optimizer, store.optim.bound)
+    else:
+        step_where(optimizer, finite, store.optim.bound, blind=store.host.traced)
 
 
 def _put(store: Store, found: Gradients) -> None:

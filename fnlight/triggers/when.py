@@ -124,7 +124,9 @@ def condition(when: Callable[[Tick], bool], what: str = "a trigger") -> Callable
         >>> condition(at_end)(Tick(Progress(), Progress(), end=True))
         True
     """
-    check_type(what, when, Callable, "a trigger such as fl.steps(100) or fl.epochs(1), or a function of a tick")
+    given: Any = when
+    advice = f"write fl.steps({given})" if type(given) is int else ""
+    check_type(what, given, Callable, "a trigger such as fl.steps(100) or fl.epochs(1), or a function of a tick", advice=advice)
     return when.fn if isinstance(when, Trigger) else when
 
 

@@ -123,7 +123,7 @@ def test_accumulation_resume_and_a_failure_in_a_later_window(tmp_path):
     assert_trees_equal(list(found.item.batches), data()[6:8])
     again, _, _ = found.replay(compose(task, FitConfig(max_steps=9, accumulate=2, progress=False)))
     assert str(again) == str(caught.value)
-    step = fl.pipe(task.train_step, fl.grad(), fl.apply(), fl.debug_bundle(tmp_path / "short", every=3))
+    step = fl.pipe(task.train_step, fl.grad(), fl.apply(), fl.debug_bundle(tmp_path / "short", every=fl.steps(3)))
     with pytest.raises(ZeroDivisionError, match="the loss is"):
         list(fl.run(step, TrainState.create(task, seed=1), data()))
     assert load_bundle(tmp_path / "short" / "bundles" / "step-00000008", task).state.progress.step == 7
@@ -138,7 +138,7 @@ def test_watching_changes_nothing(tmp_path):
         fl.grad(),
         fl.apply(),
         fl.ema(0.5),
-        fl.debug_bundle(tmp_path / "never", every=5),
+        fl.debug_bundle(tmp_path / "never", every=fl.steps(5)),
         fl.stop_when(fl.max_epochs(3)),
     )
     *_, (state, _) = fl.run(step, TrainState.create(tiny_task(), seed=2), data())
@@ -278,10 +278,12 @@ def test_a_damaged_bundle_is_found(tmp_path):
 
 
 def test_what_cannot_be_asked_for_is_refused():
-    """Without a directory there is nowhere to write to, and intervals are whole numbers."""
+    """Without a directory there is nowhere to write to, and a number of steps is no trigger."""
     with pytest.raises(ConfigError, match=r"debug_bundle=True\) writes bundles to dir, but there is none"):
         FitConfig(max_steps=1, debug_bundle=True)
     with pytest.raises(ConfigError, match="writes to this machine"):
         fl.debug_bundle("s3://bucket/run")
-    with pytest.raises(ConfigError, match="whole number of steps"):
-        fl.debug_bundle("run", every=0)
+    with pytest.raises(
+        TypeError, match=r"debug_bundle\(every=...\) must be a trigger such as fl.steps\(100\) .* but got int: 10; write fl.steps\(10\)"
+    ):
+        fl.debug_bundle("run", every=10)
