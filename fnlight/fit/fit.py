@@ -84,7 +84,7 @@ def _together(state: TrainState, config: FitConfig, train: Source) -> Iterator[t
             with world.waiting("before the first step"):
                 check_same(world, state, batches=None if own else train.num_batches, samples=samples, config=text_of(config))
                 if place is None:
-                    state, donate = placed_on(ddp(), state if donate else state.copy()), True
+                    state, donate = placed_on(state if donate else state.copy(), ddp()), True
         yield state, state.store.place, donate
 
 

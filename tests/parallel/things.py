@@ -53,7 +53,7 @@ def refused(world, folder):
     yield "config", said(lambda: fitted(clip_norm=1.0 + rank))
     yield "names", said(lambda: fitted(step=uneven_names(rank)))
     yield "more ranks than samples", said(lambda: fitted(loader(batch=1)))
-    yield "placed later", said(lambda: fl.parallel.placed_on(fl.parallel.fsdp(), state))
+    yield "placed later", said(lambda: fl.parallel.placed_on(state, fl.parallel.fsdp()))
     yield "devices", said(lambda: fl.TrainState.create(fl.Task(model, plain), place=fl.parallel.ddp()))
     together = fl.parallel.ddp(sync_batchnorm=True)
     yield "one value", said(lambda: fitted(loader(9), step=STEPS["normed"], place=together), ValueError)
