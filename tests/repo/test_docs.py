@@ -5,7 +5,10 @@ import os
 import re
 import sys
 import tempfile
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,12 +70,19 @@ def test_every_block_says_what_it_is(page: Path) -> None:
     assert not wrong, lacking(wrong, f"a block must be one of {sorted(LANGUAGES)}:")
 
 
+def _pages_of(menu: list[dict[str, Any]]) -> Iterator[str]:
+    for entry in menu:
+        for below in entry.values():
+            yield from [below] if isinstance(below, str) else _pages_of(below)
+
+
 def test_the_menu_holds_every_page() -> None:
-    """The pages in the menu of .mkdocs.yml are those in docs/, each once."""
-    menu = re.findall(r":\s+(\S+\.md)\s*$", (ROOT / ".mkdocs.yml").read_text(encoding="utf-8").split("\nnav:", 1)[1], re.M)
-    pages = sorted(p.relative_to(DOCS).as_posix() for p in PAGES)
+    """The pages in the menu of .zensical.toml are those in docs/, each once, in four groups."""
+    nav = tomllib.loads((ROOT / ".zensical.toml").read_text(encoding="utf-8"))["project"]["nav"]
+    menu, pages = list(_pages_of(nav)), sorted(p.relative_to(DOCS).as_posix() for p in PAGES)
     missing, gone = sorted(set(pages) - set(menu)), sorted(set(menu) - set(pages))
-    assert sorted(menu) == pages, f"not in the nav of .mkdocs.yml: {missing}; in it, but not in docs/: {gone}"
+    assert sorted(menu) == pages, f"not in the nav of .zensical.toml: {missing}; in it, but not in docs/: {gone}"
+    assert [name for entry in nav for name in entry] == ["Home", "Guides", "How-to", "Reference", "Background"]
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda p: str(p.relative_to(ROOT)))
