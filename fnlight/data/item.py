@@ -212,10 +212,7 @@ def _items(
             passed = max(0.0, now - then)  # a clock that is set back takes no time back
             if asked is not None and wall_time is not None:
                 wall_time.data += max(0.0, (now if beat is clock else clock()) - asked)
-            yield Item(
-                batches=found, epoch=epoch, batch=done, last=last, samples=samples, seconds=passed,
-                position=_at(source, epoch, done, last) if keeps else None, batches_per_step=size,
-            )  # fmt: skip
+            yield Item(found, epoch, done, last, samples, passed, _at(source, epoch, done, last) if keeps else None, size)
             found, samples, then = None, 0, now
             if wall_time is not None:
                 if asked is None:

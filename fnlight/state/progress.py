@@ -40,13 +40,4 @@ class Progress:
         known = self.epoch_samples or not self.batch  # an old checkpoint does not say
         done = self.epoch_samples + item.samples if known and not item.last else 0
         step, skipped, samples = self.step + made, self.skipped + skipped, self.samples + item.samples
-        return Progress(
-            step=step,
-            epoch=item.epoch + item.last,
-            batch=batch,
-            samples=samples,
-            seconds=seconds,
-            epoch_samples=done,
-            skipped=skipped,
-            updates=updates,
-        )
+        return Progress(step, item.epoch + item.last, batch, samples, seconds, done, skipped, updates)

@@ -219,9 +219,7 @@ class TrainState:
         store.end_step()
         store.position, store.media = item.position, None
         after = p.after(item, made - store.skipped, skipped + store.skipped, p.updates if updates is None else updates)
-        return TrainState(
-            task=self.task, progress=after, seed=self.seed, history=self.history, stopped=None, store=store, version=store.version
-        )
+        return TrainState(self.task, after, self.seed, self.history, None, store, store.version)
 
     def recorded(self, metrics: Mapping[str, float]) -> "TrainState":
         """This state with metrics added to its history at the present step."""

@@ -92,9 +92,7 @@ class Update:
         store.end_step()
         store.position, store.media = item.position, None
         after = progress.after(item, 1 - store.skipped, int(store.skipped), progress.updates)
-        return TrainState(
-            task=state.task, progress=after, seed=state.seed, history=state.history, stopped=None, store=store, version=store.version
-        ), metrics
+        return TrainState(state.task, after, state.seed, state.history, None, store, store.version), metrics
 
     def then(self, fn: Callable[[Store], None], *reads: str) -> "Update":
         """An update whose kernel goes on with a function of the store, which changes tensors only.

@@ -32,6 +32,13 @@ VARIADIC = {
     "ctypes.CDLL(None).prctl": "a function of C has no names",
 }
 """What may be called with more than four arguments by position, each with the reason."""
+HOT = {
+    "item._items": "makes an Item for each step; by name that takes a half longer, 0.4 µs",
+    "progress.after": "makes a Progress for each step, as above",
+    "state.advanced": "makes a TrainState for each step, as above",
+    "update.__call__": "makes a TrainState for each step, as above",
+}
+"""Functions that make a record at every step and may do so by position, as ``module.function``, each with the reason."""
 MODULES = {"pickle": "a file must not run code", "cloudpickle": "a file must not run code", "abc": "a Protocol says what is needed"}
 EMPTY = ("[]", "{}", "set()", "dict()", "list()", "deque()", "defaultdict(list)", "defaultdict(dict)", "Counter()")
 
@@ -91,7 +98,9 @@ def _unnamed(node: ast.Call) -> bool:
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_calls_say_what_their_arguments_are(path: Path) -> None:
     """No call has more than four arguments by position, except of functions that take any number of them or know no names."""
-    calls = [n for n in ast.walk(tree(path)) if isinstance(n, ast.Call)]
+    hot = {n for f in functions(tree(path)) if f"{path.stem}.{f.name}" in HOT for n in ast.walk(f) if isinstance(n, ast.Call)}
+    records = {n for n in hot if ast.unparse(n.func) in ("Item", "Progress", "TrainState")}
+    calls = [n for n in ast.walk(tree(path)) if isinstance(n, ast.Call) and n not in records]
     wrong = [f"{place(path, n)}: {ast.unparse(n):.100}" for n in calls if _unnamed(n)]
     assert not wrong, lacking(wrong, "name the arguments of these calls, all but the first few:")
 
