@@ -68,7 +68,7 @@ def evaluate_every(
         tree["owed"] = False
         media = {f"{name}/{k}": v for k, v in found.items() if isinstance(v, MEDIA)}
         if media:
-            state.store.media = {**(state.store.media or {}), **media}
+            state.store.step.media = {**(state.store.step.media or {}), **media}
         return state.recorded({f"{name}/{k}": v for k, v in found.items() if not isinstance(v, MEDIA)})
 
     def wrap(step: Any) -> Any:
@@ -86,7 +86,7 @@ def evaluate_every(
             return state
         after = evaluated_now(state)
         if after.history is not state.history:
-            state.store.media = {**news(after, state.history), **(state.store.media or {})}
+            state.store.step.media = {**news(after, state.history), **(state.store.step.media or {})}
         return after
 
     def finish(before: TrainState, state: TrainState) -> TrainState:

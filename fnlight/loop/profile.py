@@ -59,7 +59,7 @@ def profile(
 
     def wrap(step: Any) -> Any:
         def profiled(state: TrainState, batch: Any) -> Any:
-            recorder = state.store.resources.get(_KEY)
+            recorder = state.store.run.resources.get(_KEY)
             if chosen(state, batch):
                 return (
                     _recorded(step, state, batch, recorder) if recorder is not None else _alone(step, state, batch, Recorder(path, options))
@@ -71,11 +71,11 @@ def profile(
         return profiled
 
     def start(state: TrainState) -> TrainState:
-        state.store.resources[_KEY] = Recorder(path, options)
+        state.store.run.resources[_KEY] = Recorder(path, options)
         return state
 
     def finish(before: TrainState, state: TrainState) -> TrainState:
-        state.store.resources[_KEY].close(None)
+        state.store.run.resources[_KEY].close(None)
         return state
 
     label = "".join(f", {name}=True" for name, on in (("shapes", shapes), ("stacks", stacks), ("memory", memory)) if on)

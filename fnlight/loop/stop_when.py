@@ -42,7 +42,7 @@ def stop_when(*rules: Callable[[TrainState], str | None]) -> Combinator:
         return state
 
     def start(state: TrainState) -> TrainState:
-        state.store.until = known  # a step of several updates takes no more than these
+        state.store.run.until = known  # a step of several updates takes no more than these
         return asked(state)
 
     def wrap(step: Any) -> Any:

@@ -28,7 +28,7 @@ from fnlight.metrics import Mean
 from fnlight.pipe import Combinator
 from fnlight.state import History, Task, TrainState
 from fnlight.step import pure
-from fnlight.tensors import TRAIN, fold_in, map_tensors
+from fnlight.tensors import map_tensors
 
 EVERY = 20
 """Steps for which one copy of the state is kept."""
@@ -171,7 +171,7 @@ def _write(state: TrainState, item: Item, error: Exception, again: bool, dir: st
     at = {"epoch": item.epoch, "batch": item.batch, "last": item.last, "samples": item.samples}
     body = {
         "format": _FORMAT, "error": [type(error).__name__, str(error)], "repeated": again, "step": state.progress.step + 1,
-        "key": fold_in(fold_in(state.seed, TRAIN), state.progress.step), "item": at, "batches": batches, "classes": classes,
+        "key": state.key, "item": at, "batches": batches, "classes": classes,
         "lacks": lacks, "config": config, "torch": torch.__version__,
     }  # fmt: skip
     hidden.write(_JSON, [json.dumps(body, indent=1).encode("ascii")])

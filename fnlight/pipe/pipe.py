@@ -156,7 +156,7 @@ class Pipe:
         """Prepare a run: memory first, then what each combinator does before the first step, in reading order."""
         self._check_monitors(state)
         self.adopt(state)
-        state.store.media = None  # what an earlier run showed
+        state.store.step.media = None  # what an earlier run showed
         for name, phase in self.phases.items():
             phase._begin(_within(state, name))
         return self._begin(state)
