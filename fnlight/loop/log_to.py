@@ -106,7 +106,7 @@ def news(state: Any, old: tuple[Record, ...]) -> dict[str, Any]:
 
     Example:
         >>> from types import SimpleNamespace
-        >>> state = SimpleNamespace(history=(Record(4, 1, {"train/loss": 0.5}),), store=SimpleNamespace(media=None))
+        >>> state = SimpleNamespace(history=(Record(4, 1, {"train/loss": 0.5}),), store=SimpleNamespace(step=SimpleNamespace(media=None)))
         >>> news(state, ())
         {'train_epoch/loss': 0.5}
     """
