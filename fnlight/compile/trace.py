@@ -262,7 +262,7 @@ def _given(call: Call, rates: Sequence[Any]) -> list[Any]:
 
 def _update(call: Call, new: Mapping[int, Tensor], lrs: Sequence[Any], batches: Any, number: int, host: Any) -> Mapping[str, Any]:
     before, after = (shadow(call.store, call.reads, new, rates=lrs, options=call.options) for _ in range(2))
-    after.seed, after.host = _seeding(number, call.store.device), host
+    after.seeder, after.host = _seeding(number, call.store.device), host
     twin = twin_of(after.optim.optimizer) if call.options else None
     if twin is not None:
         after.optim.optimizer.step = partial(twin, after.optim.optimizer)

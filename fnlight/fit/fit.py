@@ -66,7 +66,7 @@ def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
                 preflight(state, given, config, step=step, signals=signals)
                 if writes:
                     _write_config(config)
-                state.store.resources.update(locks)
+                state.store.run.resources.update(locks)
                 state.store.wall_time.begin(time.perf_counter, began)
                 state = _drain(run(step, state, train, donate=True, signals=signals))
         return state if place is None or given_place is not None else alone(state)

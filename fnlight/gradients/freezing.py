@@ -90,10 +90,10 @@ class _Rows:
 
 def _rows(store: Store, key: str, until: Mapping[str, int | None]) -> Sequence[tuple[int | None, tuple[str, ...]]]:
     """What the patterns mean, looked up once in a run."""
-    found = store.resources.get(key)
+    found = store.run.resources.get(key)
     if found is None:
         rows = [(epoch, tuple(n for n in store.named if matches(n, pattern))) for pattern, epoch in until.items()]
-        found = store.resources[key] = _Rows(rows)
+        found = store.run.resources[key] = _Rows(rows)
     return found.rows
 
 
@@ -112,7 +112,7 @@ def _freezing(who: str, key: str, until: Mapping[str, int | None], *, eval_mode:
 
     def start(state: TrainState) -> TrainState:
         _check(state, who, until)
-        state.store.resources.pop(key, None)
+        state.store.run.resources.pop(key, None)
         return state
 
     label += (", eval_mode=True" if eval_mode else "") + ("" if key == who else f", name={key!r}")

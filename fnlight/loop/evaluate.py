@@ -190,7 +190,7 @@ def inference(store: Store, weights: str | None = None) -> Iterator[nn.Module]:
         >>> store.module.training
         True
     """
-    store.retained_grads = None  # there is room for what is evaluated
+    store.free_gradients()  # there is room for what is evaluated
     module, modes = store.module, [(m, m.training) for m in store.module.modules()]
     average = weights_to_use(store.optims.values(), module) if weights is None else average_of(store, weights)
     targets = named_tensors(module) if average else {}

@@ -66,7 +66,7 @@ def evaluate_every(
         tree["owed"] = False
         media = {f"{name}/{k}": v for k, v in found.items() if isinstance(v, MEDIA)}
         if media:
-            state.store.media = {**(state.store.media or {}), **media}
+            state.store.step.media = {**(state.store.step.media or {}), **media}
         return state.recorded({f"{name}/{k}": v for k, v in found.items() if not isinstance(v, MEDIA)})
 
     def wrap(step: Any) -> Any:
@@ -84,7 +84,7 @@ def evaluate_every(
             return state
         after = evaluated_now(state)
         if after.history is not state.history:
-            state.store.media = {**news(after, state.history), **(state.store.media or {})}
+            state.store.step.media = {**news(after, state.history), **(state.store.step.media or {})}
         return after
 
     def finish(before: TrainState, state: TrainState) -> TrainState:
@@ -116,10 +116,10 @@ class _Opened:
 def _opened(state: TrainState, key: str, loader: Any, limit: int | float | None) -> Mapping[str, Source]:
     """The sources that the store's run has opened; opened now if it has none, or if the state has moved since."""
     store = state.store
-    found = store.resources.get(key)
+    found = store.run.resources.get(key)
     if found is None or found.device != store.device or found.place is not store.place:
         sources = sources_of(loader, store.device, limit, store.place)
-        found = store.resources[key] = _Opened(store.device, store.place, sources)
+        found = store.run.resources[key] = _Opened(store.device, store.place, sources)
     return found.sources
 
 

@@ -46,7 +46,7 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
 
     def send(state: TrainState, metrics: dict[str, Any]) -> None:
         if state.store.place is None or state.store.place.writes:
-            resources = state.store.resources
+            resources = state.store.run.resources
             told = resources.get(key) or resources.setdefault(key, _Told())
             deliver(sinks, Record(state.progress.step, state.progress.epoch, metrics), state.store.memory, told.sinks)
 
@@ -66,25 +66,25 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
         def logged(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
             before, old = state.progress, state.history
             state, metrics = step(state, batch)
-            if state.store.back == state.version:  # what the step gave counts nowhere, and the history of then is no news
+            if state.store.step.back == state.version:  # what the step gave counts nowhere, and the history of then is no news
                 return state, metrics
             state.store.memory[name].add(state.progress.step, metrics)
             due = is_due(Tick(before, state.progress))
-            if due or state.history is not old or state.store.media:
+            if due or state.history is not old or state.store.step.media:
                 logged_now(state, due, old)
             return state, metrics
 
         return logged
 
     def start(state: TrainState) -> TrainState:
-        state.store.resources[key] = _Told()
+        state.store.run.resources[key] = _Told()
         state.store.wall_time.mark(name, state.progress.samples)
-        if state.store.media:  # of an evaluation that was made up for
-            send(state, dict(state.store.media))
+        if state.store.step.media:  # of an evaluation that was made up for
+            send(state, dict(state.store.step.media))
         return state
 
     def finish(before: TrainState, state: TrainState) -> TrainState:
-        if state.store.back == state.version:
+        if state.store.step.back == state.version:
             return state
         due = not state.store.memory[name].is_empty()
         if due or state.history is not before.history:
@@ -120,12 +120,12 @@ def news(state: Any, old: tuple[Record, ...]) -> dict[str, Any]:
 
     Example:
         >>> from types import SimpleNamespace
-        >>> state = SimpleNamespace(history=(Record(4, 1, {"train/loss": 0.5}),), store=SimpleNamespace(media=None))
+        >>> state = SimpleNamespace(history=(Record(4, 1, {"train/loss": 0.5}),), store=SimpleNamespace(step=SimpleNamespace(media=None)))
         >>> news(state, ())
         {'train_epoch/loss': 0.5}
     """
     if state.history is old:
-        return dict(state.store.media or {})
+        return dict(state.store.step.media or {})
     known = old[-1].metrics if old and old[-1].step == state.history[-1].step else {}
     new = {k: v for k, v in state.history[-1].metrics.items() if k not in known}
-    return {(f"train_epoch/{k[6:]}" if k.startswith("train/") else k): v for k, v in new.items()} | (state.store.media or {})
+    return {(f"train_epoch/{k[6:]}" if k.startswith("train/") else k): v for k, v in new.items()} | (state.store.step.media or {})

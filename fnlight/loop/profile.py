@@ -59,7 +59,7 @@ def profile(
 
     def wrap(step: Any) -> Any:
         def profiled(state: TrainState, batch: Any) -> Any:
-            recorder = state.store.resources.get(name)
+            recorder = state.store.run.resources.get(name)
             if chosen(state, batch):
                 return (
                     _recorded(step, state, batch, recorder) if recorder is not None else _alone(step, state, batch, Recorder(path, options))
@@ -71,11 +71,11 @@ def profile(
         return profiled
 
     def start(state: TrainState) -> TrainState:
-        state.store.resources[name] = Recorder(path, options)
+        state.store.run.resources[name] = Recorder(path, options)
         return state
 
     def finish(before: TrainState, state: TrainState) -> TrainState:
-        state.store.resources[name].close(None)
+        state.store.run.resources[name].close(None)
         return state
 
     label = "".join(f", {option}=True" for option, on in (("shapes", shapes), ("stacks", stacks), ("memory", memory)) if on) + (

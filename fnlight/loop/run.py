@@ -130,9 +130,8 @@ def _run(
 
 def _release(store: Store, error: BaseException | None) -> None:
     """Close what a run holds open, the last first, whatever the others raise; gradients are let go."""
-    held, store.resources, store.retained_grads = store.resources, {}, None
     with ExitStack() as stack:
-        for resource in held.values():
+        for resource in store.end_run().values():
             stack.callback(resource.close, error)
 
 

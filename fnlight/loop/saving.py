@@ -84,7 +84,7 @@ def checkpoint_every(
         def checkpointed(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
             before = state.progress
             state, metrics = step(state, batch)
-            saver = state.store.resources.get(name) or _alone(path, name, keep)
+            saver = state.store.run.resources.get(name) or _alone(path, name, keep)
             saver.watch(state)
             tick = Tick(before, state.progress, idle=saver.idle(before, state))
             forever = lasting(tick)
@@ -98,7 +98,7 @@ def checkpoint_every(
         return _open(state, Saver(dir=path, key=name, keep=keep, background=background, on_exception=on_exception), initial)
 
     def finish(before: TrainState, state: TrainState) -> TrainState:
-        (state.store.resources.get(name) or _alone(path, name, keep)).finish(state)
+        (state.store.run.resources.get(name) or _alone(path, name, keep)).finish(state)
         return state
 
     return Combinator(
@@ -124,7 +124,7 @@ def _alone(path: str, name: str, keep: Retention) -> "Saver":
 
 def _open(state: TrainState, saver: "Saver", initial: bool) -> TrainState:
     """Begin a run; the lock comes first, so that nobody else's files are touched."""
-    resources, lock, place = state.store.resources, name_of(saver.dir), state.store.place
+    resources, lock, place = state.store.run.resources, name_of(saver.dir), state.store.place
     if place is None or place.writes:
         if lock not in resources:  # `fit` has it already
             resources[lock] = hold(saver.dir)
@@ -340,7 +340,7 @@ def _doubt(state: TrainState) -> str | None:
     store = state.store
     if store.version != state.version:
         return "the step that failed may have changed its tensors"
-    if store.position is not None:
+    if store.step.position is not None:
         return "the loader keeps its own place, and has moved on"
     if not all(bool(torch.isfinite(p).all()) for p in store.params):
         return "its parameters are not finite"

@@ -43,8 +43,9 @@ def stop_when(*rules: Callable[[TrainState], str | None], name: str = "stop_when
         return state
 
     def start(state: TrainState) -> TrainState:
+        run = state.store.run
         if known is not None:  # a step of several updates takes no more than these
-            state.store.until = known if state.store.until is None else min(known, state.store.until)
+            run.until = known if run.until is None else min(known, run.until)
         return asked(state)
 
     def wrap(step: Any) -> Any:

@@ -28,7 +28,7 @@ from fnlight.metrics import Mean
 from fnlight.pipe import Combinator
 from fnlight.state import History, Task, TrainState
 from fnlight.step import pure
-from fnlight.tensors import TRAIN, fold_in, map_tensors
+from fnlight.tensors import map_tensors
 from fnlight.triggers import Tick, condition, steps
 
 EVERY = steps(20)
@@ -69,7 +69,7 @@ def debug_bundle(dir: str | os.PathLike[str], every: Callable[[Tick], bool] = EV
     def wrap(step: Any) -> Any:
         def watched(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
             item, before = batch if batch.__class__ is Item else Item.of(batch, state=state), state.progress
-            window = state.store.resources.get(_KEY) or state.store.resources.setdefault(_KEY, _Window())
+            window = state.store.run.resources.get(_KEY) or state.store.run.resources.setdefault(_KEY, _Window())
             window.admit(state, item)
             try:
                 state, metrics = step(state, batch)
@@ -91,7 +91,7 @@ def _begin(state: TrainState) -> TrainState:
             "debug_bundle works in one process: a rank that fails alone cannot repeat steps in which all take part; leave it out, and look for "
             "the failure in one process, on the same global batches"
         )
-    state.store.resources[_KEY] = _Window()
+    state.store.run.resources[_KEY] = _Window()
     return state
 
 
@@ -176,7 +176,7 @@ def _write(state: TrainState, item: Item, error: Exception, again: bool, dir: st
     at = {"epoch": item.epoch, "batch": item.batch, "last": item.last, "samples": item.samples}
     body = {
         "format": _FORMAT, "error": [type(error).__name__, str(error)], "repeated": again, "step": state.progress.step + 1,
-        "key": fold_in(fold_in(state.seed, TRAIN), state.progress.step), "item": at, "batches": batches, "classes": classes,
+        "key": state.key, "item": at, "batches": batches, "classes": classes,
         "lacks": lacks, "config": config, "torch": torch.__version__,
     }  # fmt: skip
     hidden.write(_JSON, [json.dumps(body, indent=1).encode("ascii")])

@@ -275,11 +275,11 @@ class Sharded:
         """After a group: every rank has its part of all gradients."""
         return found
 
-    def mean_weight(self, weight: Any) -> Any:
-        """The mean over ranks of a weight."""
-        if weight.__class__ is float:
-            return weight
-        mean = torch.as_tensor(weight).detach().float().clone()
+    def mean_weight(self, found: Gradients) -> Any:
+        """The mean over ranks of the weight."""
+        if found.plain:
+            return found.weight
+        mean = torch.as_tensor(found.weight).detach().float().clone()
         distributed.all_reduce(mean, group=self.world.group)
         return mean / self.world.size
 

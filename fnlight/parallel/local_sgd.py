@@ -54,9 +54,9 @@ class LocalSGD(Replicated):
         """This rank's gradients."""
         return found
 
-    def mean_weight(self, weight: Any) -> Any:
+    def mean_weight(self, found: Gradients) -> Any:
         """This rank's weight."""
-        return weight
+        return found.weight
 
 
 def diloco(every: Callable[[Tick], bool], *, lr: float = 0.7, momentum: float = 0.9) -> Combinator:

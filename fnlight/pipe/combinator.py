@@ -41,7 +41,7 @@ class Combinator:
         repeats: How many times as many one call takes.
         start: Maps the state before the first step of a run to a state.
         finish: Maps the state after the last step of a run, and the state as its neighbours have finished it, to a state.
-        close: Called when a run ends, however it ends. What is one run's alone is put into ``store.resources`` by `start`.
+        close: Called when a run ends, however it ends. What is one run's alone is put into ``store.run.resources`` by `start`.
         requires: Names in the history that it needs.
         provides: Prefixes of the names that it adds to the history.
         validate: Maps all combinators of a finished step to what is wrong with its company, or None.

@@ -155,7 +155,7 @@ class Pipe:
         """Prepare a run: memory first, then what each combinator does before the first step, in reading order."""
         check_monitors(state, self.combinators)
         self.adopt(state)
-        state.store.media = state.store.until = None  # what an earlier run showed, and where it ended
+        state.store.step.media = state.store.run.until = None  # what an earlier run showed, and where it ended
         for name, phase in self.phases.items():
             phase._begin(_within(state, name))
         return self._begin(state)

@@ -10,7 +10,7 @@ from fnlight.errors import ConfigError, NonFiniteError
 from fnlight.metrics import Last, Sum, uncounted
 from fnlight.optim import buffers_before
 from fnlight.pipe import Combinator
-from fnlight.protocols import Gradients
+from fnlight.protocols import GradFn, Gradients, StoreView
 from fnlight.state import Store, TrainState
 from fnlight.tensors import local_parts
 
@@ -52,16 +52,16 @@ def loss_scale(
         scale = torch.full((), init, dtype=torch.float32, device=store.device)
         return {"scale": scale, "good": torch.zeros((), dtype=torch.int32, device=store.device), "consecutive": 0, "buffers": None}
 
-    def wrap(grad_fn: Any) -> Any:
-        def scaled(store: Store, batches: Any, key: int) -> Gradients:
+    def wrap(grad_fn: GradFn) -> GradFn:
+        def scaled(store: StoreView, batches: Any, key: int) -> Gradients:
             store.host.refuse("loss_scale must know after every step whether it counts, which a graph does not say")
             tree, buffers = store.memory["loss_scale"], buffers_before(store.module, store.memory["loss_scale"]["buffers"])
             used = tree["scale"].clone()
-            store.scale = used
+            store.step.scale = used
             try:
-                found: Gradients = grad_fn(store, batches, key)
+                found = grad_fn(store, batches, key)
             finally:
-                store.scale = None
+                store.step.scale = None
             bad = unscale(local_parts(v for v in found.values if v is not None), used)
             if store.place is not None:
                 bad = store.place.anywhere(bad)

@@ -21,10 +21,10 @@ from fnlight.metrics import Tally
 from fnlight.optim import Optim, choose_fused, named_state, prepare, prepare_each, to_device, weights_to_use
 from fnlight.runtime import WallTime
 from fnlight.state.history import History, Record
-from fnlight.state.progress import Progress
+from fnlight.state.progress import Progress, step_key
 from fnlight.state.store import Store
 from fnlight.state.task import Task, copied, empty
-from fnlight.tensors import SKIPPED, TRAIN, existing, fold_in, isolated, map_nodes, move
+from fnlight.tensors import existing, isolated, map_nodes, move
 
 A_STATE = "a TrainState, such as fl.TrainState.create(task) or fl.load(path, task) gives"
 """What the errors of those that take one say."""
@@ -130,8 +130,7 @@ class TrainState:
     @property
     def key(self) -> int:
         """The key of the next step, from which all of its random numbers come."""
-        key, skipped = fold_in(self.seed, TRAIN, self.progress.step), self.progress.skipped
-        return fold_in(key, SKIPPED + skipped) if skipped else key
+        return step_key(self.seed, self.progress)
 
     @property
     def params(self) -> Mapping[str, Tensor]:
@@ -191,7 +190,6 @@ class TrainState:
                 "TrainState.create(task, device=..., place=...)"
             )
         store.settle()
-        version, resources, wall_time = store.version + 2, store.resources, store.wall_time  # as a step does
         memo, optim = move(store.module, torch.device(device)), store.optims if store.phases else store.optim
         optim = copy.deepcopy(optim, memo) if memo else optim
         for each in optim.values() if isinstance(optim, Mapping) else (optim,):
@@ -199,26 +197,39 @@ class TrainState:
                 choose_fused(each.optimizer, store.module)
             to_device(each)
         store.memory = {key: tree if key == "loader" else map_nodes(partial(_moved, device), tree) for key, tree in store.memory.items()}
-        store.__init__(store.module, optim, store.memory, store.place)
-        store.version, store.resources, store.wall_time = version, resources, wall_time
-        return attrs.evolve(self, version=version)
+        store.free_gradients()
+        store.bind(store.module, optim)
+        store.version += 2  # as a step does
+        return attrs.evolve(self, version=store.version)
 
     def donated(self) -> Store:
-        """The store, to be written over: from here on this state can no longer be read, whatever happens."""
+        """The store, to be written over by the step that begins: from here on this state can no longer be read, whatever happens."""
         store = self.live
         store.version += 1
-        store.skipped = False
+        store.step.begin(self.progress)
+        store.free_gradients()
         return store
 
     def advanced(self, item: Any, updates: Mapping[str, int] | None = None, made: int = 1, skipped: int = 0) -> "TrainState":
-        """The state once an `Item` is consumed and the store written: its steps, batches and samples further; it donates this one."""
+        """The state after a step: one `Item` is consumed and the store written; it donates this one. Every step ends here.
+
+        Args:
+            item: What the step consumed.
+            updates: Where a task has several optimizers: the completed updates of each; None leaves them as they are.
+            made: Updates that the step made; where ``store.step.skipped`` is True, one of them was skipped instead.
+            skipped: Updates that were skipped, besides that one.
+
+        Returns:
+            The next state, on the same store.
+        """
         p, store = self.progress, self.store
         if store.version != self.version + 1:  # where it is, `donated` was called for this step
             store = self.live
         store.version = self.version + 2
         store.end_step()
-        store.position, store.media = item.position, None
-        after = p.after(item, made - store.skipped, skipped + store.skipped, p.updates if updates is None else updates)
+        step = store.step
+        step.position, step.media = item.position, None
+        after = p.after(item, made - step.skipped, skipped + step.skipped, p.updates if updates is None else updates)
         return TrainState(self.task, after, self.seed, self.history, None, store, store.version)
 
     def recorded(self, metrics: Mapping[str, float]) -> "TrainState":

@@ -97,7 +97,7 @@ def ema(decay: Decay, name: str = "ema", *, every: Callable[[Tick], bool] = step
     due, always = condition(every, "ema(every=...)"), every == steps(1)
 
     def rest(decay: Callable[[int], float], live: Store) -> float:
-        return 1 - decay(live.progress.step + 1)
+        return 1 - decay(live.step.progress.step + 1)
 
     def average(store: Store) -> None:
         share = store.host.number(store, partial(rest, decay)) if callable(decay) else 1 - decay

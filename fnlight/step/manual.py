@@ -85,10 +85,8 @@ class ByHand:
             if optim.scheduled:
                 set_lr(optim, state.progress, state.history)
         store = state.donated()
-        store.progress = state.progress
         try:
             metrics = self.kernel(store, item.batches, state.key)
         finally:
-            for p in store.params:
-                p.grad = None
+            store.clear_gradients()
         return state.advanced(item), metrics

@@ -96,6 +96,27 @@ def test_the_state_before_the_failing_step_is_that_of_an_unwatched_run(kind, err
     assert kind != "raises" or str(again) == str(caught.value)
 
 
+def test_the_key_of_a_bundle_is_the_one_that_the_step_was_given(tmp_path):
+    """Where steps were skipped before, each attempt has a key of its own, and the bundle notes that of the attempt that failed."""
+    keys = []
+
+    def failing_grad(grad_fn):
+        def fails(store, batches, key):
+            keys.append(key)
+            raise ZeroDivisionError("by hand")
+
+        return fails
+
+    task = tiny_task()
+    step = fl.pipe(task.train_step, fl.grad(), fl.Combinator("fails", failing_grad, "grad", "grad"), fl.apply(), fl.debug_bundle(tmp_path))
+    state = TrainState.create(task, seed=6)
+    state = attrs.evolve(state, progress=attrs.evolve(state.progress, skipped=2))
+    with pytest.raises(ZeroDivisionError, match="by hand"):
+        step(state.copy(), data()[0])
+    assert {load_bundle(tmp_path / "bundles" / "step-00000001", task).key, *keys} == {state.key}
+    assert state.key != TrainState.create(task, seed=6).key
+
+
 def test_a_new_process_repeats_the_failure(tmp_path):
     """`fnlight replay` needs the bundle and the task only, and meets the same number to the last bit."""
     for kind in ("nan", "raises"):
