@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fnlight.checkpoint import checkpoints, last, load
-from fnlight.errors import ConfigError
+from fnlight.errors import ConfigError, SeamError
 from fnlight.gradients import grad
 from fnlight.loop import checkpoint_every, epoch_means, evaluate_every, log_to, run, saving, stop_when
 from fnlight.pipe import pipe
@@ -96,3 +96,14 @@ def test_a_combinator_that_means_nothing_is_refused(make, message):
     """Arguments are checked when the combinator is made."""
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize("late", [lambda: evaluate_every(loader(), epochs(1)), epoch_means, lambda: log_to(Recorder())])
+def test_what_is_measured_and_logged_is_saved_with_the_tick(late, tmp_path):
+    """Evaluation, history and log stand before saving and stopping after it; another order is refused."""
+    saving, stopping = checkpoint_every(tmp_path, epochs(1)), stop_when(max_steps(1))
+    assert pipe(train_step, grad(), apply(), late(), saving, stopping).kind == "step"
+    with pytest.raises(SeamError, match="a tick has one order"):
+        pipe(train_step, grad(), apply(), saving, late(), stopping)
+    with pytest.raises(SeamError, match="a tick has one order"):
+        pipe(train_step, grad(), apply(), late(), stopping, saving)
