@@ -47,6 +47,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("smoke")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """With `-m smoke`, no docstrings are searched for examples, either."""
+    if config.getoption("markexpr") == "smoke":
+        config.option.doctestmodules = False
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With `-m smoke`, other files are not even imported, which would take longer than the tests."""
     if config.getoption("markexpr") != "smoke":
