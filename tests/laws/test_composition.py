@@ -1,4 +1,4 @@
-"""Law 4: `fit` is the pipe by hand is a plain loop by hand, bitwise."""
+"""Law 5: `fit` is the pipe by hand is a plain loop by hand, bitwise."""
 
 import copy
 from types import SimpleNamespace

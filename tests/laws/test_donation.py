@@ -1,4 +1,4 @@
-"""Law 6: a donated state is never readable, and what a step returned is."""
+"""Law 7: a donated state is never readable, and what a step returned is."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""Laws 2 and 5: a run that resumes from a file ends bitwise where the first run did, from every step; and a file holds bitwise the state."""
+"""Laws 2 and 6: a run that resumes from a file ends bitwise where the first run did, from every step; and a file holds bitwise the state."""
 
 import gc
 import os

@@ -12,7 +12,7 @@ import pytest
 from tests.laws.combinators import EVERYTHING, OTHERS, PRODUCT
 from tests.laws.tasks import TASKS
 from tests.laws.test_accumulation import test_gradients_of_micro_batches_are_those_of_the_whole as law_3
-from tests.laws.test_donation import test_after_a_step_its_input_cannot_be_read_and_its_output_can as law_6
+from tests.laws.test_donation import test_after_a_step_its_input_cannot_be_read_and_its_output_can as law_7
 from tests.laws.test_purity import test_a_step_twice_from_one_state_gives_bitwise_the_same as law_1
 from tests.laws.test_resume import test_a_file_holds_the_state_and_going_on_from_it_is_going_on as law_2
 from tests.xla.device import moved
@@ -42,8 +42,8 @@ def tasks_on_xla(monkeypatch):
 
 @pytest.mark.parametrize(("name", "choice"), CHOSEN)
 def test_purity_resume_and_donation(name, choice, tmp_path):
-    """Laws 1, 2, 5 and 6: a step is a function, going on from a file is going on, what is read is what was written, a donated state is gone."""
-    for law in (law_1, law_2, law_6):
+    """Laws 1, 2, 6 and 7: a step is a function, going on from a file is going on, what is read is what was written, a donated state is gone."""
+    for law in (law_1, law_2, law_7):
         assert law(name, choice, tmp_path / law.__name__) is None  # it raises where it is broken
 
 
