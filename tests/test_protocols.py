@@ -103,9 +103,11 @@ def test_a_step_maps_state_and_batch_to_state_and_metrics() -> None:
     """What `apply` makes fits Step."""
     state, metrics = pipe(train_step, grad(), apply())(TrainState.create(task()), torch.ones(3, 2))
     assert isinstance(state, TrainState)
-    assert [v.requires_grad for v in metrics.values()] == [False, False]
+    assert state.progress.step == 1
+    assert {name: v.requires_grad for name, v in metrics.items()} == {"loss": False, "twice": False}
 
 
 def test_a_schedule_maps_a_count_to_a_factor() -> None:
-    """What `schedules` makes fits Schedule, as any plain function does."""
-    assert isinstance(cosine(10)(3), float)
+    """What `schedules` makes fits Schedule: a pure function of the completed count, here half of the way down."""
+    schedule = cosine(10)
+    assert [schedule(5), schedule(0), schedule(5)] == pytest.approx([0.5, 1.0, 0.5])

@@ -1,4 +1,4 @@
-"""The law of bad input: a value that makes no sense is refused by the very function it is given to, which says what it takes and what it got."""
+"""Law 10: a value that makes no sense is refused by the very function it is given to, which says what it takes and what it got."""
 
 import inspect
 import types

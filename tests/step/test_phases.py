@@ -136,11 +136,16 @@ def test_a_schedule_counts_the_updates_of_its_own_optimizer():
 
 def test_the_learning_rates_of_both_are_logged():
     """Sinks are given the rate of each optimizer by its name, and the means of each phase over its own updates."""
-    log = RecordingSink()
+    often, log = RecordingSink(), RecordingSink()
     task = task_of(gen=Phase(deceive, every=steps(2)), configure=two_optimizers)
-    fit(TrainState.create(task), DATA, FitConfig(max_steps=4, log_every=steps(4), sinks=log, **QUIET))
-    names = {name for record in log.records for name in record.metrics}
-    assert {"lr/disc", "lr/gen", "train/disc/loss", "train/disc/fake", "train/gen/loss"} <= names
+    for sink, every in ((often, 1), (log, 4)):
+        state = fit(TrainState.create(task), DATA, FitConfig(max_steps=4, log_every=steps(every), sinks=sink, **QUIET))
+    for name, updates in (("disc", [1, 2, 3, 4]), ("gen", [2, 4])):
+        losses = often.steps(f"train/{name}/loss")
+        assert list(losses) == updates
+        assert log.steps(f"train/{name}/loss") == {4: pytest.approx(sum(losses.values()) / len(updates))}
+        assert log.steps(f"lr/{name}") == {4: state.store.optims[name].optimizer.param_groups[0]["lr"]}
+    assert log.steps("train/disc/fake").keys() == {4}
 
 
 def test_a_phase_has_combinators_of_its_own():

@@ -139,6 +139,15 @@ def test_joining_with_something_else_is_refused():
         _ = steps(5) | 5
 
 
+@given(st.integers(1, 20), st.integers(1, 5))
+def test_earliest_of_steps_and_of_epochs_is_when_they_first_fire(a, b):
+    """Both know it exactly; "or" is as early as one of them, "and" as late as the other."""
+    assert (steps(a).earliest, epochs(b).earliest) == ((a, 0), (0, b))
+    assert (steps(a) & epochs(b)).earliest == (a, b)
+    assert (steps(a) | steps(a + 1)).earliest == (a, 0)
+    assert (steps(a) & steps(a + 1)).earliest == (a + 1, 0)
+
+
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 20))
 def test_earliest_is_never_later_than_the_first_time_it_fires(a, b, c):
     """`earliest` may only err on the early side, for it decides whether a monitor can ever be met."""
