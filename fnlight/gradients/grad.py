@@ -42,7 +42,8 @@ def grad() -> Combinator:
             if total.__class__ is not Tensor or total.dim() or not total.requires_grad:
                 total, weight, metrics = _read(total, store)
             values = None
-            scaled = total if store.step.scale is None else total * store.step.scale
+            scale = store.step.scale
+            scaled = total if scale is None else total * scale
             if store.params and store.optim.create_graph:
                 found = torch.autograd.grad(scaled, store.params, create_graph=True, allow_unused=True)  # .grad with a graph would leak
                 values = [None if v is None else v.clone() for v in found]  # no views: optimizers detach them in place

@@ -204,10 +204,12 @@ class TrainState:
 
     def donated(self) -> Store:
         """The store, to be written over by the step that begins: from here on this state can no longer be read, whatever happens."""
-        store = self.live
+        store = self.store
+        if store.version != self.version:
+            store = self.live  # raises
         store.version += 1
         store.step.begin(self.progress)
-        store.free_gradients()
+        store.run.retained_grads = None  # free_gradients without the call: every step comes here
         return store
 
     def advanced(self, item: Any, updates: Mapping[str, int] | None = None, made: int = 1, skipped: int = 0) -> "TrainState":

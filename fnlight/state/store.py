@@ -63,7 +63,7 @@ class RunScope:
             `Store.end_run` takes all of them away.
         until: The completed steps at which the run ends at the latest, if that is known. Written by `fnlight.loop.stop_when`.
         retained_grads: On the CPU, gradients until the next step: freed before, their pages would go back to the system. Written by
-            `Store.clear_gradients` and `Store.free_gradients`.
+            `Store.clear_gradients`, and cleared by `Store.free_gradients` and `TrainState.donated`.
 
     Example:
         >>> RunScope().resources
@@ -205,8 +205,9 @@ class Store:
 
     def clear_gradients(self) -> None:
         """Take the gradients from the parameters; on the CPU their tensors are kept until the next step."""
-        self.run.retained_grads = [p.grad for p in self.params] if self.device.type == "cpu" else None
-        for p in self.params:
+        params = self.params
+        self.run.retained_grads = [p.grad for p in params] if self.device.type == "cpu" else None
+        for p in params:
             p.grad = None
 
     def free_gradients(self) -> None:

@@ -18,7 +18,7 @@ from fnlight.gradients import grad
 from fnlight.optim import set_lr, step_where, take_step, take_step_on_host
 from fnlight.pipe import Combinator, Pipe, Turn, batches_at, loss_of_all, pipe
 from fnlight.protocols import GradFn, Gradients
-from fnlight.state import A_STATE, Progress, Store, TrainState
+from fnlight.state import A_STATE, Progress, Store, TrainState, step_key
 from fnlight.tensors import fold_in, isolated
 from fnlight.triggers import Tick
 
@@ -67,13 +67,15 @@ class Update:
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
         """Take one step; the input state is donated."""
-        store, progress = state.live, state.progress
+        store, progress = state.store, state.progress
+        if store.version != state.version:
+            store = state.live  # raises
         item = batch if batch.__class__ is Item else Item.of(batch, state=state)
         if store.optim.scheduled:
             set_lr(store.optim, progress, state.history)
         state.donated()
         try:
-            metrics = self.kernel(store, item.batches, state.key)
+            metrics = self.kernel(store, item.batches, step_key(state.seed, progress))
         except NonFiniteError as error:
             error.add_note(f"at step {progress.step + 1}, in epoch {item.epoch}, up to its batch {item.batch}")
             raise
