@@ -6,8 +6,8 @@ from os import PathLike
 from typing import Any, Literal
 
 import attrs
-import torch
 
+from fnlight.compile._private_torch import compiled_call, set_compiled_call
 from fnlight.compile.graph import LEVELS, Graph, check_device
 from fnlight.data import Item, num_samples
 from fnlight.errors import ConfigError, SeamError, check_type
@@ -90,12 +90,12 @@ def _compiled_model(loss_fn: Any) -> Any:
 
     def compiled(model: Any, batch: Any) -> Any:
         if made.get("model") is not model:
-            made.update(model=model, call=torch.compile(model._call_impl))
-        model._compiled_call_impl = made["call"]
+            made.update(model=model, call=compiled_call(model))
+        set_compiled_call(model, made["call"])
         try:
             return loss_fn(model, batch)
         finally:
-            model._compiled_call_impl = None
+            set_compiled_call(model, None)
 
     return compiled
 

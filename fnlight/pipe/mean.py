@@ -3,13 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fnlight.errors import LoaderError
 from fnlight.metrics import join_metrics
 from fnlight.protocols import Gradients
-from fnlight.tensors import RANK, fold_in, local_parts
+from fnlight.tensors import RANK, fold_in, foreach_add_, foreach_div_, foreach_mul_, local_parts
 
 
 def batches_at(group: int | Mapping[int, int], epoch: int) -> int:
@@ -52,6 +51,7 @@ def mean_of_group(grad_fn: Any) -> Any:
 
     Example:
         >>> from types import SimpleNamespace
+        >>> import torch
         >>> def grad_fn(store, batch, key):
         ...     return Gradients([torch.tensor(batch)], torch.tensor(batch), 1.0, {})
         >>> mean_of_group(grad_fn)(SimpleNamespace(place=None), (2.0, 4.0), 0).values
@@ -94,6 +94,7 @@ def loss_of_all(store: Any, found: Gradients) -> Tensor:
 
     Example:
         >>> from types import SimpleNamespace
+        >>> import torch
         >>> loss_of_all(SimpleNamespace(place=None), Gradients([], torch.tensor(6.0), torch.tensor(3.0), {}))
         tensor(2.)
     """
@@ -134,7 +135,7 @@ def _add(a: Gradients, b: Gradients) -> Gradients:
             left.append(x)
             right.append(y)
     if left:
-        torch._foreach_add_(left, right)
+        foreach_add_(left, right)
     metrics = join_metrics(a.metrics, b.metrics)
     finite = a.finite if b.finite is None else b.finite if a.finite is None else a.finite & b.finite
     return Gradients(values, a.loss + b.loss, a.weight + b.weight, metrics, finite)
@@ -143,7 +144,7 @@ def _add(a: Gradients, b: Gradients) -> Gradients:
 def _divide(found: Gradients, weight: Any) -> Gradients:
     held = [v for v in found.values if v is not None]
     if isinstance(weight, Tensor):  # parts, since a number on the device cannot be on each of several meshes
-        torch._foreach_mul_(local_parts(held), 1.0 / weight.to(held[0].device)) if held else None
+        foreach_mul_(local_parts(held), 1.0 / weight.to(held[0].device)) if held else None
     elif held:
-        torch._foreach_div_(held, weight)
+        foreach_div_(held, weight)
     return found

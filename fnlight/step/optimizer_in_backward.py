@@ -13,7 +13,7 @@ from fnlight.optim import by_itself, take_step, take_step_on_host
 from fnlight.pipe import Around, Combinator
 from fnlight.state import Store, TrainState
 from fnlight.step.update import Update
-from fnlight.tensors import fold_in
+from fnlight.tensors import fold_in, foreach_div_, foreach_mul_
 
 _WHY = "each parameter is updated as soon as its gradient is there, so nothing can look at all gradients, or at more than one batch"
 
@@ -107,7 +107,7 @@ def _update(store: Store, group: dict[str, Any] | None, weight: list[Any], p: Te
         return
     if weight:
         held = weight[0]
-        torch._foreach_mul_([found], 1.0 / held.to(found.device)) if isinstance(held, Tensor) else torch._foreach_div_([found], held)
+        foreach_mul_([found], 1.0 / held.to(found.device)) if isinstance(held, Tensor) else foreach_div_([found], held)
     groups = optimizer.param_groups
     p.grad, optimizer.param_groups = found, [{**group, "params": [p]}]
     try:
