@@ -5,10 +5,10 @@ missing, it raises `UntraceableError`, and the step is taken at the next lower l
 (tests/compile/test_private_torch.py); torch 2.9.0 and 2.13.0 have all of them.
 """
 
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,9 +22,8 @@ Operation: Any = type(torch.ops.aten.detach.default)
 
 def find(path: str) -> Any:
     """A private name of torch, such as ``"torch._inductor.ir:TensorBox.create"``; the module is imported."""
-    module, _, names = path.partition(":")
     try:
-        return attrgetter(names)(import_module(module))
+        return pkgutil.resolve_name(path)
     except (ImportError, AttributeError) as error:
         raise UntraceableError(
             f"torch {torch.__version__} has no {path.replace(':', '.')}, which compiled steps of fnlight need"

@@ -1,4 +1,9 @@
-"""Products of matrices on a CPU: large ones by the library that has the faster ones there, biases of small ones by the loops around them."""
+"""Matrix products on a CPU: large ones by the faster library, and the biases of small ones by the next loop.
+
+With the second, a compiled step of an MLP 32-64-10 takes 0.89 of the time (torch 2.13.0, Intel; ``python tests/benchmarks/kept.py bias``). With
+the first, one of a small GPT takes 0.93 on an AMD EPYC with AVX-512; on Intel it would take 1.21, so it is not used there (``kept.py onednn``). Below a
+gain of 2 % either is to be deleted.
+"""
 
 from pathlib import Path
 

@@ -1,8 +1,11 @@
-"""The step of torch's fused optimizers, without what torch finds out anew at every step.
+"""The step of torch's fused optimizers, without the work that torch repeats in every step.
 
-Before it computes, ``optimizer.step()`` walks over all parameters for their gradients and memory and sorts them by device and type, which
-takes a small model longer than the update itself. Here that walk is made once and then only checked: the kernels are torch's own, they
-get the very tensors of ``optimizer.state``, and options are read from the groups at every step. Whatever does not fit is left to torch.
+Before it computes, ``optimizer.step()`` collects the gradients and the state of all parameters and sorts them by device and type, which
+takes longer than the update of a small model. Here that is done once and then only checked: the kernels are torch's own, they get the
+tensors of ``optimizer.state``, and options are read from the groups in every step. If something does not fit, torch takes the step.
+
+With it, a training step takes 0.85 of the time on an MLP 32-64-10, 0.88 with 100 small tensors, and 0.95 with 1.9 million parameters in 6
+tensors (torch 2.13.0, CPU; ``python tests/benchmarks/kept.py fused``). Below a gain of 2 % this module is to be deleted.
 """
 
 from collections.abc import Callable, Mapping
