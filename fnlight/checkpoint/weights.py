@@ -149,12 +149,12 @@ def place_weights(module: nn.Module, found: Mapping[str, Tensor], path: str, con
             put(module, name, found[name], lent)
     differ = {name: (_say(found[name]), _say(wanted[name])) for name in fits if describe(found[name]) != describe(wanted[name])}
     return LoadReport(
-        path,
-        tuple(name for name, good in fits.items() if good),
-        {name: _say(tensor) for name, tensor in wanted.items() if name not in found},
-        {name: _say(tensor) for name, tensor in found.items() if name not in wanted},
-        {name: both for name, both in differ.items() if not fits[name]},
-        {name: both for name, both in differ.items() if fits[name]},
+        path=path,
+        loaded=tuple(name for name, good in fits.items() if good),
+        missing={name: _say(tensor) for name, tensor in wanted.items() if name not in found},
+        unexpected={name: _say(tensor) for name, tensor in found.items() if name not in wanted},
+        mismatched={name: both for name, both in differ.items() if not fits[name]},
+        converted={name: both for name, both in differ.items() if fits[name]},
     )
 
 

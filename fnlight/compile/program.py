@@ -67,11 +67,11 @@ class Program:
 
     def _given(self, bound: Bound, ahead: Sequence[Progress]) -> list[Tensor]:
         store, found = bound.store, list[Tensor]()
-        before = store.progress
+        before = store.step.progress
         for update, fns in enumerate(self._numbers):
-            store.progress = ahead[update] if ahead else before
+            store.step.progress = ahead[update] if ahead else before
             found += [bound.number((update, "number", i), float(fn(store))) for i, fn in enumerate(fns)]
-        store.progress = before
+        store.step.progress = before
         return found
 
     def __call__(

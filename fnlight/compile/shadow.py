@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from fnlight.errors import FnlightError
-from fnlight.state import Store, hooked
+from fnlight.state import StepScratch, Store, hooked
 from fnlight.tensors import buffers_of, has_step_hooks, is_lazy, leaves, map_tensors, parameters_of
 
 
@@ -110,7 +110,8 @@ def shadow(store: Store, reads: Sequence[str], new: Mapping[int, Tensor], rates:
     twin.named = {name: new[id(p)] for name, p in store.named.items()}  # pyright: ignore[reportAttributeAccessIssue]  # tensors stand in
     twin.params = [new[id(p)] for p in store.params]  # pyright: ignore[reportAttributeAccessIssue]  # as above
     twin.memory = _Memory({name: _replaced(store.memory[name], new) for name in reads})
-    twin.progress = _Hidden()  # pyright: ignore[reportAttributeAccessIssue]  # as above
+    twin.step = StepScratch()
+    twin.step.progress = _Hidden()  # pyright: ignore[reportAttributeAccessIssue]  # as above
     if store.optim.optimizer is not None:
         twin.optim = copy.copy(store.optim)
         object.__setattr__(twin.optim, "bound", None)

@@ -245,7 +245,7 @@ def _run(call: Call, tensors: list[Tensor], hosts: list[Recorder], lowers: bool)
     found: list[Mapping[str, Any]] = []
     with swapped(call.store.module, new):
         for number, (batches, lrs) in enumerate(zip(updates, rates, strict=True)):
-            found.append(_update(call, new, _given(call, lrs), batches, number, hosts[number]))
+            found.append(_update(call, new, _given(call, lrs), batches=batches, number=number, host=hosts[number]))
     return found
 
 
@@ -257,8 +257,8 @@ def _given(call: Call, rates: Sequence[Any]) -> list[Any]:
 
 
 def _update(call: Call, new: Mapping[int, Tensor], lrs: Sequence[Any], batches: Any, number: int, host: Any) -> Mapping[str, Any]:
-    before, after = (shadow(call.store, call.reads, new, lrs, call.options) for _ in range(2))
-    after.seed, after.host = _seeding(number, call.store.device), host
+    before, after = (shadow(call.store, call.reads, new, rates=lrs, options=call.options) for _ in range(2))
+    after.seeder, after.host = _seeding(number, call.store.device), host
     twin = twin_of(after.optim.optimizer) if call.options else None
     if twin is not None:
         after.optim.optimizer.step = partial(twin, after.optim.optimizer)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fnlight.errors import ConfigError, check_type
 from fnlight.pipe import Combinator
-from fnlight.protocols import Gradients
+from fnlight.protocols import GradFn, Gradients, StoreView
 from fnlight.state import Store
 from fnlight.tensors import foreach_clamp_max_, foreach_clamp_min_, foreach_div_, foreach_mul_, foreach_norm, local_parts
 
@@ -36,9 +36,9 @@ def clip_norm(max_norm: float) -> Combinator:
     """
     _positive("clip_norm", max_norm)
 
-    def wrap(grad_fn: Any) -> Any:
-        def clipped(store: Store, batches: Any, key: int) -> Gradients:
-            found: Gradients = grad_fn(store, batches, key)
+    def wrap(grad_fn: GradFn) -> GradFn:
+        def clipped(store: StoreView, batches: Any, key: int) -> Gradients:
+            found = grad_fn(store, batches, key)
             held = [v for v in found.values if v is not None]
             norm = _joint_norm(store, held)
             if held:
@@ -69,9 +69,9 @@ def clip_value(max_value: float) -> Combinator:
     """
     _positive("clip_value", max_value)
 
-    def wrap(grad_fn: Any) -> Any:
-        def clipped(store: Store, batches: Any, key: int) -> Gradients:
-            found: Gradients = grad_fn(store, batches, key)
+    def wrap(grad_fn: GradFn) -> GradFn:
+        def clipped(store: StoreView, batches: Any, key: int) -> Gradients:
+            found = grad_fn(store, batches, key)
             held = [v for v in found.values if v is not None]
             if held:
                 held = local_parts(held)
@@ -84,7 +84,7 @@ def clip_value(max_value: float) -> Combinator:
     return Combinator("clip_value", wrap, "grad", "grad", args=str(max_value))
 
 
-def _joint_norm(store: Store, held: list[Tensor]) -> Tensor:
+def _joint_norm(store: StoreView, held: list[Tensor]) -> Tensor:
     if not held and store.place is None:
         return torch.zeros((), device=store.device)  # torch's own would be on the CPU
     return torch.nn.utils.get_total_norm(held) if store.place is None else store.place.norm(held)
@@ -113,7 +113,7 @@ def clip_each(max_norm: float) -> Combinator:
     """
     _positive("clip_each", max_norm)
 
-    def clip(store: Store, values: Sequence[Tensor | None]) -> None:
+    def clip(store: StoreView, values: Sequence[Tensor | None]) -> None:
         held = [v for v in values if v is not None]
         if held:
             norms = _norms(held) if store.place is None else [store.place.norms(held)]
@@ -160,7 +160,7 @@ def clip_adaptive(clipping: float = 0.01, eps: float = 1e-3, exclude: Sequence[s
     if isinstance(exclude, str):
         raise ConfigError(f"clip_adaptive(exclude=...) must be a list of patterns, but got the string {exclude!r}; write [{exclude!r}]")
 
-    def clip(store: Store, values: Sequence[Tensor | None]) -> None:
+    def clip(store: StoreView, values: Sequence[Tensor | None]) -> None:
         names = [name for name, p in store.named.items() if p.requires_grad]
         both = [
             (p.detach(), v)
@@ -219,9 +219,9 @@ def clip_quantile(quantile: float = 0.1, window: int = 1000) -> Combinator:
         seen = torch.zeros(1, dtype=torch.int64, device=store.device)
         return {"norms": torch.full((window,), torch.nan, device=store.device), "seen": seen}
 
-    def wrap(grad_fn: Any) -> Any:
-        def clipped(store: Store, batches: Any, key: int) -> Gradients:
-            found: Gradients = grad_fn(store, batches, key)
+    def wrap(grad_fn: GradFn) -> GradFn:
+        def clipped(store: StoreView, batches: Any, key: int) -> Gradients:
+            found = grad_fn(store, batches, key)
             held, tree = [v for v in found.values if v is not None], store.memory["clip_quantile"]
             norm = _joint_norm(store, held)
             if isinstance(tree["seen"], int):  # of a state that was saved when the count was a number
@@ -240,12 +240,12 @@ def clip_quantile(quantile: float = 0.1, window: int = 1000) -> Combinator:
     return Combinator("clip_quantile", wrap, "grad", "grad", args=f"{quantile}, window={window}", init=init)
 
 
-def _changed(change: Callable[[Store, Sequence[Tensor | None]], None]) -> Callable[[Any], Any]:
+def _changed(change: Callable[[StoreView, Sequence[Tensor | None]], None]) -> Callable[[GradFn], GradFn]:
     """What wraps a `GradFn` into one whose gradients are changed in place."""
 
-    def wrap(grad_fn: Any) -> Any:
-        def changed(store: Store, batches: Any, key: int) -> Gradients:
-            found: Gradients = grad_fn(store, batches, key)
+    def wrap(grad_fn: GradFn) -> GradFn:
+        def changed(store: StoreView, batches: Any, key: int) -> Gradients:
+            found = grad_fn(store, batches, key)
             change(store, found.values)
             return found
 

@@ -4,12 +4,12 @@ A frozen parameter gets no gradient, so its optimizer passes it over: it has no 
 What is frozen at a step is a function of the completed epochs; before and after a step every parameter is as the task made it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from typing import Any
 
+import attrs
 from torch import nn
 
 from fnlight.errors import ConfigError, OptimizerError
@@ -17,17 +17,15 @@ from fnlight.optim import matches, meant
 from fnlight.pipe import Combinator
 from fnlight.state import Store, TrainState
 
-Rows = list[tuple[int | None, tuple[str, ...]]]
-"""The epoch from which on parameters are trained, None for never, and their names."""
 
-
-def freeze(*patterns: str, eval_mode: bool = False) -> Combinator:
+def freeze(*patterns: str, eval_mode: bool = False, name: str = "freeze") -> Combinator:
     """Do not train the parameters of some names.
 
     Args:
         *patterns: Beginnings of names in whole parts, which may hold ``*``: ``"backbone"``, ``"layers.*.norm"``.
         eval_mode: True also keeps the modules of these names in eval mode while training: BatchNorm uses its statistics and leaves them
             alone, dropout is off.
+        name: Its own name in a pipe, where it occurs twice.
 
     Returns:
         A combinator from `Step` to `Step`.
@@ -41,10 +39,10 @@ def freeze(*patterns: str, eval_mode: bool = False) -> Combinator:
     """
     if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
         raise ConfigError(f"freeze takes patterns of names, as in freeze('backbone'), but got {patterns!r}")
-    return _freezing("freeze", dict.fromkeys(patterns), eval_mode, ", ".join(map(repr, patterns)))
+    return _freezing("freeze", name, dict.fromkeys(patterns), eval_mode=eval_mode, label=", ".join(map(repr, patterns)))
 
 
-def unfreeze_at(epochs: Mapping[str, int], eval_mode: bool = False) -> Combinator:
+def unfreeze_at(epochs: Mapping[str, int], eval_mode: bool = False, *, name: str = "unfreeze_at") -> Combinator:
     """Train the parameters of some names only from an epoch on: gradual unfreezing.
 
     The optimizer holds them from the beginning, with the learning rate of their group, and its memory of them begins when they do. A schedule
@@ -54,6 +52,7 @@ def unfreeze_at(epochs: Mapping[str, int], eval_mode: bool = False) -> Combinato
     Args:
         epochs: Patterns, as those of `freeze`, to the number of completed epochs from which on they are trained.
         eval_mode: True also keeps the modules of these names in eval mode until then.
+        name: Its own name in a pipe, where it occurs twice.
 
     Returns:
         A combinator from `Step` to `Step`.
@@ -76,18 +75,33 @@ def unfreeze_at(epochs: Mapping[str, int], eval_mode: bool = False) -> Combinato
             raise ConfigError(
                 f"unfreeze_at({{{pattern!r}: ...}}) must be completed epochs, a whole number of at least 0, but got {epoch!r}"
             )
-    return _freezing("unfreeze_at", epochs, eval_mode, repr(dict(epochs)))
+    return _freezing("unfreeze_at", name, epochs, eval_mode=eval_mode, label=repr(dict(epochs)))
 
 
-def _freezing(name: str, until: Mapping[str, int | None], eval_mode: bool, label: str) -> Combinator:
-    @lru_cache(maxsize=1)
-    def rows(names: tuple[str, ...]) -> Rows:
-        return [(epoch, tuple(n for n in names if matches(n, pattern))) for pattern, epoch in until.items()]
+@attrs.frozen(eq=False, repr=False)
+class _Rows:
+    """Which parameters patterns mean in the model of a store, with the epoch from which on they are trained, None for never."""
 
+    rows: Sequence[tuple[int | None, tuple[str, ...]]]
+
+    def close(self, error: BaseException | None) -> None:
+        """Nothing is open."""
+
+
+def _rows(store: Store, key: str, until: Mapping[str, int | None]) -> Sequence[tuple[int | None, tuple[str, ...]]]:
+    """What the patterns mean, looked up once in a run."""
+    found = store.run.resources.get(key)
+    if found is None:
+        rows = [(epoch, tuple(n for n in store.named if matches(n, pattern))) for pattern, epoch in until.items()]
+        found = store.run.resources[key] = _Rows(rows)
+    return found.rows
+
+
+def _freezing(who: str, key: str, until: Mapping[str, int | None], *, eval_mode: bool, label: str) -> Combinator:
     def wrap(step: Any) -> Any:
         def freezing(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
             store, epoch = state.store, state.progress.epoch
-            cold = [n for start, names in rows(tuple(store.named)) if start is None or epoch < start for n in names]
+            cold = [n for start, names in _rows(store, key, until) if start is None or epoch < start for n in names]
             if not cold:
                 return step(state, batch)
             still = [pattern for pattern, start in until.items() if start is None or epoch < start] if eval_mode else []
@@ -97,10 +111,12 @@ def _freezing(name: str, until: Mapping[str, int | None], eval_mode: bool, label
         return freezing
 
     def start(state: TrainState) -> TrainState:
-        _check(state, name, until)
+        _check(state, who, until)
+        state.store.run.resources.pop(key, None)
         return state
 
-    return Combinator(name, wrap, "step", "step", args=label + (", eval_mode=True" if eval_mode else ""), phase="update", start=start)
+    label += (", eval_mode=True" if eval_mode else "") + ("" if key == who else f", name={key!r}")
+    return Combinator(who, wrap, "step", "step", args=label, key=key, phase="update", start=start)
 
 
 def _check(state: TrainState, name: str, until: Mapping[str, int | None]) -> None:

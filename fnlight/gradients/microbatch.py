@@ -11,8 +11,7 @@ from torch import nn
 from fnlight.data import Part, cut, num_samples
 from fnlight.errors import ConfigError, FaultWarning, ParallelError, warn
 from fnlight.pipe import Combinator
-from fnlight.protocols import Gradients
-from fnlight.state import Store
+from fnlight.protocols import GradFn, Gradients, StoreView
 from fnlight.tensors import BATCH_NORMS, buffers_of
 
 _SAYS_SO = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "RESOURCE_EXHAUSTED")
@@ -50,8 +49,8 @@ def microbatch(size: int | str) -> Combinator:
     if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
         raise ConfigError(f'microbatch must be a number of samples >= 1 or "auto", but got {size!r}')
 
-    def wrap(grad_fn: Any) -> Any:
-        def parted(store: Store, batches: Sequence[Any], key: int) -> Gradients:
+    def wrap(grad_fn: GradFn) -> GradFn:
+        def parted(store: StoreView, batches: Sequence[Any], key: int) -> Gradients:
             return grad_fn(store, _parts(batches, size, _together(store)), key)
 
         return parted if size != "auto" else _fitting(grad_fn)
@@ -60,10 +59,10 @@ def microbatch(size: int | str) -> Combinator:
     return Combinator("microbatch", wrap, "grad", "grad", args=repr(size), init=init)
 
 
-def _fitting(grad_fn: Any) -> Any:
+def _fitting(grad_fn: GradFn) -> GradFn:
     """A gradient function that halves the parts until they fit."""
 
-    def fitting(store: Store, batches: Sequence[Any], key: int) -> Gradients:
+    def fitting(store: StoreView, batches: Sequence[Any], key: int) -> Gradients:
         store.host.refuse("microbatch('auto') repeats a step that runs out of memory, so Python must be there; give it a size")
         tree, buffers = store.memory["microbatch"], _buffers(store.module)
         while True:
@@ -77,7 +76,7 @@ def _fitting(grad_fn: Any) -> Any:
     return fitting
 
 
-def _attempt(grad_fn: Any, store: Store, parts: Sequence[Any], key: int) -> tuple[Any, int | None]:
+def _attempt(grad_fn: GradFn, store: StoreView, parts: Sequence[Any], key: int) -> tuple[Any, int | None]:
     """The gradients, and None; or the size of parts to try again with, the smallest that any rank wants."""
     place, agreed = store.place, list[int]()
 
@@ -99,7 +98,7 @@ def _attempt(grad_fn: Any, store: Store, parts: Sequence[Any], key: int) -> tupl
     return None, smaller if place is None else place.smallest(smaller, store.device)
 
 
-def _apart(place: Any, store: Store, done: Callable[[], bool]) -> Any:
+def _apart(place: Any, store: StoreView, done: Callable[[], bool]) -> Any:
     found = place.apart(store, done)
     if found is None:
         raise ParallelError(
@@ -109,7 +108,7 @@ def _apart(place: Any, store: Store, done: Callable[[], bool]) -> Any:
     return found
 
 
-def _together(store: Store) -> int:
+def _together(store: StoreView) -> int:
     """How many ranks must make as many forward passes as each other; 0 where each goes its way."""
     return store.place.world.size if store.place is not None and store.place.lockstep else 0
 
@@ -157,7 +156,7 @@ def _buffers(module: nn.Module) -> list[tuple[nn.Module, str, Any, Any]]:
     return [(m, name, b, None if b is None else b.clone()) for m, name, b in owned]
 
 
-def _undo(store: Store, buffers: list[tuple[nn.Module, str, Any, Any]]) -> None:
+def _undo(store: StoreView, buffers: list[tuple[nn.Module, str, Any, Any]]) -> None:
     """Forget an attempt: its gradients, what it wrote into buffers, and the memory that it holds."""
     for p in store.params:
         p.grad = None
@@ -167,7 +166,8 @@ def _undo(store: Store, buffers: list[tuple[nn.Module, str, Any, Any]]) -> None:
     gc.collect()
     if store.device.type != "cpu":
         empty: Callable[[], None] | None = getattr(torch.get_device_module(store.device), "empty_cache", None)
-        empty() if empty is not None else None
+        if empty is not None:
+            empty()
 
 
 def _split(module: nn.Module, before: int | None, size: int) -> str:

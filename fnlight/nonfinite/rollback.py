@@ -109,7 +109,7 @@ def _trouble(state: TrainState, place: _Place | None) -> str | None:
 
 def _back(state: TrainState, dir: str, trouble: str, most: int) -> TrainState:
     now, store = state.progress, state.store
-    for held in store.resources.values():
+    for held in store.run.resources.values():
         if isinstance(held, Saver):
             held.settle()
     found = _first(store.place, newest(dir) if store.place is None or store.place.writes else None)
@@ -129,7 +129,7 @@ def _back(state: TrainState, dir: str, trouble: str, most: int) -> TrainState:
             f"{trouble}; it is the {row}. time in a row after checkpoint {found}, and max_consecutive={most}; look into the data from there on, "
             "lower the learning rate, or clip"
         )
-    store.back = after.version
+    store.step.back = after.version
     store.memory["rollback"] = {**no_losses(), "to": to, "row": row, "total": counts["total"] + 1}
     if store.owner is not None:
         store.owner.adopt(after)

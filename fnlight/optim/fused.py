@@ -131,7 +131,7 @@ class Bound:
                 return None
             found_inf = None if broken is None else broken.to(group.device, non_blocking=True)
             try:
-                call = self.kernel(group, params, grads, slots, found_inf)
+                call = self.kernel(group, params, grads, slots=slots, found_inf=found_inf)
             except KeyError:  # a parameter that gets its first gradient has no memory yet
                 call = None
             if call is None:
@@ -168,8 +168,26 @@ def bind(optimizer: Optimizer) -> Bound | None:
         if device.type not in ("cpu", "cuda") or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return None
         slots = tuple([optimizer.state.get(p, {}) for p in params])
-        groups.append(Group(options, params, tuple(params), tuple(local_parts(params)), slots, device, torch.ones((), device="cpu")))
-    return Bound(optimizer, type(optimizer), step, optimizer.state, list(optimizer.state.values()), tuple(groups), kernel)
+        groups.append(
+            Group(
+                options=options,
+                given=params,
+                params=tuple(params),
+                parts=tuple(local_parts(params)),
+                slots=slots,
+                device=device,
+                one=torch.ones((), device="cpu"),
+            )
+        )
+    return Bound(
+        optimizer=optimizer,
+        kind=type(optimizer),
+        step=step,
+        state=optimizer.state,
+        trees=list(optimizer.state.values()),
+        groups=tuple(groups),
+        kernel=kernel,
+    )
 
 
 def _local(tree: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -231,7 +249,7 @@ def _adam(group: Group, params: Any, grads: list[Any], slots: Any, found_inf: Te
     def call() -> None:
         group.count(steps, found_inf)
         kernel(
-            params, grads, firsts, seconds, largest, steps, lr=options["lr"], beta1=beta1, beta2=beta2, eps=options["eps"],
+            params, grads, firsts, exp_avg_sqs=seconds, max_exp_avg_sqs=largest, state_steps=steps, lr=options["lr"], beta1=beta1, beta2=beta2, eps=options["eps"],
             weight_decay=options["weight_decay"], amsgrad=options["amsgrad"], maximize=options["maximize"], found_inf=found_inf,
         )  # fmt: skip
 

@@ -78,7 +78,7 @@ def param_groups(model: nn.Module, *rules: GroupRule | Mapping[str, Options], **
                 left_out[name] = named[name]
                 del held[name]
                 continue
-            held[name] |= {key: _value(key, value, held[name], name, rule) for key, value in given.items()}
+            held[name] |= {key: _value(key, value, held[name], name=name, rule=rule) for key, value in given.items()}
             labels[name] += [label] if label else []
     if not held:
         raise OptimizerError(f"nothing is left to train: {', '.join(map(repr, rules)) or 'no rule'} leaves no trainable parameter")

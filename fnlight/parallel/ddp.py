@@ -182,11 +182,9 @@ class Replicated:
             raise StepError(_unused(store, found))
         return found
 
-    def mean_weight(self, weight: Any) -> Any:
-        """The mean over ranks of a weight."""
-        if weight.__class__ is float:
-            return weight
-        return self.world.mean(weight)[0]
+    def mean_weight(self, found: Gradients) -> Any:
+        """The mean over ranks of the weight."""
+        return found.weight if found.plain else self.world.mean(found.weight)[0]
 
     def norm(self, values: list[Tensor]) -> Tensor:
         """The joint 2-norm."""

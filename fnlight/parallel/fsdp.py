@@ -36,9 +36,8 @@ def fsdp(
     The model is cut first, and its optimizer is built of the parts; so gradients, optimizer memory and averages of weights are parts, too.
 
     Args:
-        mesh: Which ranks share what: a ``DeviceMesh``, or names to sizes such as ``{"data": 4}`` or ``{"data": 2, "tensor": 2}``; None takes
-            all ranks as one row. Of two data dimensions the first replicates, as in `hsdp`. The dimension called ``tensor`` is for
-            `tensor_parallel`.
+        mesh: Which ranks share what: a ``DeviceMesh``, or names to sizes such as ``{"data": 2, "tensor": 2}``; None takes all ranks as one
+            row. Of two data dimensions the first replicates, as in `hsdp`. The dimension ``tensor`` is for `tensor_parallel`.
         policy: Which modules come together on their own, the rest as one: classes, or a function of name and module; None takes the blocks in
             each ``nn.ModuleList``.
         mixed_precision: The dtype of what is computed and sent, ``"bf16"`` or ``"fp16"``, with gradients summed in fp32; or a
@@ -64,7 +63,8 @@ def fsdp(
         Zhao et al., "PyTorch FSDP: experiences on scaling fully sharded data parallel" (2023).
     """
     check_type("fsdp(methods=...)", methods, Iterable, "names of methods")
-    return Sharded(mesh, policy, mixed_precision, offload, reshard, tensor_parallel, tuple(methods), broadcast_buffers)
+    more = {"tensor_parallel": tensor_parallel, "methods": tuple(methods), "broadcast_buffers": broadcast_buffers}
+    return Sharded(mesh, policy, mixed_precision, offload, reshard=reshard, **more)
 
 
 def hsdp(mesh: MeshLike = None, **options: Any) -> "Sharded":
@@ -275,11 +275,11 @@ class Sharded:
         """After a group: every rank has its part of all gradients."""
         return found
 
-    def mean_weight(self, weight: Any) -> Any:
-        """The mean over ranks of a weight."""
-        if weight.__class__ is float:
-            return weight
-        mean = torch.as_tensor(weight).detach().float().clone()
+    def mean_weight(self, found: Gradients) -> Any:
+        """The mean over ranks of the weight."""
+        if found.plain:
+            return found.weight
+        mean = torch.as_tensor(found.weight).detach().float().clone()
         distributed.all_reduce(mean, group=self.world.group)
         return mean / self.world.size
 

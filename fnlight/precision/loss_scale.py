@@ -10,7 +10,7 @@ from fnlight.errors import ConfigError, NonFiniteError
 from fnlight.metrics import Last, Sum, uncounted
 from fnlight.optim import buffers_before
 from fnlight.pipe import Combinator
-from fnlight.protocols import Gradients
+from fnlight.protocols import GradFn, Gradients, StoreView
 from fnlight.state import Store, TrainState
 from fnlight.tensors import local_parts, stored_values, unscale_, update_scale_
 
@@ -46,26 +46,26 @@ def loss_scale(
     References:
         Micikevicius et al., "Mixed precision training" (2018).
     """
-    _check(init, growth, backoff, interval, max_consecutive)
+    _check(init, growth, backoff, interval=interval, max_consecutive=max_consecutive)
 
     def init_tree(store: Store) -> dict[str, Any]:
         scale = torch.full((), init, dtype=torch.float32, device=store.device)
         return {"scale": scale, "good": torch.zeros((), dtype=torch.int32, device=store.device), "consecutive": 0, "buffers": None}
 
-    def wrap(grad_fn: Any) -> Any:
-        def scaled(store: Store, batches: Any, key: int) -> Gradients:
+    def wrap(grad_fn: GradFn) -> GradFn:
+        def scaled(store: StoreView, batches: Any, key: int) -> Gradients:
             store.host.refuse("loss_scale must know after every step whether it counts, which a graph does not say")
             tree, buffers = store.memory["loss_scale"], buffers_before(store.module, store.memory["loss_scale"]["buffers"])
             used = tree["scale"].clone()
-            store.scale = used
+            store.step.scale = used
             try:
-                found: Gradients = grad_fn(store, batches, key)
+                found = grad_fn(store, batches, key)
             finally:
-                store.scale = None
+                store.step.scale = None
             bad = unscale(local_parts(v for v in found.values if v is not None), used)
             if store.place is not None:
                 bad = store.place.anywhere(bad)
-            update_scale_(tree["scale"], tree["good"], bad, growth, backoff, interval)
+            update_scale_(tree["scale"], tree["good"], bad, growth, scale_backoff_factor=backoff, growth_interval=interval)
             if tree["buffers"] is None:
                 tree["buffers"] = buffers.changing()
             skipped = bool(bad)
@@ -139,7 +139,7 @@ def _check_weights(state: TrainState) -> TrainState:
 
 
 def _misplaced(combinators: tuple[Combinator, ...]) -> str | None:
-    if not any(c.name == "autocast" and c.args == "fp16" for c in combinators):
+    if not any(c.name == "autocast" and c.facts.get("dtype") == torch.float16 for c in combinators):
         return (
             "loss_scale is for fp16, but this step computes in another precision, whose small gradients do not vanish; "
             "put autocast(torch.float16) in front of grad(), or leave loss_scale out"

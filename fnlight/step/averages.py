@@ -96,7 +96,7 @@ def ema(decay: Decay, name: str = "ema", *, every: Callable[[Tick], bool] = step
     due, always = condition(every, "ema(every=...)"), every == steps(1)
 
     def rest(decay: Callable[[int], float], live: Store) -> float:
-        return 1 - decay(live.progress.step + 1)
+        return 1 - decay(live.step.progress.step + 1)
 
     def average(store: Store) -> None:
         share = store.host.number(store, partial(rest, decay)) if callable(decay) else 1 - decay
@@ -117,7 +117,7 @@ def ema(decay: Decay, name: str = "ema", *, every: Callable[[Tick], bool] = step
         return averaging
 
     label = f"{decay}" + ("" if name == "ema" else f", {name!r}") + ("" if always else f", every={every}")
-    return Combinator("ema", wrap, "step", "step", args=label, key=name, init=_floating, phase="update")
+    return Combinator("ema", wrap, "step", "step", args=label, key=name, facts={"every": every}, init=_floating, phase="update")
 
 
 def swa(start: int, every: Callable[[Tick], bool] = epochs(1), name: str = "swa") -> Combinator:
@@ -265,7 +265,7 @@ def refresh_batch_norm(
     with isolated(state.device), inference(store, weights) as module:
         for m, training in modes:
             m.training = training
-        _measure(state, module, norms, fn, Source(loader, limit=limit, device=state.device))
+        _measure(state, module, norms, fn=fn, source=Source(loader, limit=limit, device=state.device))
         measured = {f"{n}.{b}".lstrip("."): value.clone() for n, m in norms.items() for b, value in m.named_buffers(recurse=False)}
     for name, buffer in store.module.named_buffers():
         buffer.copy_(before[name] if weights is not None else measured.get(name, before[name]))

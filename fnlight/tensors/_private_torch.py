@@ -99,11 +99,13 @@ def unscale_(tensors: Sequence[Tensor], bad: Tensor, inverse: Tensor) -> None:
 
 
 @_private(torch, "_amp_update_scale_")
-def update_scale_(scale: Tensor, good: Tensor, bad: Tensor, growth: float, backoff: float, interval: int) -> None:
+def update_scale_(
+    scale: Tensor, good: Tensor, bad: Tensor, scale_growth_factor: float, scale_backoff_factor: float, growth_interval: int
+) -> None:
     """Lower a loss scale after a bad step, and raise it after so many good ones; `good` counts them."""
-    count, grown = torch.where(bad > 0, 0, good + 1), scale * growth
-    due = count == interval
-    scale.copy_(torch.where(bad > 0, scale * backoff, torch.where(due & torch.isfinite(grown), grown, scale)))
+    count, grown = torch.where(bad > 0, 0, good + 1), scale * scale_growth_factor
+    due = count == growth_interval
+    scale.copy_(torch.where(bad > 0, scale * scale_backoff_factor, torch.where(due & torch.isfinite(grown), grown, scale)))
     good.copy_(torch.where(due, 0, count))
 
 

@@ -1,4 +1,4 @@
-"""The law of ranks: 1, 2 and 4 of them, with the same global batch, have the same trajectory and exactly the same counts."""
+"""Law 4: 1, 2 and 4 ranks with the same global batch have the same trajectory and exactly the same counts."""
 
 import json
 

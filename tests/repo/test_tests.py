@@ -1,6 +1,7 @@
 """Tests of the tests: each states its law, can fail, and checks what an error says."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,18 @@ def test_every_test_states_its_law(path: Path) -> None:
     """Every test has a docstring: one sentence that says what holds."""
     wrong = [f"{place(path, t)}: {t.name}" for t in _tests(path) if not (ast.get_docstring(t) or "").rstrip().endswith((".", "?", "!"))]
     assert not wrong, lacking(wrong, "say in one sentence what holds:")
+
+
+def test_the_laws_have_the_numbers_of_the_page_on_the_design() -> None:
+    """Each law of docs/design.md is the subject of one file, whose first line says its number, and whose name says which law it is."""
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").split("## Laws")[1].split("\n## ")[0]
+    laws = {int(number): name.lower() for number, name in re.findall(r"^(\d+)\. \*\*([^*]+)\.\*\*", page, re.M)}
+    claimed: dict[int, str] = {}
+    for path in FILES:
+        first = re.match(r"Laws? ([\d, and]+):", ast.get_docstring(tree(path)) or "")
+        claimed |= {int(number): path.name for number in re.findall(r"\d+", first[1])} if first else {}
+    files = {name: f"test_{name}.py" for name in laws.values()} | {"ranks": "test_law.py", "round trip": "test_resume.py"}
+    assert claimed == {number: files[name] for number, name in laws.items()}
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.name.startswith("test_")], ids=_name)

@@ -11,7 +11,7 @@ from fnlight.state import Progress, Store
 def test_a_number_is_that_of_the_step_that_is_under_way() -> None:
     """It is computed from the live store, at once."""
     store = Store(nn.Linear(1, 1), Optim(None), {})
-    store.progress = Progress(step=4)
+    store.step.begin(Progress(step=4))
     assert store.host.number(store, lambda live: 0.5 * live.progress.step) == 2.0
 
 

@@ -52,6 +52,7 @@ from fnlight.errors import (
     TaskCheckError,
 )
 from fnlight.metrics import Tally
+from fnlight.pipe import Combinator
 from fnlight.testing import RecordingSink, assert_trees_equal, check_task, tiny_batches
 from tests.laws.tasks import TASKS, Adversaries, deceive, tell_apart, two_optimizers
 
@@ -161,6 +162,23 @@ def test_a_phase_has_combinators_of_its_own():
     assert str(by_pipes) == str(by_phases)
     a, b = (stepped(step, TrainState.create(task_of()), 3)[0] for step in (by_pipes, by_phases))
     assert_trees_equal(a.params, b.params)
+
+
+def test_what_a_phase_holds_open_is_closed_with_the_run():
+    """The phases have the run of the whole step: what a combinator of one of them opens at the start is closed at the end."""
+    closed = []
+
+    class Held:
+        def close(self, error):
+            closed.append(error)
+
+    def start(state):
+        state.store.run.resources["held"] = Held()
+        return state
+
+    holding = Combinator("holding", lambda grad_fn: grad_fn, "grad", "grad", start=start)
+    stepped(pipe({"disc": Phase(tell_apart, holding), "gen": deceive}, grad(), apply()), TrainState.create(task_of()), 2)
+    assert closed == [None]
 
 
 def test_a_step_takes_the_batches_of_the_phase_that_needs_most():

@@ -315,3 +315,24 @@ def test_pure_makes_any_step_pure():
     assert "ema" not in state.memory
     assert "ema" in after.memory
     assert state.progress.step == 0
+
+
+def test_a_line_search_sees_the_mean_loss_of_a_group():
+    """LBFGS with a line search takes the same steps over two accumulated batches of plain losses as over one batch of both."""
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.randn(8, 1, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+
+    def train_step(model, batch):
+        return F.mse_loss(model(batch[0]), batch[1])
+
+    def trained(step, *batches):
+        task = Task(model, train_step, configure_optimizers=lambda m: torch.optim.LBFGS(m.parameters(), line_search_fn="strong_wolfe"))
+        state = TrainState.create(task)
+        for _ in range(2):
+            state, _ = step(state, Item.of(*batches, state=state))
+        return state.params
+
+    whole = trained(pipe(train_step, grad(), apply()), (x, y))
+    parts = trained(pipe(train_step, grad(), accumulate(2), apply()), (x[:4], y[:4]), (x[4:], y[4:]))
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-5, atol=1e-7)

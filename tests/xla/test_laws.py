@@ -42,7 +42,7 @@ def tasks_on_xla(monkeypatch):
 
 @pytest.mark.parametrize(("name", "choice"), CHOSEN)
 def test_purity_resume_and_donation(name, choice, tmp_path):
-    """Laws 1, 2, 5 and 7: a step is a function, going on from a file is going on, what is read is what was written, a donated state is gone."""
+    """Laws 1, 2, 6 and 7: a step is a function, going on from a file is going on, what is read is what was written, a donated state is gone."""
     for law in (law_1, law_2, law_7):
         assert law(name, choice, tmp_path / law.__name__) is None  # it raises where it is broken
 
