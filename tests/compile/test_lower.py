@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._inductor import compile_fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fnlight.compile import lower
+from fnlight.compile.lower import lower
 
 
 def powers(x: Tensor, one: Tensor, two: Tensor) -> list[Tensor]:
