@@ -15,7 +15,7 @@ from fnlight.checkpoint.rename import Rename, new_name, renamed
 from fnlight.checkpoint.tensors import describe
 from fnlight.errors import BrokenCheckpointError, MismatchError, check_type
 from fnlight.state import A_STATE, TrainState
-from fnlight.tensors import assign
+from fnlight.tensors import assign, derived_buffers
 
 _ROWS = 20
 
@@ -41,7 +41,7 @@ def split_buffers(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tenso
     derived: dict[str, Tensor] = {}
     for name, buffer in module.named_buffers():
         owner, _, leaf = name.rpartition(".")
-        part = derived if leaf in inside[owner]._non_persistent_buffers_set else persistent
+        part = derived if leaf in derived_buffers(inside[owner]) else persistent
         part[name] = buffer.detach()
     return persistent, derived
 

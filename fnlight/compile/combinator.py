@@ -6,8 +6,8 @@ from os import PathLike
 from typing import Any, Literal
 
 import attrs
-import torch
 
+from fnlight.compile._private_torch import compiled_call, set_compiled_call
 from fnlight.compile.graph import LEVELS, Graph, check_device
 from fnlight.data import Item, num_samples
 from fnlight.errors import ConfigError, SeamError, check_type
@@ -99,13 +99,13 @@ class _CompiledModel:
     def __call__(self, model: Any, batch: Any) -> Any:
         known, call = self.last
         if known is not model:
-            call = torch.compile(model._call_impl)
+            call = compiled_call(model)
             self.last = (model, call)
-        model._compiled_call_impl = call
+        set_compiled_call(model, call)
         try:
             return self.loss_fn(model, batch)
         finally:
-            model._compiled_call_impl = None
+            set_compiled_call(model, None)
 
 
 @attrs.frozen(eq=False, repr=False)

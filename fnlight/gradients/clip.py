@@ -12,7 +12,7 @@ from fnlight.errors import ConfigError, check_type
 from fnlight.pipe import Combinator
 from fnlight.protocols import GradFn, Gradients, StoreView
 from fnlight.state import Store
-from fnlight.tensors import local_parts
+from fnlight.tensors import foreach_clamp_max_, foreach_clamp_min_, foreach_div_, foreach_mul_, foreach_norm, local_parts
 
 
 def clip_norm(max_norm: float) -> Combinator:
@@ -42,7 +42,7 @@ def clip_norm(max_norm: float) -> Combinator:
             held = [v for v in found.values if v is not None]
             norm = _joint_norm(store, held)
             if held:
-                torch._foreach_mul_(local_parts(held), torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+                foreach_mul_(local_parts(held), torch.clamp(max_norm / (norm + 1e-6), max=1.0))
             found.metrics["grad_norm"] = norm
             return found
 
@@ -75,8 +75,8 @@ def clip_value(max_value: float) -> Combinator:
             held = [v for v in found.values if v is not None]
             if held:
                 held = local_parts(held)
-                torch._foreach_clamp_min_(held, -max_value)
-                torch._foreach_clamp_max_(held, max_value)
+                foreach_clamp_min_(held, -max_value)
+                foreach_clamp_max_(held, max_value)
             return found
 
         return clipped
@@ -117,20 +117,18 @@ def clip_each(max_norm: float) -> Combinator:
         held = [v for v in values if v is not None]
         if held:
             norms = _norms(held) if store.place is None else [store.place.norms(held)]
-            torch._foreach_add_(norms, 1e-6)
-            torch._foreach_reciprocal_(norms)
-            torch._foreach_mul_(norms, max_norm)
-            torch._foreach_clamp_max_(norms, 1.0)
+            for norm in norms:
+                norm.add_(1e-6).reciprocal_().mul_(max_norm).clamp_(max=1.0)
             factors = norms[0].unbind() if norms[0].dim() else norms
-            torch._foreach_mul_(local_parts(held), factors)
+            foreach_mul_(local_parts(held), factors)
 
     return Combinator("clip_each", _changed(clip), "grad", "grad", args=str(max_norm))
 
 
 def _norms(held: list[Tensor]) -> list[Tensor]:
     """The 2-norm of each tensor; in one tensor, shape [tensors], where they are of one kind: few large kernels instead of many small ones."""
-    norms = torch._foreach_norm(held)
-    return [torch.stack(norms)] if len({(n.device, n.dtype) for n in norms}) == 1 else list(norms)
+    norms = foreach_norm(held)
+    return [torch.stack(list(norms))] if len({(n.device, n.dtype) for n in norms}) == 1 else list(norms)
 
 
 def clip_adaptive(clipping: float = 0.01, eps: float = 1e-3, exclude: Sequence[str] = ()) -> Combinator:
@@ -174,12 +172,12 @@ def clip_adaptive(clipping: float = 0.01, eps: float = 1e-3, exclude: Sequence[s
         unit_norms = _unit_norms if store.place is None else store.place.unit_norms
         weights, held = [unit_norms(p) for p, _ in both], local_parts([v for _, v in both])
         norms = [unit_norms(v) for _, v in both]
-        torch._foreach_clamp_min_(weights, eps)
-        torch._foreach_mul_(weights, clipping)
-        torch._foreach_clamp_min_(norms, 1e-6)
-        torch._foreach_div_(weights, norms)
-        torch._foreach_clamp_max_(weights, 1.0)
-        torch._foreach_mul_(held, weights)
+        foreach_clamp_min_(weights, eps)
+        foreach_mul_(weights, clipping)
+        foreach_clamp_min_(norms, 1e-6)
+        foreach_div_(weights, norms)
+        foreach_clamp_max_(weights, 1.0)
+        foreach_mul_(held, weights)
 
     label = f"{clipping}" + (f", eps={eps}" if eps != 1e-3 else "") + (f", exclude={list(exclude)}" if exclude else "")
     return Combinator("clip_adaptive", _changed(clip), "grad", "grad", args=label)
@@ -233,7 +231,7 @@ def clip_quantile(quantile: float = 0.1, window: int = 1000) -> Combinator:
             limit = torch.nanquantile(tree["norms"], quantile)
             if held:
                 ratio = torch.clamp(limit / (norm + 1e-6), max=1.0).masked_fill_(torch.isnan(limit), 1.0)
-                torch._foreach_mul_(local_parts(held), ratio)
+                foreach_mul_(local_parts(held), ratio)
             found.metrics["grad_norm"] = norm
             return found
 

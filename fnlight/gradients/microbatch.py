@@ -12,6 +12,7 @@ from fnlight.data import Part, cut, num_samples
 from fnlight.errors import ConfigError, FaultWarning, ParallelError, warn
 from fnlight.pipe import Combinator
 from fnlight.protocols import GradFn, Gradients, StoreView
+from fnlight.tensors import BATCH_NORMS, buffers_of
 
 _SAYS_SO = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "RESOURCE_EXHAUSTED")
 _FITS = 1 << 62  # a size that no part has: nothing is to be tried again
@@ -151,7 +152,7 @@ def _smaller(parts: Sequence[Any], error: Exception) -> int:
 
 def _buffers(module: nn.Module) -> list[tuple[nn.Module, str, Any, Any]]:
     """Every buffer: whose it is, its name, itself, and a copy of its values."""
-    owned = [(m, name, b) for m in module.modules() for name, b in m._buffers.items()]
+    owned = [(m, name, b) for m in module.modules() for name, b in buffers_of(m).items()]
     return [(m, name, b, None if b is None else b.clone()) for m, name, b in owned]
 
 
@@ -161,7 +162,7 @@ def _undo(store: StoreView, buffers: list[tuple[nn.Module, str, Any, Any]]) -> N
         p.grad = None
     with torch.no_grad():
         for module, name, buffer, values in buffers:
-            module._buffers[name] = buffer if buffer is None else buffer.copy_(values)
+            buffers_of(module)[name] = buffer if buffer is None else buffer.copy_(values)
     gc.collect()
     if store.device.type != "cpu":
         empty: Callable[[], None] | None = getattr(torch.get_device_module(store.device), "empty_cache", None)
@@ -170,7 +171,7 @@ def _undo(store: StoreView, buffers: list[tuple[nn.Module, str, Any, Any]]) -> N
 
 
 def _split(module: nn.Module, before: int | None, size: int) -> str:
-    norms = [name or "the model" for name, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    norms = [name or "the model" for name, m in module.named_modules() if isinstance(m, BATCH_NORMS) and m.training]
     coupled = f"; {', '.join(norms[:3])} from now on normalises over the samples of a part only" if norms else ""
     tried = "whole batches" if before is None else f"parts of {before} samples"
     return f"out of memory with {tried}: the step is repeated, and training goes on, in parts of at most {size} samples{coupled}"

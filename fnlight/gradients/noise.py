@@ -9,7 +9,7 @@ from torch import Tensor
 from fnlight.errors import ConfigError
 from fnlight.pipe import Combinator
 from fnlight.protocols import GradFn, Gradients, StoreView
-from fnlight.tensors import NOISE, fold_in, is_sharded, local_parts, own_part
+from fnlight.tensors import NOISE, fold_in, foreach_add_, foreach_mul_, is_sharded, local_parts, own_part
 
 
 def grad_noise(eta: float = 0.3, gamma: float = 0.55) -> Combinator:
@@ -45,8 +45,8 @@ def grad_noise(eta: float = 0.3, gamma: float = 0.55) -> Combinator:
             store.seed(fold_in(key, NOISE))
             if held:
                 noise = [_drawn(v) for v in held]
-                torch._foreach_mul_(noise, sigma)
-                torch._foreach_add_(local_parts(held), noise)
+                foreach_mul_(noise, sigma)
+                foreach_add_(local_parts(held), noise)
             return found
 
         return noisy

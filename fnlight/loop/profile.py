@@ -8,12 +8,12 @@ from typing import Any
 
 import attrs
 import torch
-from torch.autograd import profiler
 
 from fnlight.data import Item
 from fnlight.errors import ConfigError, check_type
 from fnlight.pipe import Combinator
 from fnlight.state import TrainState
+from fnlight.tensors import is_profiling
 from fnlight.triggers import Tick, condition
 
 
@@ -147,7 +147,7 @@ class Recorder:
         """
         if self.profiler is not None:
             return
-        if profiler._is_profiler_enabled:
+        if is_profiling():
             raise ConfigError("profile() cannot record while another profiler of torch does; leave one of them out")
         self.profiler, self.last = torch.profiler.profile(**self.options), None
         self.profiler.start()

@@ -11,6 +11,7 @@ from fnlight.optim import buffers_before
 from fnlight.pipe import Combinator, loss_of_all
 from fnlight.protocols import GradFn, Gradients, StoreView
 from fnlight.state import Store, TrainState
+from fnlight.tensors import foreach_norm, stored_values
 
 
 def skip_nonfinite(max_consecutive: int | None = 10) -> Combinator:
@@ -179,9 +180,9 @@ def _finite_each(store: StoreView, found: Gradients, loss: Tensor) -> tuple[Tens
     And whether all of them are, and the loss: shape [].
     """
     places = [i for i, p in enumerate(store.named.values()) if p.requires_grad]
-    given = [(i, v._values() if v.is_sparse else v) for i, v in zip(places, found.values, strict=True) if v is not None]
+    given = [(i, stored_values(v) if v.is_sparse else v) for i, v in zip(places, found.values, strict=True) if v is not None]
     held = [v for _, v in given]
-    each = list(torch._foreach_norm(held) if store.place is None else store.place.norms(held).unbind()) if held else []
+    each = list(foreach_norm(held) if store.place is None else store.place.norms(held).unbind()) if held else []
     dtype = torch.promote_types(torch.float32, loss.dtype)
     fine = torch.isfinite(torch.stack([n.to(store.device, dtype) for n in (*each, loss)]))
     every, finite = fine[:-1], fine.all()

@@ -19,6 +19,7 @@ from fnlight.parallel.deferred_allreduce import Apart
 from fnlight.parallel.world import World, named_world, world
 from fnlight.protocols import Gradients
 from fnlight.state import copied
+from fnlight.tensors import foreach_norm, remove_reducer_hooks
 
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -156,7 +157,7 @@ class Replicated:
     def _bind(self, store: Any, held: list[int]) -> "_Bound":
         """Wrap the module for the parameters that are trained now, which may change from epoch to epoch."""
         if store.bound is not None:
-            store.bound.ddp.reducer._remove_autograd_hooks()
+            remove_reducer_hooks(store.bound.ddp)
         if store.optim.create_graph:
             raise ParallelError(
                 f"{type(store.optim.optimizer).__name__} takes gradients of gradients, which ranks do not bring together; train in one process, "
@@ -191,7 +192,7 @@ class Replicated:
 
     def norms(self, values: Sequence[Tensor]) -> Tensor:
         """The 2-norm of each."""
-        return torch.stack([n.float() for n in torch._foreach_norm(list(values))])
+        return torch.stack([n.float() for n in foreach_norm(list(values))])
 
     def unit_norms(self, tensor: Tensor) -> Tensor:
         """The 2-norm of each unit."""
@@ -206,7 +207,7 @@ class Replicated:
         if self.sync_batchnorm:
             return None
         if store.bound is not None:
-            store.bound.ddp.reducer._remove_autograd_hooks()
+            remove_reducer_hooks(store.bound.ddp)
             store.bound = None
         if self.options["broadcast_buffers"]:
             for buffer in store.module.buffers():

@@ -17,7 +17,7 @@ from fnlight.parallel.unsharded_copy import stripped_copy
 from fnlight.parallel.world import World, named_world, world
 from fnlight.protocols import Gradients
 from fnlight.state import hooked
-from fnlight.tensors import box_of, cuts, is_sharded, local
+from fnlight.tensors import box_of, broadcast_each, cuts, is_sharded, local, replace_tensors
 
 
 def fsdp(
@@ -206,7 +206,7 @@ class Sharded:
             return torch.full_like(t, torch.nan if t.is_floating_point() else 0, device=self._home) if t.is_meta else t
 
         with torch.no_grad():
-            module._apply(made)
+            replace_tensors(module, made)
 
     def _cut(self, module: nn.Module) -> None:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -242,7 +242,7 @@ class Sharded:
         buffers = self._bound(store).buffers
         if buffers:
             group: Any = self.world.group or distributed.group.WORLD
-            distributed._broadcast_coalesced(group, buffers, 1 << 28, 0)
+            broadcast_each(buffers, group)
 
     def _bound(self, store: Any) -> "_Bound":
         if store.bound is None:
@@ -327,7 +327,7 @@ class Sharded:
         twin = stripped_copy(module, memo, lambda p: nn.Parameter(_hollow(p, self.mesh), p.requires_grad), self.methods)
         self._cut(twin)
         with torch.no_grad():
-            twin._apply(lambda t: torch.empty_like(t, device=self._home) if t.is_meta else t)
+            replace_tensors(twin, lambda t: torch.empty_like(t, device=self._home) if t.is_meta else t)
             for name, p in twin.named_parameters():
                 local(p).copy_(local(found[name]))
                 memo[id(found[name])] = p

@@ -12,6 +12,7 @@ from fnlight.parallel.ddp import Replicated
 from fnlight.pipe import Combinator
 from fnlight.protocols import Gradients
 from fnlight.state import Store, TrainState
+from fnlight.tensors import foreach_add_, foreach_copy_, foreach_div_, foreach_mul_
 from fnlight.triggers import Tick, condition
 
 
@@ -126,15 +127,15 @@ def _meet(store: Store, tree: Mapping[str, Mapping[str, Tensor]], lr: float, mom
     if not anchor:
         return
     params: Sequence[Tensor] = [store.named[name].detach() for name in names]
-    way = torch._foreach_sub(anchor, params)
+    way = [a - p for a, p in zip(anchor, params, strict=True)]
     if store.place is not None:
         for each in way:
             distributed.all_reduce(each)
-        torch._foreach_div_(way, store.place.world.size)
+        foreach_div_(way, store.place.world.size)
     if momentum:
         velocity = list(tree["velocity"].values())
-        torch._foreach_mul_(velocity, momentum)
-        torch._foreach_add_(velocity, way)
-        torch._foreach_add_(way, velocity, alpha=momentum)
-    torch._foreach_add_(anchor, way, alpha=-lr)
-    torch._foreach_copy_(params, anchor)
+        foreach_mul_(velocity, momentum)
+        foreach_add_(velocity, way)
+        foreach_add_(way, velocity, alpha=momentum)
+    foreach_add_(anchor, way, alpha=-lr)
+    foreach_copy_(params, anchor)

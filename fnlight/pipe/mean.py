@@ -3,13 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fnlight.errors import LoaderError
 from fnlight.metrics import join_metrics
 from fnlight.protocols import GradFn, Gradients, StoreView
-from fnlight.tensors import RANK, fold_in, local_parts
+from fnlight.tensors import RANK, fold_in, foreach_add_, foreach_div_, foreach_mul_, local_parts
 
 
 def batches_at(group: int | Mapping[int, int], epoch: int) -> int:
@@ -52,6 +51,7 @@ def mean_of_group(grad_fn: GradFn) -> GradFn:
 
     Example:
         >>> from types import SimpleNamespace
+        >>> import torch
         >>> def grad_fn(store, batch, key):
         ...     return Gradients([torch.tensor(batch)], torch.tensor(batch), 1.0, {})
         >>> mean_of_group(grad_fn)(SimpleNamespace(place=None), (2.0, 4.0), 0).values
@@ -93,6 +93,7 @@ def loss_of_all(store: StoreView, found: Gradients) -> Tensor:
 
     Example:
         >>> from types import SimpleNamespace
+        >>> import torch
         >>> loss_of_all(SimpleNamespace(place=None), Gradients([], torch.tensor(6.0), torch.tensor(3.0), {}))
         tensor(2.)
     """
@@ -133,7 +134,7 @@ def _add(a: Gradients, b: Gradients) -> Gradients:
             left.append(x)
             right.append(y)
     if left:
-        torch._foreach_add_(left, right)
+        foreach_add_(left, right)
     metrics = join_metrics(a.metrics, b.metrics)
     finite = a.finite if b.finite is None else b.finite if a.finite is None else a.finite & b.finite
     return Gradients(values=values, loss=a.loss + b.loss, weight=a.weight + b.weight, metrics=metrics, finite=finite)
@@ -146,7 +147,7 @@ def _divide(found: Gradients, weight: Any) -> Gradients:
     if not held:
         return found
     if isinstance(weight, Tensor):  # parts, since a number on the device cannot be on each of several meshes
-        torch._foreach_mul_(local_parts(held), 1.0 / weight.to(held[0].device))
+        foreach_mul_(local_parts(held), 1.0 / weight.to(held[0].device))
     else:
-        torch._foreach_div_(held, weight)
+        foreach_div_(held, weight)
     return found

@@ -12,7 +12,7 @@ from fnlight.optim import buffers_before
 from fnlight.pipe import Combinator
 from fnlight.protocols import GradFn, Gradients, StoreView
 from fnlight.state import Store, TrainState
-from fnlight.tensors import local_parts
+from fnlight.tensors import local_parts, stored_values, unscale_, update_scale_
 
 
 def loss_scale(
@@ -65,7 +65,7 @@ def loss_scale(
             bad = unscale(local_parts(v for v in found.values if v is not None), used)
             if store.place is not None:
                 bad = store.place.anywhere(bad)
-            torch._amp_update_scale_(tree["scale"], tree["good"], bad, growth, scale_backoff_factor=backoff, growth_interval=interval)
+            update_scale_(tree["scale"], tree["good"], bad, growth, scale_backoff_factor=backoff, growth_interval=interval)
             if tree["buffers"] is None:
                 tree["buffers"] = buffers.changing()
             skipped = bool(bad)
@@ -107,14 +107,14 @@ def unscale(values: Sequence[Tensor], scale: Tensor) -> Tensor:
     bad = torch.zeros_like(scale)
     groups: dict[Any, list[Tensor]] = {}
     for value in values:
-        dense = value._values() if value.is_sparse else value
+        dense = stored_values(value) if value.is_sparse else value
         groups.setdefault((dense.device, dense.dtype), []).append(dense)
     for (device, _), group in groups.items():
         if device == scale.device:
-            torch._amp_foreach_non_finite_check_and_unscale_(group, bad, inverse)
+            unscale_(group, bad, inverse)
         else:
             there = torch.zeros_like(bad, device=device)
-            torch._amp_foreach_non_finite_check_and_unscale_(group, there, inverse.to(device))
+            unscale_(group, there, inverse.to(device))
             bad = torch.maximum(bad, there.to(bad.device))
     return bad
 

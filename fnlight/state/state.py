@@ -24,7 +24,7 @@ from fnlight.state.history import History, Record
 from fnlight.state.progress import Progress, step_key
 from fnlight.state.store import Store
 from fnlight.state.task import Task, copied, empty
-from fnlight.tensors import existing, isolated, map_nodes, move
+from fnlight.tensors import existing, isolated, map_nodes, move, version_of
 
 A_STATE = "a TrainState, such as fl.TrainState.create(task) or fl.load(path, task) gives"
 """What the errors of those that take one say."""
@@ -257,9 +257,9 @@ def _configure(task: Task, module: nn.Module) -> Optim | dict[str, Optim]:
             )
         return Optim(None)
     named = dict(module.named_parameters())
-    before: Iterable[int] = [p._version for p in named.values()]
+    before: Iterable[int] = [version_of(p) for p in named.values()]
     made = task.configure_optimizers(module)
-    changed = [name for (name, p), version in zip(named.items(), before, strict=True) if p._version != version]
+    changed = [name for (name, p), version in zip(named.items(), before, strict=True) if version_of(p) != version]
     if changed:
         raise OptimizerError(
             f"configure_optimizers must only build an optimizer, but it changed {changed[:5]}; do not step or initialise there"

@@ -12,7 +12,6 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fnlight.checkpoint import checkpoints, load_weights
 from fnlight.data import Source
@@ -22,7 +21,7 @@ from fnlight.optim import Optim
 from fnlight.pipe import Combinator
 from fnlight.state import A_STATE, Store, TrainState
 from fnlight.step.update import Update
-from fnlight.tensors import EVALUATE, assign, fold_in, isolated, local_parts, seed_generators
+from fnlight.tensors import BATCH_NORMS, EVALUATE, assign, fold_in, foreach_lerp_, isolated, local_parts, seed_generators
 from fnlight.triggers import Tick, condition, epochs, steps
 
 Decay = float | Callable[[int], float]
@@ -189,9 +188,9 @@ def _towards(averages: Mapping[str, Tensor], named: Mapping[str, Tensor], fracti
         values, targets = [v for n, v in averages.items() if n in named], [named[n] for n in averages if n in named]
     with torch.no_grad():
         if isinstance(fraction, Tensor):  # a number of a graph
-            torch._foreach_lerp_(values, targets, [fraction.to(v.dtype) for v in values])
+            foreach_lerp_(values, targets, [fraction.to(v.dtype) for v in values])
         else:
-            torch._foreach_lerp_(local_parts(values), local_parts(targets), fraction)
+            foreach_lerp_(local_parts(values), local_parts(targets), fraction)
 
 
 def _check_decay(who: str, decay: Any) -> None:
@@ -259,7 +258,7 @@ def refresh_batch_norm(
     check_type("refresh_batch_norm(forward=...)", forward, Callable | None, "a function of model and batch, or None for train_step")
     state = state.copy()
     store, fn = state.store, forward if forward is not None else state.task.train_step
-    norms = {n: m for n, m in store.module.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.training}
+    norms = {n: m for n, m in store.module.named_modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats and m.training}
     if not norms:
         raise ConfigError("refresh_batch_norm found no BatchNorm layer in training mode, so there are no statistics to measure")
     modes, before = [(m, m.training) for m in store.module.modules()], {n: b.clone() for n, b in store.module.named_buffers()}

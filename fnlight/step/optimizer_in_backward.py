@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fnlight.errors import ConfigError, OptimizerError, StepError
@@ -15,7 +14,7 @@ from fnlight.pipe import Around, Combinator
 from fnlight.protocols import GradFn
 from fnlight.state import Store, TrainState
 from fnlight.step.update import Update
-from fnlight.tensors import fold_in
+from fnlight.tensors import fold_in, foreach_div_, foreach_mul_
 
 _WHY = "each parameter is updated as soon as its gradient is there, so nothing can look at all gradients, or at more than one batch"
 
@@ -110,9 +109,9 @@ def _update(store: Store, group: dict[str, Any] | None, weight: list[Any], p: Te
     if weight:
         held = weight[0]
         if isinstance(held, Tensor):
-            torch._foreach_mul_([found], 1.0 / held.to(found.device))
+            foreach_mul_([found], 1.0 / held.to(found.device))
         else:
-            torch._foreach_div_([found], held)
+            foreach_div_([found], held)
     groups = optimizer.param_groups
     p.grad, optimizer.param_groups = found, [{**group, "params": [p]}]
     try:
