@@ -97,8 +97,8 @@ class When(Protocol):
 class Rule(Protocol):
     """A stop rule, such as ``patience("val/loss", 3)``."""
 
-    def __call__(self, state: Any, /) -> str | None:
-        """Give the reason to stop, or None: a pure function of the state, asked afresh each time."""
+    def __call__(self, state: Any, /) -> str | bool | None:
+        """Give the reason to stop (True: the name of the rule), or None or False: a pure function of the state, asked afresh each time."""
         ...
 
 

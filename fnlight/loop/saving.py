@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import attrs
-import torch
 
 from fnlight.checkpoint import (
     Background,
@@ -34,10 +33,10 @@ from fnlight.checkpoint import (
     write,
     write_together,
 )
-from fnlight.errors import CheckpointError, CheckpointWarning, ConfigError, check_type, warn
+from fnlight.errors import CheckpointError, CheckpointWarning, ConfigError, NonFiniteError, check_type, warn
 from fnlight.pipe import Combinator
 from fnlight.state import Progress, TrainState
-from fnlight.tensors import is_sharded
+from fnlight.tensors import is_sharded, listed, not_finite
 from fnlight.triggers import Tick, condition, epochs
 
 
@@ -50,11 +49,13 @@ def checkpoint_every(
     background: bool = True,
     on_exception: bool = True,
     initial: bool = False,
+    finite: bool = True,
     name: str = "checkpoint_every",
 ) -> Combinator:
     """Save a checkpoint when it is due, and the last state of a run always; then delete what need not be kept.
 
     In a run the directory is locked. An error of a save in the background is raised at the next step, or when the run ends.
+    Before a save, the trainable parameters are looked at: NaN or infinity is an error, and the checkpoints that are there stay.
 
     Args:
         dir: The run's directory; checkpoints go to ``DIR/checkpoints/step-00000500``.
@@ -64,6 +65,7 @@ def checkpoint_every(
         background: True writes while training goes on, for the price of one copy of the state in host memory.
         on_exception: True saves the last completed step, where its tensors are sound, when an exception ends the run.
         initial: True saves the state before the first step, too, if the directory holds no checkpoint: one to go back to.
+        finite: False saves parameters that are NaN or infinite, too, and deletes older checkpoints as ever.
         name: Where the list of checkpoints lies in the memory; unique in a pipe.
 
     Returns:
@@ -79,12 +81,13 @@ def checkpoint_every(
     """
     _check(dir, keep)
     path, due, lasting = os.fspath(dir), _due("every", every), _due("permanent", permanent)
+    options = {"background": background, "on_exception": on_exception, "initial": initial, "finite": finite}
 
     def wrap(step: Any) -> Any:
         def checkpointed(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
             before = state.progress
             state, metrics = step(state, batch)
-            saver = state.store.resources.get(name) or _alone(path, name, keep)
+            saver = _saver(state, path, name, keep, finite)
             saver.watch(state)
             tick = Tick(before, state.progress, idle=saver.idle(before, state))
             forever = lasting(tick)
@@ -95,14 +98,14 @@ def checkpoint_every(
         return checkpointed
 
     def start(state: TrainState) -> TrainState:
-        return _open(state, Saver(path, name, keep, background, on_exception), initial)
+        return _open(state, Saver(path, name, keep, background, on_exception, finite), initial)
 
     def finish(before: TrainState, state: TrainState) -> TrainState:
-        (state.store.resources.get(name) or _alone(path, name, keep)).finish(state)
+        _saver(state, path, name, keep, finite).finish(state)
         return state
 
     return Combinator(
-        "checkpoint_every", wrap, "step", "step", args=_label(path, every, keep, permanent, background, on_exception, initial), key=name,
+        "checkpoint_every", wrap, "step", "step", args=_label(path, every, keep, permanent, **options), key=name,
         init=lambda store: {"saved": [], "permanent": [], "skipped": 0}, phase="save", start=start, finish=finish, requires=keep.monitors,
     )  # fmt: skip
 
@@ -117,9 +120,10 @@ def _check(dir: Any, keep: Any) -> None:
         raise ConfigError(f"keep must be a retention such as last(3) or best('val/loss', 3), but got {keep!r}")
 
 
-def _alone(path: str, name: str, keep: Retention) -> "Saver":
-    """Where no run would wait for a save in the background, there is none."""
-    return Saver(path, name, keep, background=False, on_exception=False)
+def _saver(state: TrainState, path: str, name: str, *given: Any) -> "Saver":
+    """That of the run; where no run would wait for a save in the background, there is none in the background."""
+    keep, finite = given
+    return state.store.resources.get(name) or Saver(path, name, keep, background=False, on_exception=False, finite=finite)
 
 
 def _open(state: TrainState, saver: "Saver", initial: bool) -> TrainState:
@@ -141,9 +145,9 @@ def _open(state: TrainState, saver: "Saver", initial: bool) -> TrainState:
     return state
 
 
-def _label(path: str, every: Any, keep: Retention, permanent: Any, background: bool, on_exception: bool, initial: bool) -> str:
+def _label(path: str, every: Any, keep: Retention, permanent: Any, **options: bool) -> str:
     parts = [repr(path), f"every={every}", f"keep={keep}", f"permanent={permanent}" if permanent else ""]
-    parts += ["" if background else "background=False", "" if on_exception else "on_exception=False", "initial=True" if initial else ""]
+    parts += [f"{name}={value}" for name, value in options.items() if value != (name != "initial")]  # what is not the default
     return ", ".join(part for part in parts if part)
 
 
@@ -156,14 +160,15 @@ class Saver:
         keep: Which of them stay.
         background: Whether files are written while training goes on.
         on_exception: Whether the last completed step is saved when an exception ends the run.
+        finite: Whether only finite parameters are saved.
 
     Example:
         >>> Saver("runs/a", "checkpoint_every", last(1), background=True, on_exception=True).thread.idle
         True
     """
 
-    def __init__(self, dir: str, key: str, keep: Retention, background: bool, on_exception: bool) -> None:
-        self.dir, self.key, self.keep = dir, key, keep
+    def __init__(self, dir: str, key: str, keep: Retention, background: bool, on_exception: bool, finite: bool = True) -> None:
+        self.dir, self.key, self.keep, self.finite = dir, key, keep, finite
         self.background, self.on_exception = background, on_exception
         self.thread, self.buffers = Background(), Buffers()
         self.left: tuple[int, ...] = ()  # steps whose checkpoints could not be deleted; it is tried again
@@ -202,6 +207,8 @@ class Saver:
         """
         self._let_end(state)
         with state.store.wall_time.taken("save"):
+            if self.finite:
+                _check_finite(state, self.dir, together)
             write = self._prepared(state, forever, staged=self.background and not wait, together=together)
             if write is None:
                 return
@@ -342,6 +349,26 @@ def _doubt(state: TrainState) -> str | None:
         return "the step that failed may have changed its tensors"
     if store.position is not None:
         return "the loader keeps its own place, and has moved on"
-    if not all(bool(torch.isfinite(p).all()) for p in store.params):
-        return "its parameters are not finite"
-    return None
+    return "its parameters are not finite" if _broken(state) else None
+
+
+def _broken(state: TrainState) -> list[str]:
+    """The trainable parameters that are NaN or infinite; all parameters where none is trained by gradients."""
+    named = state.store.named
+    return not_finite({name: p for name, p in named.items() if p.requires_grad} or named)
+
+
+def _check_finite(state: TrainState, dir: str, together: bool) -> None:
+    """Refuse to let NaN take the place of a checkpoint that is sound; all ranks know of what one of them has found."""
+    bad, place, at = _broken(state), state.store.place, state.progress
+    if place is not None and together:
+        bad = list(dict.fromkeys(name for names in place.everyone.gather(bad) for name in names))
+    if not bad:
+        return
+    older = checkpoints(dir)
+    raise NonFiniteError(
+        f"after step {at.step} (epoch {at.epoch}, batch {at.batch}) these parameters are NaN or infinite: {listed(bad)}; they were not saved, and "
+        f"{f'the newest checkpoint stays {older[-1][1]}' if older else 'there is no checkpoint yet'}. If every loss until then was finite, the "
+        "gradients of this step were not, as those of sqrt at 0; look into its batch, lower the learning rate, or leave such steps out with "
+        'skip_nonfinite() (FitConfig(nonfinite="skip"))'
+    )

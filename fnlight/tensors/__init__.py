@@ -5,6 +5,7 @@ Read `rng` first: every random number of a training comes from it.
 
 from fnlight.tensors.device import default_device, end_step_on, existing, is_lazy, move, spread_like, spread_on
 from fnlight.tensors.dtype import DTYPES, convert
+from fnlight.tensors.finite import listed, not_finite
 from fnlight.tensors.rng import (
     COLLATE,
     EVALUATE,

@@ -3,7 +3,19 @@
 Read `when` first; `rules` are the stop rules. Both are pure functions, joined with ``|`` and ``&``.
 """
 
-from fnlight.triggers.rules import StopRule, diverged, max_epochs, max_steps, max_time, min_epochs, min_steps, nonfinite, patience, reached
+from fnlight.triggers.rules import (
+    StopRule,
+    diverged,
+    max_epochs,
+    max_steps,
+    max_time,
+    min_epochs,
+    min_steps,
+    nonfinite,
+    patience,
+    reached,
+    reason_of,
+)
 from fnlight.triggers.when import Tick, at_end, condition, continuous, epochs, minutes, seconds, steps
 
 __all__ = [
