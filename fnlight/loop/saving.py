@@ -101,8 +101,7 @@ def checkpoint_every(
         return _open(state, Saver(path, name, keep, background, on_exception, finite), initial)
 
     def finish(before: TrainState, state: TrainState) -> TrainState:
-        _saver(state, path, name, keep, finite).finish(state)
-        return state
+        return _saver(state, path, name, keep, finite).finish(state)
 
     return Combinator(
         "checkpoint_every", wrap, "step", "step", args=_label(path, every, keep, permanent, **options), key=name,
@@ -228,8 +227,8 @@ class Saver:
         self.thread.wait()
         self._tell()
 
-    def finish(self, state: TrainState) -> None:
-        """Make the last state of a run durable; if it is saved already, it only learns why the run ended."""
+    def finish(self, state: TrainState) -> TrainState:
+        """Make the last state of a run durable, and give it back; if it is saved already, it only learns why the run ended."""
         self._let_end(state)
         if _is_listed(state.store.memory[self.key], state.progress):
             with state.store.wall_time.taken("save"):
@@ -238,6 +237,7 @@ class Saver:
             self.save(state, wait=True)
         if state.store.place is not None:
             state.store.place.everyone.gather(None)  # once it is there, it is there for all ranks
+        return state
 
     def close(self, error: BaseException | None) -> None:
         """At the end of a run, however it ended: nothing is left half done, and no error is swallowed."""
