@@ -248,7 +248,7 @@ def _put(target: Tensor, value: Tensor) -> None:
         with torch.no_grad():
             local(target).copy_(local(value))
     else:
-        target.data = value
+        target.data = value if value.dtype == target.dtype else value.to(target.dtype)  # averages of halves are kept in float32
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
