@@ -36,14 +36,18 @@ class FirstLook:
     model: nn.Module
     known: set[int] = attrs.field(factory=set)
     train_step: Any = None
+    reached: bool = attrs.field(
+        default=False, init=False
+    )  # whether the loss depends on the model that is trained, as far as its graph says
 
     def close(self, error: BaseException | None) -> None:
         """Nothing is held open."""
 
     def outside(self, loss: Tensor, store: Store) -> list[Tensor]:
         """The tensors that a loss will give gradients to, and that are no parameters of the model that is trained."""
-        inside = {id(p) for p in store.module.parameters()}
-        return [t for t in _leaves_of(loss) if id(t) not in inside]
+        inside, found = {id(p) for p in store.module.parameters()}, list(_leaves_of(loss))
+        self.reached = any(id(t) in inside for t in found)
+        return [t for t in found if id(t) not in inside]
 
     def check(self, fn: Any, store: Store, values: Sequence[Tensor | None], outside: Sequence[Tensor]) -> None:
         """Raise where gradients went past the model that is trained; warn where some of them went to parameters outside of it.
@@ -58,7 +62,7 @@ class FirstLook:
         if any(map(is_sharded, store.params)):
             return  # their gradients come later
         found = [t for t in outside if isinstance(t, nn.Parameter)]
-        if all(v is None for v in values):
+        if not self.reached and all(v is None for v in values):  # a graph may hide its ends, and gradients may be gone already
             whom = f"only on tensors outside of it, of the shapes {_shapes(outside)}" if outside else "on none of its parameters"
             raise StepError(
                 f"the loss of {_named(fn, self.train_step)} does not depend on the model that it is given, {whom}, so nothing would be trained; {_ADVICE}"

@@ -35,6 +35,7 @@ from fnlight.tensors.shards import (
     lying_like,
     own_part,
 )
+from fnlight.tensors.sparse import entries, sparse_names
 from fnlight.tensors.tree import differences, equal, leaves, map_nodes, map_tensors
 
 __all__ = [
