@@ -181,7 +181,8 @@ class Parted(nn.Module):
 @pytest.mark.parametrize("config", [{}, {"accumulate": 2}, {"ema": 0.9}], ids=str)
 def test_what_trains_its_model_is_left_in_peace(model, step, config):
     """Teachers, inputs with gradients, recomputed and partly used models train without a word: warnings are errors here."""
-    trained(model, step, **config)
+    state = trained(model, step, **config)
+    assert any(not torch.equal(p, before) for p, before in zip(state.params.values(), model.parameters(), strict=True))
 
 
 def test_only_the_first_step_of_a_run_is_looked_at():
