@@ -251,7 +251,8 @@ def test_buffers_that_a_forward_writes_are_put_back(donate):
     else:
         list(predict(state, loader(), donate=donate))
     after = dict(state.store.module.named_buffers())
-    assert all(after[name] is tensor for name, tensor in before.items()) and after.keys() == before.keys()
+    assert all(after[name] is tensor for name, tensor in before.items())
+    assert after.keys() == before.keys()
     assert not any(tensor.any() for tensor in after.values())
     assert state.store.module.first is None
 
@@ -296,7 +297,8 @@ def test_a_train_method_of_the_model_is_called_on_the_way_in_and_back(weights):
     before = {name: t.clone() for name, t in (*state.params.items(), *((f"ema/{k}", t) for k, t in average.items()))}
     seen: list[bool] = []
     evaluate(state, loader(), weights=weights, eval_step=lambda m, b: seen.append(m[0].merged) or {"n": m(b).sum()})
-    assert seen == [True] * 3 and inner.calls == [False, True] and not inner.merged
+    assert seen == [True] * 3
+    assert (inner.calls, inner.merged) == ([False, True], False)
     after = {**state.params, **{f"ema/{k}": t for k, t in average.items()}}
     assert all(torch.equal(before[name], after[name]) for name in before)
 
