@@ -15,7 +15,7 @@ from fnlight.checkpoint.placeholder import Lent, twin
 from fnlight.checkpoint.places import Path, open_checkpoint
 from fnlight.checkpoint.reader import Opened
 from fnlight.checkpoint.rename import Rename, new_name, renamed, renamed_body
-from fnlight.checkpoint.weights import LoadReport, extra_states, place_weights, put, split_buffers
+from fnlight.checkpoint.weights import LoadReport, extra_states, make_late_buffers, place_weights, put, split_buffers
 from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning, MismatchError, check_type, warn
 from fnlight.metrics import Tally, own_part
 from fnlight.runtime import WallTime
@@ -137,7 +137,7 @@ def refill(path: Path, state: TrainState) -> TrainState:
     opened = open_checkpoint(path, hold=place is None, ranks=None if place is None else place.everyone)
     store = state.donated()
     times = store.wall_time
-    found, _ = _fill(state, Lent(), opened, allowed=frozenset(), rename=None)
+    found, _ = _fill(state, Lent(), opened, allowed=frozenset(), rename=None, same_run=True)
     store.wall_time, store.version = times, state.version + 2
     return attrs.evolve(found, version=store.version)
 
@@ -148,13 +148,17 @@ def _warn(opened: Opened, notes: list[str]) -> None:
         warn(f"checkpoint {opened.path} was loaded with differences:\n  {lines}", CheckpointWarning)
 
 
-def _fill(state: TrainState, lent: Lent, opened: Opened, allowed: frozenset[str], rename: Rename) -> tuple[TrainState, list[str]]:
+def _fill(
+    state: TrainState, lent: Lent, opened: Opened, allowed: frozenset[str], rename: Rename, same_run: bool = False
+) -> tuple[TrainState, list[str]]:
     """Fill a state that nobody else holds; also what a reader should be told. The tensors of the checkpoint become its own."""
     store = state.store
     opened = attrs.evolve(opened, like=_homes(store, rename))
     listed = opened.body["files"][MODEL]["tensors"]
     _recast(store, opened)
-    report = place_weights(store.module, renamed(opened.tensors(MODEL), rename), opened.path, convert="dtype" in allowed, lent=lent)
+    weights = renamed(opened.tensors(MODEL), rename)
+    make_late_buffers(store.module, weights, derived=False, same_run=same_run)
+    report = place_weights(store.module, weights, opened.path, convert="dtype" in allowed, lent=lent)
     if not report.fits and "model" not in allowed:
         raise MismatchError(_another(report))
     notes = [] if report.fits else [f"only what fits was taken. {report}"]
@@ -163,7 +167,9 @@ def _fill(state: TrainState, lent: Lent, opened: Opened, allowed: frozenset[str]
         opened = attrs.evolve(opened, body=renamed_body(opened.body, listed.keys(), rename))
         known = {name: getattr(torch, dtype) for name, (dtype, _) in renamed(listed, rename).items()}
         tensors = opened.tensors(MEMORY)
-        notes += _derived_buffers(store.module, decode(opened.body["buffers"], tensors.pop), lent)
+        derived = decode(opened.body["buffers"], tensors.pop)
+        make_late_buffers(store.module, derived, derived=True, same_run=same_run)
+        notes += _derived_buffers(store.module, derived, lent)
         lent.own((*store.module.parameters(), *store.module.buffers()))  # from here on, code of the user's may write to them
         notes += _extra(store.module, decode(opened.body["extra"], _moved(tensors, store.device)))
         notes += place_optimizers(store.optims, store.module, opened, loaded=report.taken, known=known, afresh="optimizer" in allowed)

@@ -15,7 +15,7 @@ from fnlight.checkpoint.rename import Rename, new_name, renamed
 from fnlight.checkpoint.tensors import describe
 from fnlight.errors import BrokenCheckpointError, MismatchError, check_type
 from fnlight.state import A_STATE, TrainState
-from fnlight.tensors import assign, derived_buffers
+from fnlight.tensors import assign, buffers_of, derived_buffers
 
 _ROWS = 20
 
@@ -156,6 +156,35 @@ def place_weights(module: nn.Module, found: Mapping[str, Tensor], path: str, con
         mismatched={name: both for name, both in differ.items() if not fits[name]},
         converted={name: both for name, both in differ.items() if fits[name]},
     )
+
+
+def make_late_buffers(module: nn.Module, found: Mapping[str, Tensor], derived: bool, same_run: bool = False) -> None:
+    """Make room for buffers that a model fills in a forward: those that are None or empty in a new model get the shape in the checkpoint.
+
+    Args:
+        module: The module; changed in place.
+        found: Names to tensors of a checkpoint.
+        derived: Whether these are the buffers outside the ``state_dict``, or those in it.
+        same_run: True for the model of the run that has saved it: its buffers get the saved shapes, or are None again where none was saved.
+
+    Example:
+        >>> module = nn.Module()
+        >>> module.register_buffer("mean", None)
+        >>> make_late_buffers(module, {"mean": torch.ones(2)}, derived=False)
+        >>> module.mean.shape
+        torch.Size([2])
+    """
+    named = dict(module.named_buffers())
+    device = next((t.device for t in (*module.parameters(), *named.values())), None)
+    for prefix, inner in module.named_modules():
+        buffers, outside = buffers_of(inner), derived_buffers(inner)
+        for leaf in [leaf for leaf in buffers if (leaf in outside) is derived]:
+            name, now = f"{prefix}.{leaf}".lstrip("."), buffers[leaf]
+            value = found.get(name)
+            if value is None:
+                buffers[leaf] = None if same_run and name in named else now
+            elif now is None or ((same_run or not now.numel()) and now.shape != value.shape and now.dtype == value.dtype):
+                buffers[leaf] = torch.empty_like(value, device=device if now is None else now.device)
 
 
 def put(module: nn.Module, name: str, value: Tensor, lent: Lent | None = None) -> None:

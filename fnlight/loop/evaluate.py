@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from fnlight.metrics import MEDIA, Tally, parted, put_states, read_in_order, rea
 from fnlight.optim import weights_to_use
 from fnlight.runtime import A_SIGNALS, Signals
 from fnlight.state import A_STATE, Store, TrainState
-from fnlight.tensors import EVALUATE, fold_in, is_sharded, isolated, local, seed_generators
+from fnlight.tensors import EVALUATE, buffers_of, fold_in, is_sharded, isolated, local, parameters_of, seed_generators
 
 EvalStep = Callable[[Any, Any], Mapping[str, Any]]
 
@@ -32,7 +33,7 @@ def evaluate(
     Where a state is placed on several ranks, all of them call it, each batch is evaluated by one of them, and all get the result of one process.
 
     Args:
-        state: Where training stands; it is left as it was.
+        state: Where training stands; it is left as it was, see `inference`.
         loader: A loader, or a mapping of named loaders, whose metrics are then called ``NAME/metric``.
         eval_step: ``(model, batch) -> metrics``; None takes the task's.
         weights: The memory whose averaged weights are used, such as ``"ema"``; None takes the parameters (of a schedule-free
@@ -204,12 +205,16 @@ def step_of(state: TrainState, name: str, given: Any) -> Any:
 
 
 @contextmanager
-def inference(store: Store, weights: str | None = None) -> Iterator[nn.Module]:
+def inference(store: Store, weights: str | None = None, *, owned: bool = False) -> Iterator[nn.Module]:
     """The live module in eval mode, without gradients and with averaged weights if asked; everything is put back afterwards.
+
+    Everything: weights, the modes of all modules, and buffers that a forward writes to, replaces or fills. Within one evaluation a buffer keeps
+    what the batches before have written, as in a plain loop. Modes change through `eval()` and `train()`, both of which a model may override.
 
     Args:
         store: Holds the module.
         weights: The memory whose averaged weights are used; None takes the parameters.
+        owned: True for a module that is the caller's own copy: its buffers are left as the forward leaves them.
 
     Raises:
         ConfigError: If there is no memory of that name.
@@ -227,19 +232,76 @@ def inference(store: Store, weights: str | None = None) -> Iterator[nn.Module]:
     average = weights_to_use(store.optims.values(), module) if weights is None else average_of(store, weights)
     targets = named_tensors(module) if average else {}
     raw = {name: local(targets[name]).clone() if is_sharded(targets[name]) else targets[name].data for name in average}
-    module.eval()
+    kept: list[_Kept] = []
     try:
         with torch.no_grad():
             for name, value in average.items():
                 _put(targets[name], value)
+            kept += [] if owned else _kept(module)  # after the averaged weights: these are what eval() may write to
+            module.eval()
             yield module
     finally:
         if store.place is not None:
             store.place.rest(module)
-        for name, value in raw.items():
-            _put(targets[name], value)
-        for m, training in modes:
-            m.training = training
+        with torch.no_grad():
+            _set_modes(modes)
+            for each in kept:
+                each.put_back()
+            for name, value in raw.items():
+                _put(targets[name], value)
+
+
+def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    """Give each module its mode by a call of its `train`, those that contain others first."""
+    for m, training in modes:
+        if m.training != training:
+            m.train(training)
+    for m, training in modes:
+        m.training = training
+
+
+@attrs.frozen(eq=False)
+class _Kept:
+    """The tensors of one module's dict, and copies of those that a forward can write to."""
+
+    entries: dict[str, Any]
+    before: dict[str, Any]
+    copies: list[tuple[Tensor, Tensor, Tensor]]
+
+    def put_back(self) -> None:
+        """Let the dict hold the same tensors with the same values again."""
+        for tensor, memory, value in self.copies:
+            if not is_sharded(tensor):
+                tensor.data = memory  # a forward may have assigned to `.data`
+            memory.copy_(value)
+        if [*map(id, self.entries.values())] != [*map(id, self.before.values())]:
+            self.entries.clear()
+            self.entries.update(self.before)
+
+
+def _kept(module: nn.Module) -> list[_Kept]:
+    """The buffers; and the parameters of modules with a `train` of their own, such as adapters that merge into a weight."""
+    found = [buffers_of(m) for m in module.modules()]
+    found += [parameters_of(m) for m in module.modules() if _overrides_mode(m)]
+    return [
+        _Kept(entries, dict(entries), [_copy_of(t) for t in entries.values() if t is not None and _is_writable(t)]) for entries in found
+    ]
+
+
+def _overrides_mode(m: nn.Module) -> bool:
+    return type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval
+
+
+def _copy_of(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    memory = local(tensor).detach() if is_sharded(tensor) else tensor.data
+    return tensor, memory, memory.clone()
+
+
+def _is_writable(tensor: Tensor) -> bool:
+    """Say whether torch writes to it in place: not where elements share memory, nor to one of inference mode."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_inference():
+        return False
+    return all(stride or size < 2 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _put(target: Tensor, value: Tensor) -> None:

@@ -33,12 +33,13 @@ def predict(
     Where a state is placed on ranks, rank 1 of 4 gets the outputs of the second batch, the sixth and so on; `collect` brings them together.
 
     Args:
-        state: Where training stands; it is left as it was, and may train on while predictions are read.
+        state: Where training stands; it is left as it was, see `inference`, and may train on while predictions are read.
         loader: A loader; call it once for each of several.
         predict_step: ``(model, batch) -> output``; None takes the task's.
         weights: The memory whose averaged weights are used; None takes the parameters (a schedule-free optimizer's: the averaged ones).
         limit: Batches at most (int), or a fraction of them (float).
-        donate: True works on the state's own module rather than on a copy; do not train on it meanwhile.
+        donate: True works on the state's own module rather than on a copy; do not train on it meanwhile. Buffers that a forward writes to are
+            then put back after each batch rather than kept until the last one.
         signals: What listens; when a signal comes, `Interrupted` is raised in place of the next output.
 
     Returns:
@@ -63,7 +64,10 @@ def predict(
         raise ConfigError("predict(signals=...) is for one process: of several, one that ends would let the others wait; leave it out")
     check_type("predict(weights=...)", weights, str | None, 'the name of averaged weights, such as "ema", or None')
     store, place = state.live, state.store.place
-    if not donate or weights_to_use(store.optims.values(), store.module):  # averaged weights are computed once, not for each batch
+    owned = not donate or bool(
+        weights_to_use(store.optims.values(), store.module)
+    )  # averaged weights are computed once, not for each batch
+    if owned:
         module = state.module() if place is None else place.copy(store.module, {})
         store = Store(module, type(store.optim)(None), {weights: store.memory[weights]} if weights in store.memory else {}, place)
     average_of(store, weights)
@@ -71,7 +75,8 @@ def predict(
     if place is not None:
         place.sync(store)
     source = sources_of(loader, state.device, limit, place)[""]
-    return Outputs(_predictions(store, fold_in(state.seed, PREDICT), source, fn=fn, weights=weights, signals=signals, world=world), world)
+    found = _predictions(store, fold_in(state.seed, PREDICT), source, fn=fn, weights=weights, signals=signals, world=world, owned=owned)
+    return Outputs(found, world)
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -104,7 +109,14 @@ class Outputs:
 
 
 def _predictions(
-    store: Store, key: int, source: Source, fn: Callable[[Any, Any], Any], weights: str | None, signals: Signals | None, world: Any
+    store: Store,
+    key: int,
+    source: Source,
+    fn: Callable[[Any, Any], Any],
+    weights: str | None,
+    signals: Signals | None,
+    world: Any,
+    owned: bool,
 ) -> Iterator[Any]:
     batches = source.epoch(key, 0) if signals is None else signals.until(source.epoch(key, 0))
     i, every = (0, 1) if world is None else (1 + world.rank - world.size, world.size)
@@ -116,7 +128,7 @@ def _predictions(
                     return None if signals is None else signals.check()
                 i += every
                 seed_generators(fold_in(key, i), store.device)
-                with inference(store, weights) as module:
+                with inference(store, weights, owned=owned) as module:
                     stands_in = item[0].__class__ is Part
                     out = fn(module, item[0].batch if stands_in else item[0])
                 store.end_step()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fnlight.checkpoint import load, restore, save
+from fnlight.checkpoint import load, refill, restore, save
 from fnlight.errors import CheckpointWarning, MismatchError
 from fnlight.optim import Optim
 from fnlight.state import Task, TrainState
@@ -300,3 +300,48 @@ def test_restore_asks_for_a_state(wrong: Any, tmp_path: Path) -> None:
     """A task given to `restore` is pointed to `load`."""
     with pytest.raises(TypeError, match=r"must be a TrainState, but got \w+; for a Task there is fl.load"):
         restore(tmp_path, wrong)
+
+
+class Late(nn.Module):
+    """Buffers in and outside of the state_dict that are None or empty until the first forward, and one that grows."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("mean", None)
+        self.register_buffer("table", None, persistent=False)
+        self.register_buffer("bank", torch.zeros(0, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """A layer on centred inputs."""
+        if self.mean is None:
+            self.mean, self.table = x.mean(0), x.amax(0)
+        self.bank = torch.cat([self.bank, x.detach()])
+        return self.layer(x - self.mean) * self.table + self.bank.mean()
+
+
+def test_buffers_that_the_first_forward_fills_are_restored(tmp_path: Path) -> None:
+    """A new model, in which they are None or empty, gets them as they were saved, and its next step is bitwise that of the first."""
+    state = stepped(Task(Late(), train_step, configure_optimizers=sgd))
+    path = save(state, tmp_path / "state")
+    for found in (load(path, state.task), restore(path, like=TrainState.create(state.task))):
+        assert not list(differences(content(found), content(state)))
+        assert not list(differences(content(update(found, torch.ones(3, 2))[0]), content(update(state, torch.ones(3, 2))[0])))
+
+
+def test_a_run_that_goes_back_gets_the_shapes_of_then(tmp_path: Path) -> None:
+    """Buffers that have grown since are as short as they were, and those that were None are None again."""
+    first = TrainState.create(Task(Late(), train_step, configure_optimizers=sgd))
+    path = save(first, tmp_path / "first")
+    state = refill(path, update(first, torch.ones(3, 2))[0])
+    assert not list(differences(content(state), content(first)))
+    assert (state.store.module.mean, state.store.module.table) == (None, None)
+
+
+def test_a_buffer_that_is_not_empty_has_the_shape_of_the_model(tmp_path: Path) -> None:
+    """Another shape is another model, as for parameters."""
+    wide, narrow = Late(), Late()
+    wide.bank, narrow.bank = torch.zeros(3, 2), torch.zeros(1, 2)
+    path = save(TrainState.create(Task(wide, train_step, configure_optimizers=sgd)), tmp_path / "state")
+    with pytest.raises(MismatchError, match=r"bank +float32 \[3, 2\] +float32 \[1, 2\]"):
+        load(path, Task(narrow, train_step, configure_optimizers=sgd))

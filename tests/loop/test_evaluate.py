@@ -220,3 +220,111 @@ def test_a_step_in_inference_mode_is_evaluated_all_the_same():
     """Who wants inference mode decorates the step; the metrics are the same."""
     state = created()
     assert evaluate(state, [rows(), rows(3)], eval_step=torch.inference_mode()(eval_step)) == evaluate(state, [rows(), rows(3)])
+
+
+class Writing(nn.Module):
+    """A model whose forward writes to one buffer, replaces another and fills a third, in eval mode as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("first", None)
+
+    def forward(self, x):
+        self.mean.data.lerp_(x.mean(0), 0.5)
+        self.count = self.count + 1
+        if self.first is None:
+            self.first = x[0].clone()
+        return self.layer(x - self.mean)
+
+
+@pytest.mark.parametrize("donate", [None, False, True])
+def test_buffers_that_a_forward_writes_are_put_back(donate):
+    """evaluate and predict keep the same promise: afterwards each buffer is the same tensor with the same values."""
+    state = created(model=Writing())
+    before = dict(state.store.module.named_buffers())
+    if donate is None:
+        evaluate(state, loader())
+    else:
+        list(predict(state, loader(), donate=donate))
+    after = dict(state.store.module.named_buffers())
+    assert all(after[name] is tensor for name, tensor in before.items())
+    assert after.keys() == before.keys()
+    assert not any(tensor.any() for tensor in after.values())
+    assert state.store.module.first is None
+
+
+def test_buffers_are_kept_from_batch_to_batch_of_one_evaluation():
+    """Outputs are those of a plain loop over a copy of the model, in evaluate and in predict."""
+    state = created(model=Writing())
+    module = state.module().eval()
+    with torch.no_grad():
+        expected = [module(batch) for batch in loader()]
+    outputs: list[torch.Tensor] = []
+    evaluate(state, loader(), eval_step=lambda m, b: outputs.append(m(b)) or {"n": 1.0})
+    for found in (outputs, list(predict(state, loader()))):
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+class Merging(nn.Linear):
+    """An adapter that is merged into the weight in eval mode and taken out in train mode, both by an overridden `train`."""
+
+    def __init__(self):
+        super().__init__(3, 3)
+        self.adapter, self.merged, self.calls = nn.Parameter(torch.full((3, 3), 0.1)), False, []
+
+    def train(self, mode=True):
+        self.calls.append(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * self.adapter.data
+            self.merged = not mode
+        return nn.Linear.train(self, mode)
+
+    def forward(self, x):
+        return F.linear(x, self.weight if self.merged else self.weight + self.adapter, self.bias)
+
+
+@pytest.mark.parametrize("weights", [None, "ema"])
+def test_a_train_method_of_the_model_is_called_on_the_way_in_and_back(weights):
+    """An adapter is merged for an evaluation only, also into averaged weights, and afterwards every weight is bitwise what it was."""
+    state = created(model=nn.Sequential(Merging()))
+    state, _ = pipe(train_step, grad(), apply(), ema(0.5))(state, rows())
+    inner, average = state.store.module[0], state.memory["ema"]
+    inner.calls.clear()
+    before = {name: t.clone() for name, t in (*state.params.items(), *((f"ema/{k}", t) for k, t in average.items()))}
+    seen: list[bool] = []
+    evaluate(state, loader(), weights=weights, eval_step=lambda m, b: seen.append(m[0].merged) or {"n": m(b).sum()})
+    assert seen == [True] * 3
+    assert (inner.calls, inner.merged) == ([False, True], False)
+    after = {**state.params, **{f"ema/{k}": t for k, t in average.items()}}
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+class CachedInEval(nn.Module):
+    """A model that keeps its weight from the first batch in eval mode on, until `train()` is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.kept = nn.Linear(3, 3), None
+
+    def train(self, mode=True):
+        self.kept = None if mode else self.kept
+        return nn.Module.train(self, mode)
+
+    def forward(self, x):
+        if not self.training and self.kept is None:
+            self.kept = self.layer.weight.detach().clone()
+        return F.linear(x, self.layer.weight if self.kept is None else self.kept, self.layer.bias)
+
+
+def test_a_cache_that_train_clears_is_made_again_in_the_next_evaluation():
+    """Every evaluation computes with the weights of its step."""
+    state = created(model=CachedInEval())
+    step = pipe(train_step, grad(), apply())
+    for _ in range(2):
+        state, _ = step(state, rows())
+        found = evaluate(state, [rows()])["mean"]
+        layer = state.store.module.layer
+        assert found == pytest.approx(F.mse_loss(layer(rows()), rows()).item(), rel=1e-6)
