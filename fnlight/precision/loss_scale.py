@@ -54,7 +54,7 @@ def loss_scale(
 
     def wrap(grad_fn: Any) -> Any:
         def scaled(store: Store, batches: Any, key: int) -> Gradients:
-            store.host.refuse("loss_scale must read after every step whether the step was skipped, which a graph cannot do")
+            store.host.refuse("loss_scale must read after every step whether it was skipped, which a graph cannot do")
             tree, buffers = store.memory["loss_scale"], buffers_before(store.module, store.memory["loss_scale"]["buffers"])
             used = tree["scale"].clone()
             store.scale = used
