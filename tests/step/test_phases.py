@@ -306,7 +306,7 @@ def test_parameters_that_no_phase_trains_are_warned_of():
         return {**both(model), "gen": torch.optim.SGD(model.gen[0].parameters(), lr=0.1)}
 
     with pytest.warns(
-        OptimizerWarning, match=r"holds no gen\.1\.weight, gen\.1\.bias, gen\.3\.weight, gen\.3\.bias, which require gradients"
+        OptimizerWarning, match=r"does not hold gen\.1\.weight, gen\.1\.bias, gen\.3\.weight, gen\.3\.bias, which require gradients"
     ):
         TrainState.create(task_of(configure=configure))
 

@@ -118,7 +118,9 @@ def test_a_rule_prints_as_its_source_text():
 def test_a_monitor_that_no_evaluation_yields_is_named():
     """The error lists the names that exist; before the first evaluation nothing is known."""
     assert patience("val/accuracy", 3)(after()) is None
-    with pytest.raises(MonitorError, match=r"'val/accuracy' is monitored, but no evaluation yields it; there are \['val/loss'\]"):
+    with pytest.raises(
+        MonitorError, match=r"'val/accuracy' is monitored, but no evaluation has this metric; the metrics are \['val/loss'\]"
+    ):
         patience("val/accuracy", 3)(after(0.5))
 
 
