@@ -14,7 +14,7 @@ from fnlight.pipe import Combinator
 from fnlight.protocols import Gradients
 from fnlight.state import Store
 
-_SAYS_SO = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "RESOURCE_EXHAUSTED")
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "RESOURCE_EXHAUSTED")
 _FITS = 1 << 62  # larger than any micro-batch: the step need not be repeated
 
 
@@ -40,7 +40,7 @@ def microbatch(size: int | str) -> Combinator:
         A combinator from `GradFn` to `GradFn` (of a group). Place it after `grad` and `accumulate`.
 
     Raises:
-        ConfigError: If the size is neither.
+        ConfigError: If `size` is not one of these.
 
     Example:
         >>> print(microbatch(16))
@@ -50,10 +50,10 @@ def microbatch(size: int | str) -> Combinator:
         raise ConfigError(f'microbatch must be a number of samples >= 1 or "auto", but got {size!r}')
 
     def wrap(grad_fn: Any) -> Any:
-        def parted(store: Store, batches: Sequence[Any], key: int) -> Gradients:
-            return grad_fn(store, _parts(batches, size, _together(store)), key)
+        def splitting(store: Store, batches: Sequence[Any], key: int) -> Gradients:
+            return grad_fn(store, _parts(batches, size, _lockstep_ranks(store)), key)
 
-        return parted if size != "auto" else _fitting(grad_fn)
+        return splitting if size != "auto" else _fitting(grad_fn)
 
     init = (lambda store: {"size": None}) if size == "auto" else None
     return Combinator("microbatch", wrap, "grad", "grad", args=repr(size), init=init)
@@ -66,7 +66,7 @@ def _fitting(grad_fn: Any) -> Any:
         store.host.refuse("microbatch('auto') repeats a step that runs out of memory, which a graph cannot do; give a size")
         tree, buffers = store.memory["microbatch"], _buffers(store.module)
         while True:
-            found, smaller = _attempt(grad_fn, store, _parts(batches, tree["size"], _together(store)), key)
+            found, smaller = _attempt(grad_fn, store, _parts(batches, tree["size"], _lockstep_ranks(store)), key)
             if smaller is None:
                 return found
             _undo(store, buffers)  # not inside an except block: the traceback would keep the tensors alive
@@ -84,7 +84,7 @@ def _attempt(grad_fn: Any, store: Store, parts: Sequence[Any], key: int) -> tupl
         agreed.append(place.smallest(_FITS, store.device))
         return agreed[0] == _FITS
 
-    store.place = None if place is None else _apart(place, store, fits_everywhere)
+    store.place = None if place is None else _deferred_placement(place, store, fits_everywhere)
     try:
         found = grad_fn(store, parts, key)
     except (RuntimeError, MemoryError) as error:
@@ -98,7 +98,7 @@ def _attempt(grad_fn: Any, store: Store, parts: Sequence[Any], key: int) -> tupl
     return None, smaller if place is None else place.smallest(smaller, store.device)
 
 
-def _apart(place: Any, store: Store, done: Callable[[], bool]) -> Any:
+def _deferred_placement(place: Any, store: Store, done: Callable[[], bool]) -> Any:
     found = place.apart(store, done)
     if found is None:
         raise ParallelError(
@@ -108,7 +108,7 @@ def _apart(place: Any, store: Store, done: Callable[[], bool]) -> Any:
     return found
 
 
-def _together(store: Store) -> int:
+def _lockstep_ranks(store: Store) -> int:
     """The number of ranks that must make the same number of forward passes; 0 if ranks are independent."""
     return store.place.world.size if store.place is not None and store.place.lockstep else 0
 
@@ -139,7 +139,7 @@ def _largest(part: Part, count: int, ranks: int) -> int:
 
 def _smaller(parts: Sequence[Any], error: Exception) -> int:
     """Half of the largest size; raises the error if it is not out-of-memory, or if the size is already 1."""
-    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(text in str(error) for text in _SAYS_SO):
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(text in str(error) for text in _OUT_OF_MEMORY):
         raise error
     largest = max(num_samples(part.batch if part.__class__ is Part else part) for part in parts)
     if largest <= 1:

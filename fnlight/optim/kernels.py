@@ -57,7 +57,7 @@ def choose_fused(optimizer: Optimizer, module: nn.Module) -> None:
     for group in optimizer.param_groups:
         group["fused"] = fused
     optimizer.defaults["fused"] = fused
-    setattr(optimizer, "_step_supports_amp_scaling", bool(fused))  # noqa: B010  # what the constructor sets with fused=True; unknown to type stubs
+    setattr(optimizer, "_step_supports_amp_scaling", bool(fused))  # noqa: B010  # the constructor sets it with fused=True; unknown to type stubs
 
 
 def _can_fuse(optimizer: Optimizer, module: nn.Module) -> bool:

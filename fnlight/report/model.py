@@ -210,7 +210,7 @@ def _shapes(
         module = copy.deepcopy(module).eval()
         batch = map_tensors(lambda t: t.detach().to(device, copy=True), batch)
         for path in paths:
-            handle = module.get_submodule(path).register_forward_hook(_noting(found, path))
+            handle = module.get_submodule(path).register_forward_hook(_recorder(found, path))
             hooks.callback(handle.remove)
         try:
             forward(module, batch)
@@ -222,7 +222,7 @@ def _shapes(
     return module, found
 
 
-def _noting(found: dict[str, str], path: str) -> Callable[..., None]:
+def _recorder(found: dict[str, str], path: str) -> Callable[..., None]:
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
         found.setdefault(path, _shape(output))
 

@@ -8,7 +8,7 @@ from fnlight.data import Item
 from fnlight.report.flops import device_name, flops, peak_flops
 from fnlight.state import TrainState
 
-_SAYS = {
+_LABELS = {
     "step": "steps",
     "start": "start-up",
     "data": "waiting for data",
@@ -83,7 +83,7 @@ class RunReport:
         head = (
             f"{self.steps:,} steps and {self.samples:,} samples in {self.total:,.1f} s of {runs}, {self.samples_per_second:,.0f} samples/s"
         )
-        shown = {_SAYS[cause]: taken for cause, taken in self.seconds.items() if taken or cause == "step"}
+        shown = {_LABELS[cause]: taken for cause, taken in self.seconds.items() if taken or cause == "step"}
         width, digits = max(map(len, shown)), max(len(f"{taken:,.1f}") for taken in shown.values())
         lines = [
             f"{name.ljust(width)}  {f'{taken:,.1f}'.rjust(digits)} s  {100 * taken / (self.total or 1):5.1f} %"

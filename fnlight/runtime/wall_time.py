@@ -55,12 +55,8 @@ class WallTime:
     lost: float = 0.0
     runs: int = 0
     clock: Callable[[], float] = attrs.field(default=time.perf_counter, init=False, repr=False)
-    _since: float | None = attrs.field(
-        default=None, init=False, repr=False
-    )  # the time up to which `total` counts; None if no run is active
-    _begun: tuple[float, float] | None = attrs.field(
-        default=None, init=False, repr=False
-    )  # the start of a run whose first step is not finished
+    _since: float | None = attrs.field(default=None, init=False, repr=False)  # `total` counts up to here; None: no run is active
+    _begun: tuple[float, float] | None = attrs.field(default=None, init=False, repr=False)  # the start of a run before its first step
     _marks: dict[str, tuple[int, list[float]]] = attrs.field(factory=dict, init=False, repr=False)
 
     @property

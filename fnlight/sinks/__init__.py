@@ -1,4 +1,4 @@
-"""Where records go: `JSONL` and `CSV` files, `TensorBoard` event files, the `Console`, and several of them at once.
+"""Sinks for records: `JSONL` and `CSV` files, `TensorBoard` event files, the `Console`, and `fan_out` for several of them.
 
 A sink is any function of a `Record`. The sinks here also have ``flush()`` and ``close()``. Nothing is opened before the first record.
 The next record after ``close()`` opens the file again. A file sink then first drops what was written for that step and all later steps,

@@ -1,4 +1,4 @@
-"""What the sinks that write files share: checks of paths, clear errors, appends that write all or nothing, and where to cut a log."""
+"""Shared by the sinks that write files: checks of paths, clear errors, appends that write all or nothing, and where to cut a log."""
 
 import errno
 import os

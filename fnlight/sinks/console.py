@@ -14,7 +14,7 @@ import attrs
 from fnlight.errors import ConfigError
 from fnlight.sinks._files import scalars
 
-_BROKEN = (OSError, ValueError, AttributeError)  # what a stream raises if it is broken, closed, or None
+_BROKEN = (OSError, ValueError, AttributeError)  # errors of a stream that is broken, closed, or None
 _FRAME = 0.1  # seconds between two redraws of the bar
 _USUAL = ("train/loss", "val/loss")
 _OTHERS = 3  # how many other metrics are shown if none were chosen
@@ -22,7 +22,7 @@ _TRAINING = ("train/", "train_epoch/", "lr/", "time/", "samples/")  # any other 
 
 
 class _View(NamedTuple):
-    """What is shown at one moment."""
+    """The values of one display."""
 
     step: int
     total: int | None

@@ -37,7 +37,7 @@ def found(tmp_path_factory):
         ("one value", "BatchNorm needs more than one value a channel to train"),
         ("norms", "because the other ranks take part in every forward pass; give a number of samples"),
         ("bundle", "debug_bundle works in one process"),
-        ("carry", "carry keeps what belongs to the samples of one process"),
+        ("carry", "carry keeps a value for the samples of each process"),
         ("cache", "grad_cache computes one loss over all samples of a step"),
         ("predict", "predict(signals=...) is for one process"),
         ("diloco", "create the state with place=fl.parallel.local_sgd()"),

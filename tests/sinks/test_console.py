@@ -319,7 +319,7 @@ def _all_of(descriptor: int) -> Iterator[bytes]:
             yield data
 
 
-def test_on_a_real_terminal_there_is_a_bar_below_what_is_printed(tmp_path: Path) -> None:
+def test_on_a_real_terminal_the_bar_is_below_printed_text(tmp_path: Path) -> None:
     """A process on a pseudo terminal draws a bar, and printed lines appear above it, complete."""
     text, file = terminal_output(("stdout", "stderr"), tmp_path)
     assert file == ""

@@ -286,7 +286,7 @@ def frozen_gen(model):
     "configure, error, match",
     [
         (None, OptimizerError, r"has the phases disc, gen, but no configure_optimizers"),
-        (lambda m: both(m)["disc"], OptimizerError, r"must return a dict of an optimizer for each, but returned SGD"),
+        (lambda m: both(m)["disc"], OptimizerError, r"must return a dict with an optimizer for each, but returned SGD"),
         (lambda m: {"disc": both(m)["disc"]}, OptimizerError, r"phases are \['disc', 'gen'\] and configure_optimizers returned \['disc'\]"),
         (none_for_gen, OptimizerError, r"the phase 'gen' has no parameters to train"),
         (frozen_gen, OptimizerError, r"the phase 'gen' has no parameters to train"),
