@@ -149,9 +149,7 @@ def _watching(part: _Part, changed: list[tuple[nn.Module, str, Tensor]]) -> Iter
     held = [(m, name, b, b._version, b.clone()) for m in part.holders for name, b in m._buffers.items() if b is not None]
     yield
     for m, name, b, version, copy in held:
-        if (
-            m._buffers[name] is not b or b._version != version or isinstance(m, nn.modules.batchnorm._NormBase)
-        ):  # norms do not change the version
+        if m._buffers[name] is not b or b._version != version or isinstance(m, nn.modules.batchnorm._NormBase):  # norms keep the version
             changed.append((m, name, copy))
 
 

@@ -297,4 +297,4 @@ def test_a_repeated_step_of_ranks_equals_the_size_from_the_start(ranks):
 def test_ranks_with_a_sharded_model_refuse_auto(ranks):
     """A rank cannot repeat a step alone, so the first step is an error on all ranks."""
     for rank in (0, 1):
-        assert "repeats a step that did not fit into memory, which a rank of fsdp(" in ranks[rank]["fsdp"]
+        assert "repeats a step that ran out of memory, but a rank of fsdp(" in ranks[rank]["fsdp"]
