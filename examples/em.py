@@ -58,7 +58,7 @@ def main() -> None:
     x, species = torch.tensor(data.data), data.target
     task = fl.Task(
         Mixture(x, 3),
-        fl.pipe(maximise, fl.manual(lambda store: {"warm_up": 10}, key="em")),
+        fl.pipe(maximise, fl.manual(lambda store: {"warm_up": 10}, name="em")),
         predict_step=lambda model, x: model(x).argmax(-1),
     )
     start = fl.TrainState.create(task)

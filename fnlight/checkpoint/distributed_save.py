@@ -133,7 +133,10 @@ def write_together(folder: Folder | Bucket, body: Mapping[str, Any], parts: Part
         ['model.safetensors', 'state.json']
     """
     try:
-        _lead(folder, body, parts, ranks, overwrite) if ranks.rank == 0 else _follow(parts, ranks)
+        if ranks.rank == 0:
+            _lead(folder, body, parts, ranks=ranks, overwrite=overwrite)
+        else:
+            _follow(parts, ranks)
     except RuntimeError as error:
         raise CheckpointError(
             f"cannot write {folder.path}: rank {ranks.rank} has lost another one: {error!s:.200}; older checkpoints are as they were"

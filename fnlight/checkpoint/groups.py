@@ -56,7 +56,9 @@ def place_optimizers(
         if name not in saved:
             notes.append(f"there was no optimizer {name!r} then; its memory starts afresh")
             continue
-        found = _place_optimizer(optim, module, saved[name], opened.path, tensors, {each: known.get(each) for each in loaded}, afresh)
+        found = _place_optimizer(
+            optim, module, saved[name], path=opened.path, tensors=tensors, loaded={each: known.get(each) for each in loaded}, afresh=afresh
+        )
         notes += [f"{name}: {line}" for line in found] if name else found
     return notes
 
@@ -82,7 +84,7 @@ def _place_optimizer(
         return [f"optimizer changed: {saved_class} in the checkpoint, {own_class} now; its memory starts afresh"]
     if section is None:
         return []
-    _place_slots(optim, module, section, tensors, loaded)
+    _place_slots(optim, module, section, tensors=tensors, loaded=loaded)
     return _place_groups(optim, module, section["groups"], tensors) + _unheld(optim, module, section, loaded)
 
 
@@ -122,7 +124,9 @@ def _place_slots(
                 if not slots:
                     continue
             group = groups[id(p)]
-            state[p] = {slot: _like(slot, _of_dtype(value, loaded[name], p), p, group, optim.offload) for slot, value in slots.items()}
+            state[p] = {
+                slot: _like(slot, _of_dtype(value, loaded[name], p), p, group=group, offload=optim.offload) for slot, value in slots.items()
+            }
     for key, value in decode(section["slots"].get(OTHER, {}), tensors.pop).items():
         state[key] = value
 
@@ -141,7 +145,7 @@ def _like(slot: str, value: Any, p: Tensor, group: Mapping[str, Any], offload: b
         raise ValueError(f"the slot {slot!r} of a parameter of shape {list(p.shape)} is {value.dtype} {list(value.shape)}")
     if value.shape == p.shape and not offload:
         value = spread_like(value, p)
-    value = place_slot(slot, value, p, group, offload)
+    value = place_slot(slot, value, p, group=group, offload=offload)
     return value if value.shape != p.shape else fitted(value, p, same_kind=False)
 
 

@@ -71,7 +71,7 @@ def read_pieces(
                 wishes.setdefault(index, []).append((name, wanted[0], common, (offset, cell)))
     count = len(entry["parts"]) if "parts" in entry else None
     for index, wanted_here in sorted(wishes.items()):
-        _fill(part, size, file if count is None else part_name(file, index, count), wanted_here, found, into)
+        _fill(part, size, file if count is None else part_name(file, index, count), wishes=wanted_here, found=found, into=into)
     return {name: _placed(found[name], entry["tensors"][name][0], homes[name]) for name in found}
 
 
@@ -203,7 +203,7 @@ def _fill(part: Part, size: Callable[[str], int | None], file: str, wishes: list
         data = memoryview(part(file, start, group[-1][1]))
         data = memoryview(bytearray(data)) if data.readonly else data  # torch takes none that cannot be written
         for begin, end, (name, origin, common, cell) in group:
-            _copy(data[begin - start : end - start], places[name], found[name], origin, common, cell)
+            _copy(data[begin - start : end - start], places[name], found[name], origin=origin, common=common, cell=cell)
 
 
 def _straight(into: Into, file: str, place: Place, found: Mapping[str, Tensor], begin: int, end: int, wish: Any) -> bool:

@@ -273,7 +273,7 @@ def verify(path: Path) -> list[str]:
     for name, entry in body["files"].items():
         try:
             if "parts" in entry:
-                check_parts(folder.part, folder.size, name, entry, opened.layouts)
+                check_parts(folder.part, folder.size, name, entry=entry, layouts=opened.layouts)
             else:
                 opened.tensors(name)
         except (BrokenCheckpointError, ValueError, OSError) as error:

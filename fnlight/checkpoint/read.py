@@ -60,7 +60,7 @@ def load(path: Path, task: Task, *, device: torch.device | str | None = None, pl
     lent, memo = Lent(), dict[int, Any]()
     if isinstance(task, Task) and place is None:
         lent.borrow((*task.model.parameters(), *task.model.buffers()), memo)
-    state, notes = _fill(TrainState.create(task, device=device, place=place, _memo=memo), lent, opened, frozenset(), None)
+    state, notes = _fill(TrainState.create(task, device=device, place=place, _memo=memo), lent, opened, allowed=frozenset(), rename=None)
     _warn(opened, notes)
     return state
 
@@ -96,7 +96,7 @@ def restore(path: Path, like: TrainState, *, allow: Iterable[str] = (), rename: 
         ...     restore(save(state.recorded({"val/loss": 0.5}), f"{folder}/state"), like=state).history[0].metrics
         {'val/loss': 0.5}
     """
-    check_type("restore(path, like=...)", like, TrainState, "a TrainState", "for a Task there is fl.load(path, task)")
+    check_type("restore(path, like=...)", like, TrainState, expected="a TrainState", advice="for a Task there is fl.load(path, task)")
     check_type("restore(allow=...)", allow, Iterable, f"some of {sorted(ALLOWED)}")
     allowed = frozenset((allow,) if isinstance(allow, str) else allow)
     if not allowed <= ALLOWED:
@@ -104,7 +104,7 @@ def restore(path: Path, like: TrainState, *, allow: Iterable[str] = (), rename: 
     place = like.live.place
     opened = open_checkpoint(path, hold=place is None, ranks=None if place is None else place.everyone)
     store, lent = twin(like.live)
-    state, notes = _fill(attrs.evolve(like, store=store, version=0), lent, opened, allowed, rename)
+    state, notes = _fill(attrs.evolve(like, store=store, version=0), lent, opened, allowed=allowed, rename=rename)
     _warn(opened, notes)
     return state
 
@@ -137,7 +137,7 @@ def refill(path: Path, state: TrainState) -> TrainState:
     opened = open_checkpoint(path, hold=place is None, ranks=None if place is None else place.everyone)
     store = state.donated()
     times = store.wall_time
-    found, _ = _fill(state, Lent(), opened, frozenset(), None)
+    found, _ = _fill(state, Lent(), opened, allowed=frozenset(), rename=None)
     store.wall_time, store.version = times, state.version + 2
     return attrs.evolve(found, version=store.version)
 
@@ -154,7 +154,7 @@ def _fill(state: TrainState, lent: Lent, opened: Opened, allowed: frozenset[str]
     opened = attrs.evolve(opened, like=_homes(store, rename))
     listed = opened.body["files"][MODEL]["tensors"]
     _recast(store, opened)
-    report = place_weights(store.module, renamed(opened.tensors(MODEL), rename), opened.path, "dtype" in allowed, lent)
+    report = place_weights(store.module, renamed(opened.tensors(MODEL), rename), opened.path, convert="dtype" in allowed, lent=lent)
     if not report.fits and "model" not in allowed:
         raise MismatchError(_another(report))
     notes = [] if report.fits else [f"only what fits was taken. {report}"]
@@ -166,7 +166,7 @@ def _fill(state: TrainState, lent: Lent, opened: Opened, allowed: frozenset[str]
         notes += _derived_buffers(store.module, decode(opened.body["buffers"], tensors.pop), lent)
         lent.own((*store.module.parameters(), *store.module.buffers()))  # from here on, code of the user's may write to them
         notes += _extra(store.module, decode(opened.body["extra"], _moved(tensors, store.device)))
-        notes += place_optimizers(store.optims, store.module, opened, report.taken, known, "optimizer" in allowed)
+        notes += place_optimizers(store.optims, store.module, opened, loaded=report.taken, known=known, afresh="optimizer" in allowed)
         lent.own()
         memory = _memory(opened.body["memory"], tensors, store.device)
         fitting = {key: _as_the_model(tree, known, report.left, store.named) for key, tree in memory.items()}

@@ -50,7 +50,7 @@ class Opened:
         try:
             if self.like is not None and name not in self.held:
                 into = self.folder.into if isinstance(self.folder, Folder) else None
-                return read_pieces(self.folder.part, self.folder.size, name, entry, self.layouts, self.like, into)
+                return read_pieces(self.folder.part, self.folder.size, name, entry=entry, layouts=self.layouts, like=self.like, into=into)
             if name in self.held:
                 found = self.held[name]
             elif "parts" in entry:
@@ -88,7 +88,7 @@ def fetched(
     for name, entry in body["files"].items():
         if name in files and not found:
             try:
-                held[name] = _fetch(folder, name, entry, layouts_of(body), found)
+                held[name] = _fetch(folder, name, entry, layouts=layouts_of(body), found=found)
             except (OSError, ValueError) as error:
                 found += compare_all(folder, {name: entry}, digests=True) or [f"{name} cannot be read: {error}"]
         elif name in files or others:

@@ -63,7 +63,7 @@ def save(state: TrainState, path: Path, *, overwrite: bool = True) -> str:
     folder, place = at(path), state.store.place
     body, tensors = describe_state(state)
     if place is not None and is_cut(tensors):
-        write_together(folder, body, parts_of(tensors, place.everyone.rank), place.everyone, overwrite)
+        write_together(folder, body, parts_of(tensors, place.everyone.rank), ranks=place.everyone, overwrite=overwrite)
         return folder.path
     if place is None or place.writes:
         write(folder, body, tensors, overwrite)
@@ -209,8 +209,8 @@ def _refuse(path: str, tensor: Tensor) -> str:
 def _optimizers(store: Store, put: Put, raw: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """The section of a single optimizer; or those of several, by name."""
     if store.phases:
-        return {"phases": {name: _optimizer(optim, store.module, put, f"{name}/", raw) for name, optim in store.optims.items()}}
-    return None if store.optim.optimizer is None else _optimizer(store.optim, store.module, put, "", raw)
+        return {"phases": {name: _optimizer(optim, store.module, put, prefix=f"{name}/", raw=raw) for name, optim in store.optims.items()}}
+    return None if store.optim.optimizer is None else _optimizer(store.optim, store.module, put, prefix="", raw=raw)
 
 
 def _optimizer(optim: Optim, module: nn.Module, put: Put, prefix: str, raw: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -45,9 +45,9 @@ class Combined:
     def epoch(self, children: Sequence[Any], seed: int, epoch: int, start: int, stream: int) -> Iterator[Triple]:
         """One joint epoch of the children's epochs, from batch `start` on."""
         if self.mode == "concat":
-            return _concat(children, seed, epoch, start, stream)
+            return _concat(children, seed, epoch, start=start, stream=stream)
         parts = _cycles if self.mode == "zip_longest" else _plain
-        return _side_by_side(parts(children, seed, epoch, start, stream), self._pack(), self._end(children, start))
+        return _side_by_side(parts(children, seed, epoch, start=start, stream=stream), self._pack(), self._end(children, start))
 
     def _pack(self) -> Callable[[Sequence[Any]], Any]:
         names = self.names
@@ -141,7 +141,7 @@ def _cycles(children: Sequence[Any], seed: int, epoch: int, start: int, stream: 
         )
     total = max(lengths)
     return [
-        _cycle(child, fold_in(seed, i), epoch * -(-total // n), start, stream, n)
+        _cycle(child, fold_in(seed, i), epoch * -(-total // n), start=start, stream=stream, length=n)
         for i, (child, n) in enumerate(zip(children, lengths, strict=True))
     ]
 

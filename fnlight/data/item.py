@@ -59,7 +59,7 @@ class Item:
         if len(batches) == 1 and isinstance(batches[0], Item):
             return batches[0]
         at = state.progress
-        return cls(batches, at.epoch, at.batch + len(batches), False, sum(map(num_samples, batches)))
+        return cls(batches=batches, epoch=at.epoch, batch=at.batch + len(batches), last=False, samples=sum(map(num_samples, batches)))
 
 
 @attrs.frozen(eq=False)
@@ -167,7 +167,9 @@ def batches(
     batches_at(batches_per_step, state.progress.epoch)
     place = state.store.place
     share = None if place is None else Share(place.world)
-    return _items(_source(loader, limit, shuffle, device, share), state, batches_per_step, clock, wall_time, beat)
+    return _items(
+        _source(loader, limit, shuffle, device=device, share=share), state, batches_per_step, clock=clock, wall_time=wall_time, beat=beat
+    )
 
 
 def _source(loader: Any, limit: int | float | None, shuffle: bool, device: torch.device | str | None, share: Share | None) -> Source:

@@ -156,7 +156,7 @@ def tasks(loader: DataLoader[Any], span: Span, shuffle: bool = True) -> Iterator
     order = None
     if shuffle and type(sampler) is RandomSampler:
         order = permutation(span.order_key, count)
-    return _sliced_tasks(order, count, size, range(span.start, end), span.key(SAMPLE), collated)
+    return _sliced_tasks(order, count, size, numbers=range(span.start, end), key=span.key(SAMPLE), collated=collated)
 
 
 def _generator(key: int) -> torch.Generator:

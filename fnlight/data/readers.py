@@ -16,7 +16,7 @@ from fnlight.data.order import Span, check_start, length_of
 from fnlight.data.share import Sharded
 from fnlight.data.tensor_loader import Held, TensorLoader
 from fnlight.errors import LoaderError, LoaderWarning, warn
-from fnlight.tensors import LOADER, fold_in, leaves, seed_generators
+from fnlight.tensors import LOADER, fold_in, has_own_iterator, leaves, seed_generators
 
 _END: Any = object()
 
@@ -80,8 +80,7 @@ def reader_of(loader: Any, shuffle: bool) -> "Listed | Held | Mapped | Stateful 
         return Held(loader, shuffle)
     if callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None)):
         return Stateful(loader, shuffle)
-    kind: Any = type(loader)
-    if not isinstance(loader, DataLoader) or kind.__iter__ is not DataLoader.__iter__ or kind._get_iterator is not DataLoader._get_iterator:
+    if not isinstance(loader, DataLoader) or has_own_iterator(loader):
         return Iterated(loader, shuffle)
     if isinstance(loader.dataset, IterableDataset):
         return Iterated(loader, shuffle, KeyedStream(loader), loader.num_workers == 0)

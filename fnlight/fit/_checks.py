@@ -79,7 +79,8 @@ def one_of(*allowed: Any) -> Any:
 def function(_: Any, field: Any, value: Any) -> None:
     if value is not None and not callable(value):
         example = {"stop": 'patience("val/loss", 3)', "keep": "last(1)"}.get(field.name, "steps(50)")
-        raise ConfigError(f"FitConfig({field.name}=...) must be something like {example}, or None, but got {value!r}")
+        instead = f"; write fl.steps({value})" if example == "steps(50)" and isinstance(value, int) and not isinstance(value, bool) else ""
+        raise ConfigError(f"FitConfig({field.name}=...) must be something like {example}, or None, but got {value!r}{instead}")
 
 
 def seconds(value: Any) -> Any:

@@ -21,7 +21,7 @@ from fnlight.runtime import A_SIGNALS, Signals
 from fnlight.sinks import Console
 from fnlight.state import Task
 from fnlight.step import apply, apply_in_backward, ema
-from fnlight.triggers import epochs, seconds, steps
+from fnlight.triggers import epochs, seconds
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}  # fp8 is a matter of layers, see fnlight.precision.fp8
 TRUE = {"bf16-true": torch.bfloat16, "fp16-true": torch.float16, "fp64": torch.float64}
@@ -169,7 +169,7 @@ def _looked_at(config: FitConfig) -> Callable[[Any], bool]:
     """Where a loss must be known to be finite: wherever something is kept or shown that would hide that it is not."""
     whole: Any = epochs(1)
     if config.debug_bundle:
-        whole = whole | steps(EVERY)
+        whole = whole | EVERY
     others = (config.eval_every, *((config.save_every, config.permanent) if config.dir else ()), config.log_every if config.sinks else None)
     for when in others:
         if when is not None and when != epochs(1):

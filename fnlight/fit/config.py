@@ -14,7 +14,7 @@ from fnlight import triggers
 from fnlight.checkpoint import Retention, last
 from fnlight.errors import ConfigError
 from fnlight.fit.parse import parse, written
-from fnlight.triggers import StopRule, epochs, steps
+from fnlight.triggers import StopRule, epochs, steps, stop_rule
 
 _TEXTS = ("stop", "eval_every", "save_every", "keep", "permanent", "log_every")
 _BOUNDS = ("max_epochs", "max_steps", "max_time", "stop", "fast_dev_run")
@@ -125,7 +125,6 @@ class FitConfig:
     sinks: tuple[Any, ...] = attrs.field(
         default=(),
         converter=checks.several,
-        eq=repr,
         validator=checks.each(callable, 'functions of a record, such as fl.JSONL("log.jsonl")'),
     )
     progress: bool = attrs.field(default=True, validator=checks.one_of(True, False))
@@ -278,7 +277,7 @@ class FitConfig:
 
 
 def _guarded(rule: Any, guards: list[StopRule]) -> StopRule:
-    whole = rule if isinstance(rule, StopRule) else StopRule(getattr(rule, "__name__", repr(rule)), rule)
+    whole = stop_rule(rule)
     for guard in guards:
         whole = whole & guard
     return whole

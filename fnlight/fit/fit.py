@@ -63,10 +63,10 @@ def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
             with settings(config):
                 state = _converted(state, config)
                 step = compose(state.task, config, given, signals)
-                preflight(state, given, config, step, signals)
+                preflight(state, given, config, step=step, signals=signals)
                 if writes:
                     _write_config(config)
-                state.store.resources.update(locks)
+                state.store.run.resources.update(locks)
                 state.store.wall_time.begin(time.perf_counter, began)
                 state = _drain(run(step, state, train, donate=True, signals=signals))
         return state if place is None or given_place is not None else alone(state)
@@ -84,7 +84,7 @@ def _together(state: TrainState, config: FitConfig, train: Source) -> Iterator[t
             with world.waiting("before the first step"):
                 check_same(world, state, batches=None if own else train.num_batches, samples=samples, config=text_of(config))
                 if place is None:
-                    state, donate = placed_on(ddp(), state if donate else state.copy()), True
+                    state, donate = placed_on(state if donate else state.copy(), ddp()), True
         yield state, state.store.place, donate
 
 

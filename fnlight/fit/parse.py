@@ -82,10 +82,11 @@ def written(name: str, value: Any) -> str:
         'steps(50)'
     """
     text = repr(value)
+    wrong = f"FitConfig({name}={text:.80}) has no text that could be read back: it is, or holds, a function of your own"
     try:
-        parse(text)
+        found = parse(text)
     except ConfigError as error:
-        raise ConfigError(
-            f"FitConfig({name}={text:.80}) has no text that could be read back: it is, or holds, a function of your own"
-        ) from error
+        raise ConfigError(wrong) from error
+    if found != value:  # a function of the user's that has the name of one of fnlight's
+        raise ConfigError(wrong)
     return text

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fnlight.errors import ConfigError, check_type
 from fnlight.pipe import Combinator
-from fnlight.protocols import Gradients
+from fnlight.protocols import GradFn, Gradients, StoreView
 from fnlight.state import Store
-from fnlight.tensors import local_parts
+from fnlight.tensors import foreach_clamp_max_, foreach_clamp_min_, foreach_div_, foreach_mul_, foreach_norm, local_parts
 
 
 def clip_norm(max_norm: float) -> Combinator:
@@ -36,13 +36,13 @@ def clip_norm(max_norm: float) -> Combinator:
     """
     _positive("clip_norm", max_norm)
 
-    def wrap(grad_fn: Any) -> Any:
-        def clipped(store: Store, batches: Any, key: int) -> Gradients:
-            found: Gradients = grad_fn(store, batches, key)
+    def wrap(grad_fn: GradFn) -> GradFn:
+        def clipped(store: StoreView, batches: Any, key: int) -> Gradients:
+            found = grad_fn(store, batches, key)
             held = [v for v in found.values if v is not None]
             norm = _joint_norm(store, held)
             if held:
-                torch._foreach_mul_(local_parts(held), torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+                foreach_mul_(local_parts(held), torch.clamp(max_norm / (norm + 1e-6), max=1.0))
             found.metrics["grad_norm"] = norm
             return found
 
@@ -69,14 +69,14 @@ def clip_value(max_value: float) -> Combinator:
     """
     _positive("clip_value", max_value)
 
-    def wrap(grad_fn: Any) -> Any:
-        def clipped(store: Store, batches: Any, key: int) -> Gradients:
-            found: Gradients = grad_fn(store, batches, key)
+    def wrap(grad_fn: GradFn) -> GradFn:
+        def clipped(store: StoreView, batches: Any, key: int) -> Gradients:
+            found = grad_fn(store, batches, key)
             held = [v for v in found.values if v is not None]
             if held:
                 held = local_parts(held)
-                torch._foreach_clamp_min_(held, -max_value)
-                torch._foreach_clamp_max_(held, max_value)
+                foreach_clamp_min_(held, -max_value)
+                foreach_clamp_max_(held, max_value)
             return found
 
         return clipped
@@ -84,7 +84,7 @@ def clip_value(max_value: float) -> Combinator:
     return Combinator("clip_value", wrap, "grad", "grad", args=str(max_value))
 
 
-def _joint_norm(store: Store, held: list[Tensor]) -> Tensor:
+def _joint_norm(store: StoreView, held: list[Tensor]) -> Tensor:
     if not held and store.place is None:
         return torch.zeros((), device=store.device)  # the result of torch would be on the CPU
     return torch.nn.utils.get_total_norm(held) if store.place is None else store.place.norm(held)
@@ -113,24 +113,22 @@ def clip_each(max_norm: float) -> Combinator:
     """
     _positive("clip_each", max_norm)
 
-    def clip(store: Store, values: Sequence[Tensor | None]) -> None:
+    def clip(store: StoreView, values: Sequence[Tensor | None]) -> None:
         held = [v for v in values if v is not None]
         if held:
             norms = _norms(held) if store.place is None else [store.place.norms(held)]
-            torch._foreach_add_(norms, 1e-6)
-            torch._foreach_reciprocal_(norms)
-            torch._foreach_mul_(norms, max_norm)
-            torch._foreach_clamp_max_(norms, 1.0)
+            for norm in norms:
+                norm.add_(1e-6).reciprocal_().mul_(max_norm).clamp_(max=1.0)
             factors = norms[0].unbind() if norms[0].dim() else norms
-            torch._foreach_mul_(local_parts(held), factors)
+            foreach_mul_(local_parts(held), factors)
 
     return Combinator("clip_each", _changed(clip), "grad", "grad", args=str(max_norm))
 
 
 def _norms(held: list[Tensor]) -> list[Tensor]:
     """The 2-norm of each tensor; if device and dtype are the same, as one tensor of shape [tensors], which needs fewer kernels."""
-    norms = torch._foreach_norm(held)
-    return [torch.stack(norms)] if len({(n.device, n.dtype) for n in norms}) == 1 else list(norms)
+    norms = foreach_norm(held)
+    return [torch.stack(list(norms))] if len({(n.device, n.dtype) for n in norms}) == 1 else list(norms)
 
 
 def clip_adaptive(clipping: float = 0.01, eps: float = 1e-3, exclude: Sequence[str] = ()) -> Combinator:
@@ -162,7 +160,7 @@ def clip_adaptive(clipping: float = 0.01, eps: float = 1e-3, exclude: Sequence[s
     if isinstance(exclude, str):
         raise ConfigError(f"clip_adaptive(exclude=...) must be a list of patterns, but got the string {exclude!r}; write [{exclude!r}]")
 
-    def clip(store: Store, values: Sequence[Tensor | None]) -> None:
+    def clip(store: StoreView, values: Sequence[Tensor | None]) -> None:
         names = [name for name, p in store.named.items() if p.requires_grad]
         both = [
             (p.detach(), v)
@@ -174,12 +172,12 @@ def clip_adaptive(clipping: float = 0.01, eps: float = 1e-3, exclude: Sequence[s
         unit_norms = _unit_norms if store.place is None else store.place.unit_norms
         weights, held = [unit_norms(p) for p, _ in both], local_parts([v for _, v in both])
         norms = [unit_norms(v) for _, v in both]
-        torch._foreach_clamp_min_(weights, eps)
-        torch._foreach_mul_(weights, clipping)
-        torch._foreach_clamp_min_(norms, 1e-6)
-        torch._foreach_div_(weights, norms)
-        torch._foreach_clamp_max_(weights, 1.0)
-        torch._foreach_mul_(held, weights)
+        foreach_clamp_min_(weights, eps)
+        foreach_mul_(weights, clipping)
+        foreach_clamp_min_(norms, 1e-6)
+        foreach_div_(weights, norms)
+        foreach_clamp_max_(weights, 1.0)
+        foreach_mul_(held, weights)
 
     label = f"{clipping}" + (f", eps={eps}" if eps != 1e-3 else "") + (f", exclude={list(exclude)}" if exclude else "")
     return Combinator("clip_adaptive", _changed(clip), "grad", "grad", args=label)
@@ -221,9 +219,9 @@ def clip_quantile(quantile: float = 0.1, window: int = 1000) -> Combinator:
         seen = torch.zeros(1, dtype=torch.int64, device=store.device)
         return {"norms": torch.full((window,), torch.nan, device=store.device), "seen": seen}
 
-    def wrap(grad_fn: Any) -> Any:
-        def clipped(store: Store, batches: Any, key: int) -> Gradients:
-            found: Gradients = grad_fn(store, batches, key)
+    def wrap(grad_fn: GradFn) -> GradFn:
+        def clipped(store: StoreView, batches: Any, key: int) -> Gradients:
+            found = grad_fn(store, batches, key)
             held, tree = [v for v in found.values if v is not None], store.memory["clip_quantile"]
             norm = _joint_norm(store, held)
             if isinstance(tree["seen"], int):  # a state saved by an older version, in which the count was a number
@@ -233,7 +231,7 @@ def clip_quantile(quantile: float = 0.1, window: int = 1000) -> Combinator:
             limit = torch.nanquantile(tree["norms"], quantile)
             if held:
                 ratio = torch.clamp(limit / (norm + 1e-6), max=1.0).masked_fill_(torch.isnan(limit), 1.0)
-                torch._foreach_mul_(local_parts(held), ratio)
+                foreach_mul_(local_parts(held), ratio)
             found.metrics["grad_norm"] = norm
             return found
 
@@ -242,12 +240,12 @@ def clip_quantile(quantile: float = 0.1, window: int = 1000) -> Combinator:
     return Combinator("clip_quantile", wrap, "grad", "grad", args=f"{quantile}, window={window}", init=init)
 
 
-def _changed(change: Callable[[Store, Sequence[Tensor | None]], None]) -> Callable[[Any], Any]:
+def _changed(change: Callable[[StoreView, Sequence[Tensor | None]], None]) -> Callable[[GradFn], GradFn]:
     """A wrapper of a `GradFn` that changes its gradients in place."""
 
-    def wrap(grad_fn: Any) -> Any:
-        def changed(store: Store, batches: Any, key: int) -> Gradients:
-            found: Gradients = grad_fn(store, batches, key)
+    def wrap(grad_fn: GradFn) -> GradFn:
+        def changed(store: StoreView, batches: Any, key: int) -> Gradients:
+            found = grad_fn(store, batches, key)
             change(store, found.values)
             return found
 

@@ -4,12 +4,12 @@ A frozen parameter gets no gradient, so its optimizer skips it: it has no optimi
 parameters of a step follow from the completed epochs. Before and after a step ``requires_grad`` of every parameter is as the task set it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from typing import Any
 
+import attrs
 from torch import nn
 
 from fnlight.errors import ConfigError, OptimizerError
@@ -17,17 +17,15 @@ from fnlight.optim import matches, meant
 from fnlight.pipe import Combinator
 from fnlight.state import Store, TrainState
 
-Rows = list[tuple[int | None, tuple[str, ...]]]
-"""Pairs of the first epoch in which parameters are trained (None: never) and their names."""
 
-
-def freeze(*patterns: str, eval_mode: bool = False) -> Combinator:
+def freeze(*patterns: str, eval_mode: bool = False, name: str = "freeze") -> Combinator:
     """Freeze parameters by name.
 
     Args:
         *patterns: The first parts of qualified names, with ``*`` as a wildcard: ``"backbone"``, ``"layers.*.norm"``.
         eval_mode: True also keeps these modules in eval mode while training: BatchNorm uses its running statistics and does not update
             them, and dropout is off.
+        name: The name of this combinator in a pipe, needed if the pipe has it twice.
 
     Returns:
         A combinator from `Step` to `Step`.
@@ -41,10 +39,10 @@ def freeze(*patterns: str, eval_mode: bool = False) -> Combinator:
     """
     if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
         raise ConfigError(f"freeze takes name patterns, as in freeze('backbone'), but got {patterns!r}")
-    return _freezing("freeze", dict.fromkeys(patterns), eval_mode, ", ".join(map(repr, patterns)))
+    return _freezing("freeze", name, dict.fromkeys(patterns), eval_mode=eval_mode, label=", ".join(map(repr, patterns)))
 
 
-def unfreeze_at(epochs: Mapping[str, int], eval_mode: bool = False) -> Combinator:
+def unfreeze_at(epochs: Mapping[str, int], eval_mode: bool = False, *, name: str = "unfreeze_at") -> Combinator:
     """Unfreeze parameters at given epochs (gradual unfreezing).
 
     The optimizer must hold these parameters from the start. Optimizer state is created when a parameter is unfrozen. The learning rate
@@ -54,6 +52,7 @@ def unfreeze_at(epochs: Mapping[str, int], eval_mode: bool = False) -> Combinato
     Args:
         epochs: Maps patterns, as for `freeze`, to the number of completed epochs after which the parameters are trained.
         eval_mode: True also keeps these modules in eval mode until then.
+        name: The name of this combinator in a pipe, needed if the pipe has it twice.
 
     Returns:
         A combinator from `Step` to `Step`.
@@ -74,18 +73,33 @@ def unfreeze_at(epochs: Mapping[str, int], eval_mode: bool = False) -> Combinato
     for pattern, epoch in epochs.items():
         if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0:
             raise ConfigError(f"unfreeze_at({{{pattern!r}: ...}}) must be a number of completed epochs, at least 0, but got {epoch!r}")
-    return _freezing("unfreeze_at", epochs, eval_mode, repr(dict(epochs)))
+    return _freezing("unfreeze_at", name, epochs, eval_mode=eval_mode, label=repr(dict(epochs)))
 
 
-def _freezing(name: str, until: Mapping[str, int | None], eval_mode: bool, label: str) -> Combinator:
-    @lru_cache(maxsize=1)
-    def rows(names: tuple[str, ...]) -> Rows:
-        return [(epoch, tuple(n for n in names if matches(n, pattern))) for pattern, epoch in until.items()]
+@attrs.frozen(eq=False, repr=False)
+class _Rows:
+    """Pairs of the first epoch in which parameters are trained (None: never) and their names, for the model of one store."""
 
+    rows: Sequence[tuple[int | None, tuple[str, ...]]]
+
+    def close(self, error: BaseException | None) -> None:
+        """Nothing is open."""
+
+
+def _rows(store: Store, key: str, until: Mapping[str, int | None]) -> Sequence[tuple[int | None, tuple[str, ...]]]:
+    """What the patterns mean, looked up once in a run."""
+    found = store.run.resources.get(key)
+    if found is None:
+        rows = [(epoch, tuple(n for n in store.named if matches(n, pattern))) for pattern, epoch in until.items()]
+        found = store.run.resources[key] = _Rows(rows)
+    return found.rows
+
+
+def _freezing(who: str, key: str, until: Mapping[str, int | None], *, eval_mode: bool, label: str) -> Combinator:
     def wrap(step: Any) -> Any:
         def freezing(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
             store, epoch = state.store, state.progress.epoch
-            cold = [n for start, names in rows(tuple(store.named)) if start is None or epoch < start for n in names]
+            cold = [n for start, names in _rows(store, key, until) if start is None or epoch < start for n in names]
             if not cold:
                 return step(state, batch)
             still = [pattern for pattern, start in until.items() if start is None or epoch < start] if eval_mode else []
@@ -95,10 +109,12 @@ def _freezing(name: str, until: Mapping[str, int | None], eval_mode: bool, label
         return freezing
 
     def start(state: TrainState) -> TrainState:
-        _check(state, name, until)
+        _check(state, who, until)
+        state.store.run.resources.pop(key, None)
         return state
 
-    return Combinator(name, wrap, "step", "step", args=label + (", eval_mode=True" if eval_mode else ""), phase="update", start=start)
+    label += (", eval_mode=True" if eval_mode else "") + ("" if key == who else f", name={key!r}")
+    return Combinator(who, wrap, "step", "step", args=label, key=key, phase="update", start=start)
 
 
 def _check(state: TrainState, name: str, until: Mapping[str, int | None]) -> None:

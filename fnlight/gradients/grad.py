@@ -10,8 +10,7 @@ from fnlight.data import Part
 from fnlight.errors import StepError
 from fnlight.metrics import Mean
 from fnlight.pipe import Around, Combinator
-from fnlight.protocols import Gradients
-from fnlight.state import Store
+from fnlight.protocols import GradFn, Gradients, LossFn, StoreView
 
 
 def grad() -> Combinator:
@@ -26,8 +25,8 @@ def grad() -> Combinator:
         <lambda> > grad
     """
 
-    def wrap(loss_fn: Any) -> Any:
-        def grad_fn(store: Store, batch: Any, key: int) -> Gradients:
+    def wrap(loss_fn: LossFn) -> GradFn:
+        def grad_fn(store: StoreView, batch: Any, key: int) -> Gradients:
             store.seed(key)
             fn = loss_fn
             while batch.__class__ is Part or batch.__class__ is Around:
@@ -43,31 +42,47 @@ def grad() -> Combinator:
             if total.__class__ is not Tensor or total.dim() or not total.requires_grad:
                 total, weight, metrics = _read(total, store)
             values = None
-            scaled = total if store.scale is None else total * store.scale
+            scale = store.step.scale
+            scaled = total if scale is None else total * scale
             if store.params and store.optim.create_graph:
                 found = torch.autograd.grad(scaled, store.params, create_graph=True, allow_unused=True)  # .grad with a graph would leak
                 values = [None if v is None else v.clone() for v in found]  # no views: optimizers detach them in place
             elif store.params:
                 scaled.backward()
             loss = total.detach()
-            metrics["loss"] = loss if weight.__class__ is float else Mean(loss, weight)
-            return Gradients([p.grad for p in store.params] if values is None else values, loss, weight, metrics)
+            found = Gradients([p.grad for p in store.params] if values is None else values, loss, weight, metrics)
+            metrics["loss"] = loss if found.plain else Mean(loss, weight)
+            return found
 
         return grad_fn
 
     return Combinator("grad", wrap, "loss", "grad_sum")
 
 
-def _read(out: Any, store: Store) -> tuple[Tensor, Any, dict[str, Any]]:
+def weight_of(loss: Mean) -> Any:
+    """What the gradients of such a loss are divided by; a float becomes a tensor, for a float says that losses are plain (`Gradients.plain`).
+
+    Args:
+        loss: What a train_step returned.
+
+    Returns:
+        An integer, or a scalar tensor, shape [].
+
+    Example:
+        >>> weight_of(Mean(torch.tensor(3.0), 1.0)), weight_of(Mean(torch.tensor(3.0), 2))
+        (tensor(1.), 2)
+    """
+    return torch.tensor(loss.weight) if type(loss.weight) is float else loss.weight
+
+
+def _read(out: Any, store: StoreView) -> tuple[Tensor, Any, dict[str, Any]]:
     """Take apart what a train_step returned: loss, weight, and metrics in the order in which they are reported."""
     metrics: dict[str, Any] = {"loss": None}
     if out.__class__ is tuple:
         out = _read_metrics(out, metrics)
     weight: Any = 1.0
     if out.__class__ is Mean:
-        out, weight = out.total, out.weight
-        if weight.__class__ is float:
-            weight = torch.tensor(weight)  # a float 1.0 marks a plain scalar
+        out, weight = out.total, weight_of(out)
     if not isinstance(out, Tensor) or out.dim() or (store.params and not out.requires_grad):
         raise StepError(_bad_loss(out))
     return out, weight, metrics

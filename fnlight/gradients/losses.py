@@ -10,7 +10,7 @@ from fnlight.data import Part
 from fnlight.errors import ConfigError, ParallelError, StepError, check_type
 from fnlight.metrics import Mean
 from fnlight.pipe import Around, Combinator
-from fnlight.protocols import Gradients
+from fnlight.protocols import GradFn, Gradients, StoreView
 from fnlight.state import Store
 from fnlight.tensors import fold_in, leaves, map_tensors
 
@@ -44,8 +44,8 @@ def weighted(weights: Mapping[str, Weight]) -> Combinator:
     if "loss" in weights:
         raise ConfigError("weighted has a loss with the name 'loss', which is the name of the sum; rename it")
 
-    def wrap(grad_fn: Any) -> Any:
-        def weighing(store: Store, batch: Any, key: int) -> Gradients:
+    def wrap(grad_fn: GradFn) -> GradFn:
+        def weighing(store: StoreView, batch: Any, key: int) -> Gradients:
             now = {name: store.host.number(store, _at_step(weight)) if callable(weight) else weight for name, weight in weights.items()}
             return grad_fn(store, Around(batch, lambda loss_fn: _summed(loss_fn, now)), key)
 
@@ -56,7 +56,7 @@ def weighted(weights: Mapping[str, Weight]) -> Combinator:
 
 
 def _at_step(weight: Callable[[int], float]) -> Callable[[Store], float]:
-    return lambda store: weight(store.progress.step)
+    return lambda store: weight(store.step.progress.step)
 
 
 def _summed(loss_fn: Any, weights: Mapping[str, float]) -> Any:
@@ -124,8 +124,8 @@ def grad_cache(loss_fn: Callable[[Any], Any], n: int) -> Combinator:
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise ConfigError(f"grad_cache(loss_fn, n) takes a number of batches of at least 1, but got {n!r}")
 
-    def wrap(embed: Any) -> Any:
-        def cached(store: Store, batches: Sequence[Any], key: int) -> Gradients:
+    def wrap(embed: Any) -> GradFn:
+        def cached(store: StoreView, batches: Sequence[Any], key: int) -> Gradients:
             if store.place is not None:
                 raise ParallelError(_ONE_PROCESS)
             keys = [fold_in(key, i) for i in range(len(batches))]
@@ -134,7 +134,7 @@ def grad_cache(loss_fn: Callable[[Any], Any], n: int) -> Combinator:
             fill = iter(joined)
             store.seed(fold_in(key, len(batches)))
             loss, metrics = _scalar(loss_fn(map_tensors(lambda _: next(fill), parts[0])))
-            scaled = loss if store.scale is None else loss * store.scale
+            scaled = loss if store.step.scale is None else loss * store.step.scale
             pulls = torch.autograd.grad(scaled, joined, allow_unused=True)
             cut = [None if pull is None else pull.split([len(_tensors(p)[i]) for p in parts]) for i, pull in enumerate(pulls)]
             for i, (batch, each) in enumerate(zip(batches, keys, strict=True)):
@@ -150,7 +150,7 @@ def grad_cache(loss_fn: Callable[[Any], Any], n: int) -> Combinator:
     return Combinator("grad_cache", wrap, "loss", "grad", args=f"{getattr(loss_fn, '__name__', loss_fn)}, {n}", batches_per_step=n)
 
 
-def _embedded(embed: Any, store: Store, batches: Sequence[Any], keys: Sequence[int]) -> list[Any]:
+def _embedded(embed: Any, store: StoreView, batches: Sequence[Any], keys: Sequence[int]) -> list[Any]:
     """Embeddings without a graph; buffers are restored, because the second pass writes them."""
     before = [(b, b.clone()) for b in store.module.buffers()]
     found: list[Any] = []
@@ -203,8 +203,8 @@ def carry(init: Callable[[Any, Any], Any]) -> Combinator:
     """
     check_type("carry(init)", init, Callable, "a function of model and batch")
 
-    def wrap(grad_fn: Any) -> Any:
-        def carrying(store: Store, batch: Any, key: int) -> Gradients:
+    def wrap(grad_fn: GradFn) -> GradFn:
+        def carrying(store: StoreView, batch: Any, key: int) -> Gradients:
             if batch.__class__ is Part:
                 raise StepError(
                     "carry passes a value from one batch to the next, but microbatch has split this batch by samples; leave microbatch out"
@@ -214,7 +214,7 @@ def carry(init: Callable[[Any, Any], Any]) -> Combinator:
                     "carry keeps a value for the samples of each process, but a checkpoint stores that of one rank only; train in one process"
                 )
             store.host.only_if(store, _same_epoch)
-            epoch = store.memory["carry"]["epoch"] if store.host.traced else store.progress.epoch
+            epoch = store.memory["carry"]["epoch"] if store.host.traced else store.step.progress.epoch
             return grad_fn(store, Around(batch, lambda loss_fn: _carried(loss_fn, init, store.memory["carry"], epoch)), key)
 
         return carrying
@@ -225,7 +225,7 @@ def carry(init: Callable[[Any, Any], Any]) -> Combinator:
 
 def _same_epoch(store: Store) -> bool:
     """Whether the carried value belongs to the current epoch."""
-    return store.memory["carry"]["epoch"] == store.progress.epoch
+    return store.memory["carry"]["epoch"] == store.step.progress.epoch
 
 
 def _carried(loss_fn: Any, init: Any, tree: dict[str, Any], epoch: int) -> Any:

@@ -11,8 +11,8 @@ from torch import nn
 from fnlight.data import Part, cut, num_samples
 from fnlight.errors import ConfigError, FaultWarning, ParallelError, warn
 from fnlight.pipe import Combinator
-from fnlight.protocols import Gradients
-from fnlight.state import Store
+from fnlight.protocols import GradFn, Gradients, StoreView
+from fnlight.tensors import BATCH_NORMS, buffers_of
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "RESOURCE_EXHAUSTED")
 _FITS = 1 << 62  # larger than any micro-batch: the step need not be repeated
@@ -49,8 +49,8 @@ def microbatch(size: int | str) -> Combinator:
     if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
         raise ConfigError(f'microbatch must be a number of samples >= 1 or "auto", but got {size!r}')
 
-    def wrap(grad_fn: Any) -> Any:
-        def splitting(store: Store, batches: Sequence[Any], key: int) -> Gradients:
+    def wrap(grad_fn: GradFn) -> GradFn:
+        def splitting(store: StoreView, batches: Sequence[Any], key: int) -> Gradients:
             return grad_fn(store, _parts(batches, size, _lockstep_ranks(store)), key)
 
         return splitting if size != "auto" else _fitting(grad_fn)
@@ -59,10 +59,10 @@ def microbatch(size: int | str) -> Combinator:
     return Combinator("microbatch", wrap, "grad", "grad", args=repr(size), init=init)
 
 
-def _fitting(grad_fn: Any) -> Any:
+def _fitting(grad_fn: GradFn) -> GradFn:
     """A gradient function that halves the micro-batches until they fit."""
 
-    def fitting(store: Store, batches: Sequence[Any], key: int) -> Gradients:
+    def fitting(store: StoreView, batches: Sequence[Any], key: int) -> Gradients:
         store.host.refuse("microbatch('auto') repeats a step that runs out of memory, which a graph cannot do; give a size")
         tree, buffers = store.memory["microbatch"], _buffers(store.module)
         while True:
@@ -76,7 +76,7 @@ def _fitting(grad_fn: Any) -> Any:
     return fitting
 
 
-def _attempt(grad_fn: Any, store: Store, parts: Sequence[Any], key: int) -> tuple[Any, int | None]:
+def _attempt(grad_fn: GradFn, store: StoreView, parts: Sequence[Any], key: int) -> tuple[Any, int | None]:
     """The gradients and None; or None and the micro-batch size to try next, the smallest that any rank needs."""
     place, agreed = store.place, list[int]()
 
@@ -98,7 +98,7 @@ def _attempt(grad_fn: Any, store: Store, parts: Sequence[Any], key: int) -> tupl
     return None, smaller if place is None else place.smallest(smaller, store.device)
 
 
-def _deferred_placement(place: Any, store: Store, done: Callable[[], bool]) -> Any:
+def _deferred_placement(place: Any, store: StoreView, done: Callable[[], bool]) -> Any:
     found = place.apart(store, done)
     if found is None:
         raise ParallelError(
@@ -108,7 +108,7 @@ def _deferred_placement(place: Any, store: Store, done: Callable[[], bool]) -> A
     return found
 
 
-def _lockstep_ranks(store: Store) -> int:
+def _lockstep_ranks(store: StoreView) -> int:
     """The number of ranks that must make the same number of forward passes; 0 if ranks are independent."""
     return store.place.world.size if store.place is not None and store.place.lockstep else 0
 
@@ -152,25 +152,26 @@ def _smaller(parts: Sequence[Any], error: Exception) -> int:
 
 def _buffers(module: nn.Module) -> list[tuple[nn.Module, str, Any, Any]]:
     """For every buffer: its module, its name, the buffer, and a copy of its values."""
-    owned = [(m, name, b) for m in module.modules() for name, b in m._buffers.items()]
+    owned = [(m, name, b) for m in module.modules() for name, b in buffers_of(m).items()]
     return [(m, name, b, None if b is None else b.clone()) for m, name, b in owned]
 
 
-def _undo(store: Store, buffers: list[tuple[nn.Module, str, Any, Any]]) -> None:
+def _undo(store: StoreView, buffers: list[tuple[nn.Module, str, Any, Any]]) -> None:
     """Undo an attempt: drop its gradients, restore the buffers, and free its memory."""
     for p in store.params:
         p.grad = None
     with torch.no_grad():
         for module, name, buffer, values in buffers:
-            module._buffers[name] = buffer if buffer is None else buffer.copy_(values)
+            buffers_of(module)[name] = buffer if buffer is None else buffer.copy_(values)
     gc.collect()
     if store.device.type != "cpu":
         empty: Callable[[], None] | None = getattr(torch.get_device_module(store.device), "empty_cache", None)
-        empty() if empty is not None else None
+        if empty is not None:
+            empty()
 
 
 def _split(module: nn.Module, before: int | None, size: int) -> str:
-    norms = [name or "the model" for name, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    norms = [name or "the model" for name, m in module.named_modules() if isinstance(m, BATCH_NORMS) and m.training]
     coupled = f"; {', '.join(norms[:3])} normalises over one micro-batch only from now on" if norms else ""
     tried = "whole batches" if before is None else f"micro-batches of {before} samples"
     return f"out of memory with {tried}: the step is repeated, and training continues, in micro-batches of at most {size} samples{coupled}"

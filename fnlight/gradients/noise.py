@@ -8,9 +8,8 @@ from torch import Tensor
 
 from fnlight.errors import ConfigError
 from fnlight.pipe import Combinator
-from fnlight.protocols import Gradients
-from fnlight.state import Store
-from fnlight.tensors import NOISE, fold_in, is_sharded, local_parts, own_part
+from fnlight.protocols import GradFn, Gradients, StoreView
+from fnlight.tensors import NOISE, fold_in, foreach_add_, foreach_mul_, is_sharded, local_parts, own_part
 
 
 def grad_noise(eta: float = 0.3, gamma: float = 0.55) -> Combinator:
@@ -38,16 +37,16 @@ def grad_noise(eta: float = 0.3, gamma: float = 0.55) -> Combinator:
     if not isinstance(gamma, int | float) or isinstance(gamma, bool) or not 0 <= gamma < math.inf:
         raise ConfigError(f"grad_noise(gamma=...) must be a finite number of at least 0, but got {gamma!r}")
 
-    def wrap(grad_fn: Any) -> Any:
-        def noisy(store: Store, batches: Any, key: int) -> Gradients:
-            found: Gradients = grad_fn(store, batches, key)
+    def wrap(grad_fn: GradFn) -> GradFn:
+        def noisy(store: StoreView, batches: Any, key: int) -> Gradients:
+            found = grad_fn(store, batches, key)
             held = [v for v in found.values if v is not None]
-            sigma = store.host.number(store, lambda live: math.sqrt(eta / (1 + live.progress.step) ** gamma))
+            sigma = store.host.number(store, lambda live: math.sqrt(eta / (1 + live.step.progress.step) ** gamma))
             store.seed(fold_in(key, NOISE))
             if held:
                 noise = [_drawn(v) for v in held]
-                torch._foreach_mul_(noise, sigma)
-                torch._foreach_add_(local_parts(held), noise)
+                foreach_mul_(noise, sigma)
+                foreach_add_(local_parts(held), noise)
             return found
 
         return noisy

@@ -15,6 +15,7 @@ from fnlight.errors import ConfigError, StepError
 from fnlight.optim import matches
 from fnlight.pipe import Combinator
 from fnlight.state import TrainState
+from fnlight.tensors import NORMS, buffers_of, version_of
 
 _ABSENT: Any = object()
 
@@ -92,7 +93,7 @@ def _parts(model: nn.Module, patterns: Sequence[str]) -> list[_Part]:
             near = get_close_matches(pattern, names, n=4, cutoff=0.5) or names[:4]
             says = f"the closest names are {near}" if near else "it has no submodules"
             raise ConfigError(f"recompute has the pattern {pattern!r}, but no module of the model matches it; {says}")
-    found = {id(m): _Part(name, m, [h for h in m.modules() if h._buffers]) for name, m in _meant(model, patterns, "")}
+    found = {id(m): _Part(name, m, [h for h in m.modules() if buffers_of(h)]) for name, m in _meant(model, patterns, "")}
     return list(found.values())
 
 
@@ -146,10 +147,10 @@ def _contexts(part: _Part) -> Any:
 @contextmanager
 def _watching(part: _Part, changed: list[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
     """Record the buffers that the first pass writes, with their values before it."""
-    held = [(m, name, b, b._version, b.clone()) for m in part.holders for name, b in m._buffers.items() if b is not None]
+    held = [(m, name, b, version_of(b), b.clone()) for m in part.holders for name, b in buffers_of(m).items() if b is not None]
     yield
     for m, name, b, version, copy in held:
-        if m._buffers[name] is not b or b._version != version or isinstance(m, nn.modules.batchnorm._NormBase):  # norms keep the version
+        if buffers_of(m)[name] is not b or version_of(b) != version or isinstance(m, NORMS):  # norms keep the version
             changed.append((m, name, copy))
 
 
@@ -161,10 +162,10 @@ class _AsBefore:
     _now: list[Tensor | None] = attrs.field(factory=list, init=False)
 
     def __enter__(self) -> None:
-        self._now[:] = [m._buffers[name] for m, name, _ in self.changed]
+        self._now[:] = [buffers_of(m)[name] for m, name, _ in self.changed]
         for m, name, copy in self.changed:
-            m._buffers[name] = copy.clone()
+            buffers_of(m)[name] = copy.clone()
 
     def __exit__(self, *error: object) -> None:
         for (m, name, _), now in zip(self.changed, self._now, strict=True):
-            m._buffers[name] = now
+            buffers_of(m)[name] = now

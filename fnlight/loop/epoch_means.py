@@ -24,7 +24,7 @@ def epoch_means() -> Combinator:
             epoch = state.progress.epoch
             state, metrics = step(state, batch)
             tally: Tally = state.store.memory["epoch_means"]
-            if state.store.back == state.version:  # what the step gave counts nowhere, nor does an epoch whose end is left out
+            if state.store.step.back == state.version:  # what the step gave counts nowhere, nor does an epoch whose end is left out
                 if state.progress.epoch != epoch:
                     tally.clear()
                 return state, metrics

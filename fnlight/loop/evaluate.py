@@ -60,7 +60,7 @@ def evaluate(
     fn = step_of(state, "eval_step", eval_step)
     check_type("evaluate(signals=...)", signals, Signals | None, A_SIGNALS)
     with isolated(state.device), nullcontext() if (place := state.store.place) is None else place.everyone.waiting("in an evaluation"):
-        found = evaluate_sources(state, sources_of(loader, state.device, limit, place), fn, weights, signals)
+        found = evaluate_sources(state, sources_of(loader, state.device, limit, place), fn, weights=weights, signals=signals)
     return {name: value for name, value in found.items() if not isinstance(value, MEDIA)}
 
 
@@ -116,7 +116,7 @@ def evaluate_sources(
             place.sync(state.store)
         for name, source in sources.items():
             prefix = f"{name}/" if name else ""
-            found |= {prefix + metric: value for metric, value in _one_source(state, module, source, fn, signals).items()}
+            found |= {prefix + metric: value for metric, value in _one_source(state, module, source, fn=fn, signals=signals).items()}
     return found
 
 
@@ -190,7 +190,7 @@ def inference(store: Store, weights: str | None = None) -> Iterator[nn.Module]:
         >>> store.module.training
         True
     """
-    store.retained_grads = None  # there is room for what is evaluated
+    store.free_gradients()  # there is room for what is evaluated
     module, modes = store.module, [(m, m.training) for m in store.module.modules()]
     average = weights_to_use(store.optims.values(), module) if weights is None else average_of(store, weights)
     targets = named_tensors(module) if average else {}

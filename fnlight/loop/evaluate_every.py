@@ -3,6 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import attrs
+import torch
+
+from fnlight.data import Source
 from fnlight.errors import Interrupted, LoaderError, check_type
 from fnlight.loop.evaluate import evaluate_sources, sources_of, step_of
 from fnlight.loop.log_to import news
@@ -46,12 +50,6 @@ def evaluate_every(
     """
     _check(name, eval_step, weights, signals)
     due, key = condition(every, "evaluate_every(every=...)"), f"evaluate_every {name}"
-    opened: dict[Any, Any] = {}  # kept from one evaluation to the next, with the workers that persist
-
-    def sources(state: TrainState) -> Any:
-        if state.device not in opened:
-            opened[state.device] = sources_of(loader, state.device, limit, state.store.place)
-        return opened[state.device]
 
     def evaluated_now(state: TrainState) -> TrainState:
         fn = step_of(state, "eval_step", eval_step)
@@ -59,7 +57,7 @@ def evaluate_every(
         tree["owed"] = True
         try:
             with state.store.wall_time.taken("evaluate"):
-                found = evaluate_sources(state, sources(state), fn, weights, signals)
+                found = evaluate_sources(state, _opened(state, key, loader, limit), fn, weights=weights, signals=signals)
         except Interrupted:
             return state
         except LoaderError as error:
@@ -68,7 +66,7 @@ def evaluate_every(
         tree["owed"] = False
         media = {f"{name}/{k}": v for k, v in found.items() if isinstance(v, MEDIA)}
         if media:
-            state.store.media = {**(state.store.media or {}), **media}
+            state.store.step.media = {**(state.store.step.media or {}), **media}
         return state.recorded({f"{name}/{k}": v for k, v in found.items() if not isinstance(v, MEDIA)})
 
     def wrap(step: Any) -> Any:
@@ -81,12 +79,12 @@ def evaluate_every(
 
     def start(state: TrainState) -> TrainState:
         step_of(state, "eval_step", eval_step)
-        sources(state)
+        _opened(state, key, loader, limit)
         if not state.store.memory[key]["owed"]:
             return state
         after = evaluated_now(state)
         if after.history is not state.history:
-            state.store.media = {**news(after, state.history), **(state.store.media or {})}
+            state.store.step.media = {**news(after, state.history), **(state.store.step.media or {})}
         return after
 
     def finish(before: TrainState, state: TrainState) -> TrainState:
@@ -101,6 +99,28 @@ def evaluate_every(
         "evaluate_every", wrap, "step", "step", args=label, key=key, init=lambda store: {"owed": False}, phase="evaluate",
         start=start, finish=finish, provides=(f"{name}/",),
     )  # fmt: skip
+
+
+@attrs.frozen(eq=False, repr=False)
+class _Opened:
+    """The loaders of an evaluation as one run reads them, kept from one evaluation to the next with the workers that persist."""
+
+    device: torch.device
+    place: Any
+    sources: Mapping[str, Source]
+
+    def close(self, error: BaseException | None) -> None:
+        """Nothing waits: workers end with the loaders that hold them."""
+
+
+def _opened(state: TrainState, key: str, loader: Any, limit: int | float | None) -> Mapping[str, Source]:
+    """The sources that the store's run has opened; opened now if it has none, or if the state has moved since."""
+    store = state.store
+    found = store.run.resources.get(key)
+    if found is None or found.device != store.device or found.place is not store.place:
+        sources = sources_of(loader, store.device, limit, store.place)
+        found = store.run.resources[key] = _Opened(store.device, store.place, sources)
+    return found.sources
 
 
 def _check(name: Any, eval_step: Any, weights: Any, signals: Any) -> None:

@@ -33,7 +33,7 @@ def collect_garbage(every: Callable[[Tick], bool] = steps(100) | epochs(1)) -> C
     due = condition(every, "collect_garbage(every=...)")
 
     def start(state: TrainState) -> TrainState:
-        state.store.resources["garbage"] = _Kept.now()
+        state.store.run.resources["garbage"] = _Kept.now()
         return state
 
     def wrap(step: Any) -> Any:

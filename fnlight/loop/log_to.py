@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import attrs
+
 from fnlight.errors import ConfigError
 from fnlight.metrics import Tally, read_all
 from fnlight.pipe import Combinator
@@ -40,11 +42,13 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
         if not callable(sink):
             raise ConfigError(f"a sink must be a function of a record, but got {type(sink).__name__}: {sink!r:.60}")
 
-    is_due, told = condition(every, "log_to(every=...)"), set[str]()
+    is_due, key = condition(every, "log_to(every=...)"), f"log_to {name}"
 
     def send(state: TrainState, metrics: dict[str, Any]) -> None:
         if state.store.place is None or state.store.place.writes:
-            deliver(sinks, Record(state.progress.step, state.progress.epoch, metrics), state.store.memory, told)
+            resources = state.store.run.resources
+            told = resources.get(key) or resources.setdefault(key, _Told())
+            deliver(sinks, Record(state.progress.step, state.progress.epoch, metrics), state.store.memory, told.sinks)
 
     def logged_now(state: TrainState, due: bool, old: tuple[Record, ...]) -> None:
         with state.store.wall_time.taken("log"):
@@ -62,25 +66,25 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
         def logged(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
             before, old = state.progress, state.history
             state, metrics = step(state, batch)
-            if state.store.back == state.version:  # what the step gave counts nowhere, and the history of then is no news
+            if state.store.step.back == state.version:  # what the step gave counts nowhere, and the history of then is no news
                 return state, metrics
             state.store.memory[name].add(state.progress.step, metrics)
             due = is_due(Tick(before, state.progress))
-            if due or state.history is not old or state.store.media:
+            if due or state.history is not old or state.store.step.media:
                 logged_now(state, due, old)
             return state, metrics
 
         return logged
 
     def start(state: TrainState) -> TrainState:
-        told.clear()
+        state.store.run.resources[key] = _Told()
         state.store.wall_time.mark(name, state.progress.samples)
-        if state.store.media:  # of an evaluation that was made up for
-            send(state, dict(state.store.media))
+        if state.store.step.media:  # of an evaluation that was made up for
+            send(state, dict(state.store.step.media))
         return state
 
     def finish(before: TrainState, state: TrainState) -> TrainState:
-        if state.store.back == state.version:
+        if state.store.step.back == state.version:
             return state
         due = not state.store.memory[name].is_empty()
         if due or state.history is not before.history:
@@ -92,6 +96,16 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
         "log_to", wrap, "step", "step", args=f"{label}, every={every}{', wall_time=True' if wall_time else ''}", key=name, init=lambda store: Tally(),
         phase="log", start=start, finish=finish, close=lambda: close_sinks(sinks),
     )  # fmt: skip
+
+
+@attrs.frozen(eq=False, repr=False)
+class _Told:
+    """The sinks whose failure one run has warned of."""
+
+    sinks: set[str] = attrs.field(factory=set)
+
+    def close(self, error: BaseException | None) -> None:
+        """Nothing is open."""
 
 
 def news(state: Any, old: tuple[Record, ...]) -> dict[str, Any]:
@@ -106,12 +120,12 @@ def news(state: Any, old: tuple[Record, ...]) -> dict[str, Any]:
 
     Example:
         >>> from types import SimpleNamespace
-        >>> state = SimpleNamespace(history=(Record(4, 1, {"train/loss": 0.5}),), store=SimpleNamespace(media=None))
+        >>> state = SimpleNamespace(history=(Record(4, 1, {"train/loss": 0.5}),), store=SimpleNamespace(step=SimpleNamespace(media=None)))
         >>> news(state, ())
         {'train_epoch/loss': 0.5}
     """
     if state.history is old:
-        return dict(state.store.media or {})
+        return dict(state.store.step.media or {})
     known = old[-1].metrics if old and old[-1].step == state.history[-1].step else {}
     new = {k: v for k, v in state.history[-1].metrics.items() if k not in known}
-    return {(f"train_epoch/{k[6:]}" if k.startswith("train/") else k): v for k, v in new.items()} | (state.store.media or {})
+    return {(f"train_epoch/{k[6:]}" if k.startswith("train/") else k): v for k, v in new.items()} | (state.store.step.media or {})

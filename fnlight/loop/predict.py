@@ -71,7 +71,7 @@ def predict(
     if place is not None:
         place.sync(store)
     source = sources_of(loader, state.device, limit, place)[""]
-    return Outputs(_predictions(store, fold_in(state.seed, PREDICT), source, fn, weights, signals, world), world)
+    return Outputs(_predictions(store, fold_in(state.seed, PREDICT), source, fn=fn, weights=weights, signals=signals, world=world), world)
 
 
 @attrs.frozen(eq=False, repr=False)

@@ -8,15 +8,13 @@ from typing import Any
 
 import attrs
 import torch
-from torch.autograd import profiler
 
 from fnlight.data import Item
 from fnlight.errors import ConfigError, check_type
 from fnlight.pipe import Combinator
 from fnlight.state import TrainState
+from fnlight.tensors import is_profiling
 from fnlight.triggers import Tick, condition
-
-_KEY = "profile"
 
 
 def profile(
@@ -26,6 +24,7 @@ def profile(
     shapes: bool = False,
     stacks: bool = False,
     memory: bool = False,
+    name: str = "profile",
 ) -> Combinator:
     """Write a trace of chosen steps; all others cost a comparison.
 
@@ -40,6 +39,7 @@ def profile(
         shapes: True notes the shapes of inputs.
         stacks: True notes where in the source an operation was called, slowly.
         memory: True notes what is allocated and freed.
+        name: Its own name in a pipe, where it occurs twice.
 
     Returns:
         A combinator from `Step` to `Step`.
@@ -59,7 +59,7 @@ def profile(
 
     def wrap(step: Any) -> Any:
         def profiled(state: TrainState, batch: Any) -> Any:
-            recorder = state.store.resources.get(_KEY)
+            recorder = state.store.run.resources.get(name)
             if chosen(state, batch):
                 return (
                     _recorded(step, state, batch, recorder) if recorder is not None else _alone(step, state, batch, Recorder(path, options))
@@ -71,15 +71,17 @@ def profile(
         return profiled
 
     def start(state: TrainState) -> TrainState:
-        state.store.resources[_KEY] = Recorder(path, options)
+        state.store.run.resources[name] = Recorder(path, options)
         return state
 
     def finish(before: TrainState, state: TrainState) -> TrainState:
-        state.store.resources[_KEY].close(None)
+        state.store.run.resources[name].close(None)
         return state
 
-    label = "".join(f", {name}=True" for name, on in (("shapes", shapes), ("stacks", stacks), ("memory", memory)) if on)
-    return Combinator("profile", wrap, "step", "step", args=f"{path!r}, {steps}{label}", start=start, finish=finish)
+    label = "".join(f", {option}=True" for option, on in (("shapes", shapes), ("stacks", stacks), ("memory", memory)) if on) + (
+        "" if name == "profile" else f", name={name!r}"
+    )
+    return Combinator("profile", wrap, "step", "step", args=f"{path!r}, {steps}{label}", key=name, start=start, finish=finish)
 
 
 def _chosen(steps: Any) -> Callable[[TrainState, Any], bool]:
@@ -145,7 +147,7 @@ class Recorder:
         """
         if self.profiler is not None:
             return
-        if profiler._is_profiler_enabled:
+        if is_profiling():
             raise ConfigError("profile() cannot record while another profiler of torch does; leave one of them out")
         self.profiler, self.last = torch.profiler.profile(**self.options), None
         self.profiler.start()

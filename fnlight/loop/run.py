@@ -85,7 +85,7 @@ def run(
         # a loader that keeps its own place would not know it any more if it were left in the middle of a batch
         return signals.between(found) if loader.keeps_position else signals.until(found)
 
-    return _run(whole, state, items, signals, clock)
+    return _run(whole, state, items, signals=signals, clock=clock)
 
 
 def _run(
@@ -130,9 +130,8 @@ def _run(
 
 def _release(store: Store, error: BaseException | None) -> None:
     """Close what a run holds open, the last first, whatever the others raise; gradients are let go."""
-    held, store.resources, store.retained_grads = store.resources, {}, None
     with ExitStack() as stack:
-        for resource in held.values():
+        for resource in store.end_run().values():
             stack.callback(resource.close, error)
 
 

@@ -84,7 +84,7 @@ def checkpoint_every(
         def checkpointed(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
             before = state.progress
             state, metrics = step(state, batch)
-            saver = state.store.resources.get(name) or _alone(path, name, keep)
+            saver = state.store.run.resources.get(name) or _alone(path, name, keep)
             saver.watch(state)
             tick = Tick(before, state.progress, idle=saver.idle(before, state))
             forever = lasting(tick)
@@ -95,14 +95,14 @@ def checkpoint_every(
         return checkpointed
 
     def start(state: TrainState) -> TrainState:
-        return _open(state, Saver(path, name, keep, background, on_exception), initial)
+        return _open(state, Saver(dir=path, key=name, keep=keep, background=background, on_exception=on_exception), initial)
 
     def finish(before: TrainState, state: TrainState) -> TrainState:
-        (state.store.resources.get(name) or _alone(path, name, keep)).finish(state)
+        (state.store.run.resources.get(name) or _alone(path, name, keep)).finish(state)
         return state
 
     return Combinator(
-        "checkpoint_every", wrap, "step", "step", args=_label(path, every, keep, permanent, background, on_exception, initial), key=name,
+        "checkpoint_every", wrap, "step", "step", args=_label(path, every, keep, permanent=permanent, background=background, on_exception=on_exception, initial=initial), key=name,
         init=lambda store: {"saved": [], "permanent": [], "skipped": 0}, phase="save", start=start, finish=finish, requires=keep.monitors,
     )  # fmt: skip
 
@@ -124,7 +124,7 @@ def _alone(path: str, name: str, keep: Retention) -> "Saver":
 
 def _open(state: TrainState, saver: "Saver", initial: bool) -> TrainState:
     """Begin a run; the lock comes first, so that nobody else's files are touched."""
-    resources, lock, place = state.store.resources, name_of(saver.dir), state.store.place
+    resources, lock, place = state.store.run.resources, name_of(saver.dir), state.store.place
     if place is None or place.writes:
         if lock not in resources:  # `fit` has it already
             resources[lock] = hold(saver.dir)
@@ -264,11 +264,11 @@ class Saver:
     def _prepared(self, state: TrainState, forever: bool, staged: bool, together: bool) -> Callable[[], None] | None:
         """What writes this version of the state, and then deletes what need not stay; None where another rank does."""
         tree, path, place = state.store.memory[self.key], step_path(self.dir, state.progress.step), state.store.place
-        gone = _enlist(tree, state.progress, forever, self.keep, state.history)
+        gone = _enlist(tree, state.progress, forever, keep=self.keep, history=state.history)
         body, tensors = describe_state(state, together)
         filled: Callable[[], None] = _nothing
         if place is not None and is_cut(tensors):
-            return self._together(path, body, parts_of(tensors, place.everyone.rank), gone, place, staged)
+            return self._together(path, body, parts_of(tensors, place.everyone.rank), gone=gone, place=place, staged=staged)
         if place is not None and not place.writes:
             return None
         if staged:
@@ -340,7 +340,7 @@ def _doubt(state: TrainState) -> str | None:
     store = state.store
     if store.version != state.version:
         return "the step that failed may have changed its tensors"
-    if store.position is not None:
+    if store.step.position is not None:
         return "the loader keeps its own place, and has moved on"
     if not all(bool(torch.isfinite(p).all()) for p in store.params):
         return "its parameters are not finite"

@@ -11,11 +11,12 @@ from fnlight.state import TrainState
 from fnlight.triggers import StopRule
 
 
-def stop_when(*rules: Callable[[TrainState], str | None]) -> Combinator:
+def stop_when(*rules: Callable[[TrainState], str | None], name: str = "stop_when") -> Combinator:
     """Stop a run when a rule gives a reason; asked after every step, and before the first one.
 
     Args:
         *rules: Stop rules; the first reason counts.
+        name: Its own name in a pipe, where it occurs twice, as beside the one of `fnlight.fit.compose`.
 
     Returns:
         A combinator from `Step` to `Step` that sets ``state.stopped``.
@@ -38,11 +39,13 @@ def stop_when(*rules: Callable[[TrainState], str | None]) -> Combinator:
         for rule in bare:
             reason = rule(state)
             if reason is not None:
-                return attrs.evolve(state, stopped=reason)
+                return state if state.stopped is not None else attrs.evolve(state, stopped=reason)
         return state
 
     def start(state: TrainState) -> TrainState:
-        state.store.until = known  # a step of several updates takes no more than these
+        run = state.store.run
+        if known is not None:  # a step of several updates takes no more than these
+            run.until = known if run.until is None else min(known, run.until)
         return asked(state)
 
     def wrap(step: Any) -> Any:
@@ -53,5 +56,5 @@ def stop_when(*rules: Callable[[TrainState], str | None]) -> Combinator:
         return stopping
 
     requires = tuple(m for rule in rules if isinstance(rule, StopRule) for m in rule.monitors)
-    label = ", ".join(getattr(rule, "__name__", repr(rule)) for rule in rules)
-    return Combinator("stop_when", wrap, "step", "step", args=label, phase="stop", start=start, requires=requires)
+    label = ", ".join(getattr(rule, "__name__", repr(rule)) for rule in rules) + ("" if name == "stop_when" else f", name={name!r}")
+    return Combinator("stop_when", wrap, "step", "step", args=label, key=name, phase="stop", start=start, requires=requires)

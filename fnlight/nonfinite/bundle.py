@@ -28,15 +28,17 @@ from fnlight.metrics import Mean
 from fnlight.pipe import Combinator
 from fnlight.state import History, Task, TrainState
 from fnlight.step import pure
-from fnlight.tensors import TRAIN, fold_in, map_tensors
+from fnlight.tensors import map_tensors
+from fnlight.triggers import Tick, condition, steps
 
-EVERY = 20
-"""Steps for which one copy of the state is kept."""
+EVERY = steps(20)
+"""When the copy of the state is replaced by a new one."""
 
+_KEY = "debug_bundle"
 _BATCH, _JSON, _STATE, _FORMAT = "batch.safetensors", "bundle.json", "state", 1
 
 
-def debug_bundle(dir: str | os.PathLike[str], every: int = EVERY, *, config: str | None = None) -> Combinator:
+def debug_bundle(dir: str | os.PathLike[str], every: Callable[[Tick], bool] = EVERY, *, config: str | None = None) -> Combinator:
     """Write what is needed to repeat a step that raises, or whose loss is found not to be finite; ``fnlight replay`` repeats it.
 
     It keeps a copy of the state, made anew at every n-th step, and the batches since then: the memory of a second state and n batches,
@@ -44,79 +46,82 @@ def debug_bundle(dir: str | os.PathLike[str], every: int = EVERY, *, config: str
 
     Args:
         dir: The run's directory on this machine; bundles go to ``DIR/bundles/step-00000007``.
-        every: Steps after which the copy is made anew; `check_finite` must look as often, with ``every=steps(n)``.
+        every: When the copy is replaced by a new one; `check_finite` must look as often, with the same trigger.
         config: The configuration as JSON, for ``fnlight replay``.
 
     Returns:
         A combinator from `Step` to `Step`; it stands behind all that changes tensors, and behind `check_finite`.
 
     Raises:
-        ConfigError: If the directory is a URL, or `every` is below 1; at the start of a run, if several processes train together.
+        ConfigError: If the directory is a URL; at the start of a run, if several processes train together.
 
     Example:
         >>> print(debug_bundle("runs/a"))
-        debug_bundle('runs/a', every=20)
+        debug_bundle('runs/a', every=steps(20))
     """
     check_type("debug_bundle(dir)", dir, str | os.PathLike, "a str or os.PathLike")
     check_type("debug_bundle(config=...)", config, str | None, "text, or None")
     path = os.fspath(dir)
     if "://" in path:
         raise ConfigError(f"debug_bundle writes to this machine, but {path} is a URL; give a directory")
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise ConfigError(f"debug_bundle(every=...) must be a whole number of steps of at least 1, but got {every!r}")
+    due = condition(every, "debug_bundle(every=...)")
 
     def wrap(step: Any) -> Any:
-        window = _Window()  # what could be made again: nothing of a run is lost with it
-
         def watched(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
-            item = batch if batch.__class__ is Item else Item.of(batch, state=state)
-            window.admit(state, item, every)
+            item, before = batch if batch.__class__ is Item else Item.of(batch, state=state), state.progress
+            window = state.store.run.resources.get(_KEY) or state.store.run.resources.setdefault(_KEY, _Window())
+            window.admit(state, item)
             try:
                 state, metrics = step(state, batch)
             except Exception as error:
-                error.add_note(_written(window, step, error, os.path.join(path, "bundles"), config))
+                error.add_note(_written(window, step, error, dir=os.path.join(path, "bundles"), config=config))
                 window.clear()
                 raise
-            window.store, window.version = state.store, state.version
+            window.version, window.due = state.version, due(Tick(before, state.progress))
             return state, metrics
 
         return watched
 
-    return Combinator("debug_bundle", wrap, "step", "step", args=f"{path!r}, every={every}", phase="update", start=_alone)
+    return Combinator("debug_bundle", wrap, "step", "step", args=f"{path!r}, every={every}", phase="update", start=_begin)
 
 
-def _alone(state: TrainState) -> TrainState:
+def _begin(state: TrainState) -> TrainState:
     if state.store.place is not None:
         raise ConfigError(
             "debug_bundle works in one process: a rank that fails alone cannot repeat steps in which all take part; leave it out, and look for "
             "the failure in one process, on the same global batches"
         )
+    state.store.run.resources[_KEY] = _Window()
     return state
 
 
 @attrs.define(eq=False, repr=False)
 class _Window:
-    """A copy of a state, and the history and the item of each step since then."""
+    """A copy of a state, and the history and the item of each step since then; it is among the resources of the store that is trained."""
 
     start: TrainState | None = None
     entries: list[tuple[History, Item]] = attrs.field(factory=list)
-    store: Any = None
     version: int = -1
+    due: bool = False
 
-    def admit(self, state: TrainState, item: Item, every: int) -> None:
-        if self.store is not state.store or self.version != state.version or state.progress.step % every == 0:
+    def admit(self, state: TrainState, item: Item) -> None:
+        if self.version != state.version or self.due:
             self.start, self.entries = state.copy(), []
         self.entries.append((state.history, attrs.evolve(item, position=None)))
 
     def clear(self) -> None:
-        self.start, self.entries, self.store = None, [], None
+        self.start, self.entries, self.version = None, [], -1
+
+    def close(self, error: BaseException | None) -> None:  # noqa: ARG002  # what every resource of a run takes
+        """At the end of a run, let the copy go."""
+        self.clear()
 
 
 def _written(window: _Window, step: Any, error: Exception, dir: str, config: str | None) -> str:
     """Write the bundle of a failure; what to tell about it."""
     try:
         state, item, again = _first_failure(window, step, error)
-        path = _write(state, item, error, again, dir, config)
+        path = _write(state, item, error, again=again, dir=dir, config=config)
     except Exception as problem:  # noqa: BLE001  # the first error is the one that matters
         return f"no debug bundle could be written: {type(problem).__name__}: {problem}"
     if not again:
@@ -171,7 +176,7 @@ def _write(state: TrainState, item: Item, error: Exception, again: bool, dir: st
     at = {"epoch": item.epoch, "batch": item.batch, "last": item.last, "samples": item.samples}
     body = {
         "format": _FORMAT, "error": [type(error).__name__, str(error)], "repeated": again, "step": state.progress.step + 1,
-        "key": fold_in(fold_in(state.seed, TRAIN), state.progress.step), "item": at, "batches": batches, "classes": classes,
+        "key": state.key, "item": at, "batches": batches, "classes": classes,
         "lacks": lacks, "config": config, "torch": torch.__version__,
     }  # fmt: skip
     hidden.write(_JSON, [json.dumps(body, indent=1).encode("ascii")])
@@ -303,7 +308,9 @@ def load_bundle(path: str | os.PathLike[str], task: Task, types: Mapping[str, An
             )
         name, says = map(str, body["error"])
         config, lacks = (None if body[k] is None else str(body[k]) for k in ("config", "lacks"))
-        return Bundle(state, item, (name, says), int(body["key"]), bool(body["repeated"]), config, lacks)
+        return Bundle(
+            state=state, item=item, error=(name, says), key=int(body["key"]), repeated=bool(body["repeated"]), config=config, lacks=lacks
+        )
     except ConfigError:
         raise
     except Exception as error:  # the safetensors library raises its own class, and damage comes in all kinds

@@ -14,7 +14,7 @@ from fnlight.loop import Saver
 from fnlight.nonfinite.check_finite import first_bad, no_losses, note
 from fnlight.pipe import Combinator
 from fnlight.state import Progress, TrainState
-from fnlight.tensors import local
+from fnlight.tensors import foreach_norm, local
 from fnlight.triggers import Tick, condition, steps
 
 _Place = tuple[int, int, int]
@@ -101,7 +101,7 @@ def _trouble(state: TrainState, place: _Place | None) -> str | None:
     if place is not None:
         return f"the loss was NaN or infinite at step {place[0]} (in epoch {place[1]}, up to its batch {place[2]})"
     params = [mine for p in state.store.params if (mine := local(p.detach())).numel()]
-    if not params or bool(torch.isfinite(torch.stack([norm.float().to(state.device) for norm in torch._foreach_norm(params)])).all()):
+    if not params or bool(torch.isfinite(torch.stack([norm.float().to(state.device) for norm in foreach_norm(params)])).all()):
         return None
     bad = [name for name, p in state.store.named.items() if not bool(torch.isfinite(local(p)).all())]
     return f"by step {state.progress.step}, NaN or infinite: {', '.join(bad[:8])}{f' and {len(bad) - 8} more' if len(bad) > 8 else ''}"
@@ -109,7 +109,7 @@ def _trouble(state: TrainState, place: _Place | None) -> str | None:
 
 def _back(state: TrainState, dir: str, trouble: str, most: int) -> TrainState:
     now, store = state.progress, state.store
-    for held in store.resources.values():
+    for held in store.run.resources.values():
         if isinstance(held, Saver):
             held.settle()
     found = _first(store.place, newest(dir) if store.place is None or store.place.writes else None)
@@ -129,7 +129,7 @@ def _back(state: TrainState, dir: str, trouble: str, most: int) -> TrainState:
             f"{trouble}; it is the {row}. time in a row after checkpoint {found}, and max_consecutive={most}; look into the data from there on, "
             "lower the learning rate, or clip"
         )
-    store.back = after.version
+    store.step.back = after.version
     store.memory["rollback"] = {**no_losses(), "to": to, "row": row, "total": counts["total"] + 1}
     if store.owner is not None:
         store.owner.adopt(after)

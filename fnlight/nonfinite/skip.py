@@ -9,8 +9,9 @@ from fnlight.errors import ConfigError, NonFiniteError
 from fnlight.metrics import Sum, counted_where
 from fnlight.optim import buffers_before
 from fnlight.pipe import Combinator, loss_of_all
-from fnlight.protocols import Gradients
+from fnlight.protocols import GradFn, Gradients, StoreView
 from fnlight.state import Store, TrainState
+from fnlight.tensors import foreach_norm, stored_values
 
 
 def skip_nonfinite(max_consecutive: int | None = 10) -> Combinator:
@@ -38,14 +39,14 @@ def skip_nonfinite(max_consecutive: int | None = 10) -> Combinator:
     def init(store: Store) -> dict[str, Any]:
         return {**_counts(store), "bad": torch.zeros(len(store.named), dtype=torch.bool, device=store.device)}
 
-    def wrap(grad_fn: Any) -> Any:
-        def guarded(store: Store, batches: Any, key: int) -> Gradients:
+    def wrap(grad_fn: GradFn) -> GradFn:
+        def guarded(store: StoreView, batches: Any, key: int) -> Gradients:
             tree = store.memory["skip_nonfinite"]
             buffers = buffers_before(store.module, tree["buffers"])
-            found: Gradients = grad_fn(store, batches, key)
+            found = grad_fn(store, batches, key)
             fine, finite = _finite_each(store, found, found.loss if store.place is None else loss_of_all(store, found))
             tree["bad"] = torch.where(finite, tree["bad"], fine.logical_not())
-            left = _left_out(found, finite, tree, buffers, "skipped")
+            left = _left_out(found, finite, tree, buffers=buffers, name="skipped")
             store.host.later(store, look)
             return left._replace(metrics={**counted_where(found.metrics, finite), "skipped": left.metrics["skipped"]})
 
@@ -108,14 +109,14 @@ def skip_spikes(sigma: float = 6.0, window: int = 100, max_consecutive: int | No
             "look into the data and the learning rate there, or give a larger sigma"
         )
 
-    def wrap(grad_fn: Any) -> Any:
-        def guarded(store: Store, batches: Any, key: int) -> Gradients:
+    def wrap(grad_fn: GradFn) -> GradFn:
+        def guarded(store: StoreView, batches: Any, key: int) -> Gradients:
             tree = store.memory["skip_spikes"]
             buffers = buffers_before(store.module, tree["buffers"])
-            found: Gradients = grad_fn(store, batches, key)
+            found = grad_fn(store, batches, key)
             loss = loss_of_all(store, found)
             ok = ~_enters(tree, loss.float(), sigma)
-            left = _left_out(found, ok, tree, buffers, "spikes")
+            left = _left_out(found, ok, tree, buffers=buffers, name="spikes")
             store.host.later(store, look)
             return left
 
@@ -173,15 +174,15 @@ def _blame(store: Store, tree: dict[str, Any]) -> str:
     )
 
 
-def _finite_each(store: Store, found: Gradients, loss: Tensor) -> tuple[Tensor, Tensor]:
+def _finite_each(store: StoreView, found: Gradients, loss: Tensor) -> tuple[Tensor, Tensor]:
     """Whether the 2-norm of each parameter's gradient is finite, shape [params], in the order of the model; one that is missing is.
 
     And whether all of them are, and the loss: shape [].
     """
     places = [i for i, p in enumerate(store.named.values()) if p.requires_grad]
-    given = [(i, v._values() if v.is_sparse else v) for i, v in zip(places, found.values, strict=True) if v is not None]
+    given = [(i, stored_values(v) if v.is_sparse else v) for i, v in zip(places, found.values, strict=True) if v is not None]
     held = [v for _, v in given]
-    each = list(torch._foreach_norm(held) if store.place is None else store.place.norms(held).unbind()) if held else []
+    each = list(foreach_norm(held) if store.place is None else store.place.norms(held).unbind()) if held else []
     dtype = torch.promote_types(torch.float32, loss.dtype)
     fine = torch.isfinite(torch.stack([n.to(store.device, dtype) for n in (*each, loss)]))
     every, finite = fine[:-1], fine.all()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fnlight.optim.kernels import take_step
-from fnlight.tensors import leaves
+from fnlight.tensors import NORMS, leaves
 
 
 def step_where(optimizer: Any, finite: Tensor | bool, memo: dict[str, Any] | None = None, *, blind: bool = False) -> None:
@@ -97,8 +97,8 @@ class Buffers:
         norms = {
             f"{name}.{leaf}".removeprefix(".")
             for name, m in self.module.named_modules()
-            if isinstance(m, nn.modules.batchnorm._NormBase)
-            for leaf in m._buffers
+            if isinstance(m, NORMS)
+            for leaf, _ in m.named_buffers(recurse=False, remove_duplicate=False)
         }
         return [name for name, (buffer, copy) in self.held.items() if name in norms or not torch.equal(buffer, copy)]
 

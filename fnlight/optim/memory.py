@@ -107,7 +107,7 @@ def to_device(optim: Optim) -> None:
         for param in group["params"]:
             slots = optimizer.state.get(param)
             for slot, value in (slots or {}).items():
-                slots[slot] = place_slot(slot, value, param, group, optim.offload)
+                slots[slot] = place_slot(slot, value, param, group=group, offload=optim.offload)
 
 
 def class_name(optimizer: Any) -> str:

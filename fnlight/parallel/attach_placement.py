@@ -7,12 +7,12 @@ from fnlight.metrics import Tally, merged, with_parts
 from fnlight.state import TrainState
 
 
-def placed_on(place: Any, state: TrainState) -> TrainState:
+def placed_on(state: TrainState, place: Any) -> TrainState:
     """Let a state lie on several ranks, in place; only a placement that keeps whole tensors can be given later.
 
     Args:
-        place: Such as ``ddp()``.
         state: Made by every rank, before any of them has trained it further.
+        place: Such as ``ddp()``.
 
     Returns:
         The same state.
@@ -23,7 +23,7 @@ def placed_on(place: Any, state: TrainState) -> TrainState:
     Example:
         >>> import fnlight as fl, torch
         >>> state = fl.TrainState.create(fl.Task(torch.nn.Linear(1, 1), max))
-        >>> placed_on(fl.parallel.ddp(), state) is state  # alone there is nothing to do
+        >>> placed_on(state, fl.parallel.ddp()) is state  # alone there is nothing to do
         True
     """
     if place.cuts:

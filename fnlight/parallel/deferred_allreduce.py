@@ -60,9 +60,9 @@ class Apart:
             _average(bucket, self.world.size)
         return found._replace(values=values)
 
-    def mean_weight(self, weight: Any) -> Any:
-        """The mean over ranks of a weight; 1 where the attempt was in vain."""
-        return 1.0 if self._vain else self.whole.mean_weight(weight)
+    def mean_weight(self, found: Gradients) -> Any:
+        """The mean over ranks of the weight; 1 where the attempt was in vain."""
+        return 1.0 if self._vain else self.whole.mean_weight(found)
 
 
 def _buckets(values: Sequence[Tensor]) -> Iterator[list[Tensor]]:

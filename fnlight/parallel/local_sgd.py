@@ -1,6 +1,6 @@
 """Ranks that train by themselves and meet every so many steps: local SGD and DiLoCo."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -12,7 +12,8 @@ from fnlight.parallel.ddp import Replicated
 from fnlight.pipe import Combinator
 from fnlight.protocols import Gradients
 from fnlight.state import Store, TrainState
-from fnlight.triggers import Tick, condition, steps
+from fnlight.tensors import foreach_add_, foreach_copy_, foreach_div_, foreach_mul_
+from fnlight.triggers import Tick, condition
 
 
 def local_sgd() -> "LocalSGD":
@@ -54,20 +55,20 @@ class LocalSGD(Replicated):
         """This rank's gradients."""
         return found
 
-    def mean_weight(self, weight: Any) -> Any:
+    def mean_weight(self, found: Gradients) -> Any:
         """This rank's weight."""
-        return weight
+        return found.weight
 
 
-def diloco(every: int, *, lr: float = 0.7, momentum: float = 0.9) -> Combinator:
-    """Bring ranks that train by themselves together every so many steps: an outer step of SGD with Nesterov momentum along their mean way.
+def diloco(every: Callable[[Tick], bool], *, lr: float = 0.7, momentum: float = 0.9) -> Combinator:
+    """Bring ranks that train by themselves together when it is due: an outer step of SGD with Nesterov momentum along their mean way.
 
-    It needs the placement `local_sgd`. With ``lr=1.0, momentum=0.0`` it is local SGD: weights are averaged. Communication falls by the factor
-    `every`. Between two meetings the ranks hold different weights, so evaluate and save at multiples of `every`; inner optimizers keep their own
+    It needs the placement `local_sgd`. With ``lr=1.0, momentum=0.0`` it is local SGD: weights are averaged. With ``every=steps(n)``
+    there is n times less communication. Between two meetings the ranks hold different weights, so evaluate and save when they meet; inner optimizers keep their own
     memory, of which a checkpoint holds that of rank 0.
 
     Args:
-        every: Steps from one meeting to the next.
+        every: When the ranks meet, such as ``steps(100)``.
         lr: Learning rate of the outer step.
         momentum: Of the outer step; 0 for none.
 
@@ -79,20 +80,19 @@ def diloco(every: int, *, lr: float = 0.7, momentum: float = 0.9) -> Combinator:
         ParallelError: In a run, if the ranks do not train by themselves.
 
     Example:
-        >>> print(diloco(100))
-        diloco(100, lr=0.7, momentum=0.9)
+        >>> from fnlight.triggers import steps
+        >>> print(diloco(steps(100)))
+        diloco(every=steps(100), lr=0.7, momentum=0.9)
 
     References:
         Douillard et al., "DiLoCo: distributed low-communication training of language models" (2023); Stich, "Local SGD converges fast and
         communicates little" (2019).
     """
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise ConfigError(f"diloco(every) takes a number of steps of at least 1, but got {every!r}")
+    due = condition(every, "diloco(every=...)")
     check_type("diloco(lr=...)", lr, int | float, "a number above 0")
     check_type("diloco(momentum=...)", momentum, int | float, "a number in 0..1")
     if not lr > 0 or not 0 <= momentum < 1:
         raise ConfigError(f"diloco takes lr above 0 and momentum in 0..1, but got lr={lr!r}, momentum={momentum!r}")
-    due = condition(steps(every))
 
     def init(store: Store) -> dict[str, dict[str, Tensor]]:
         anchor = {name: p.detach().clone() for name, p in store.named.items() if p.requires_grad}
@@ -108,7 +108,7 @@ def diloco(every: int, *, lr: float = 0.7, momentum: float = 0.9) -> Combinator:
 
         return meeting
 
-    label = f"{every}, lr={lr}, momentum={momentum}"
+    label = f"every={every}, lr={lr}, momentum={momentum}"
     return Combinator("diloco", wrap, "step", "step", args=label, key="diloco", init=init, phase="update", start=_check)
 
 
@@ -127,15 +127,15 @@ def _meet(store: Store, tree: Mapping[str, Mapping[str, Tensor]], lr: float, mom
     if not anchor:
         return
     params: Sequence[Tensor] = [store.named[name].detach() for name in names]
-    way = torch._foreach_sub(anchor, params)
+    way = [a - p for a, p in zip(anchor, params, strict=True)]
     if store.place is not None:
         for each in way:
             distributed.all_reduce(each)
-        torch._foreach_div_(way, store.place.world.size)
+        foreach_div_(way, store.place.world.size)
     if momentum:
         velocity = list(tree["velocity"].values())
-        torch._foreach_mul_(velocity, momentum)
-        torch._foreach_add_(velocity, way)
-        torch._foreach_add_(way, velocity, alpha=momentum)
-    torch._foreach_add_(anchor, way, alpha=-lr)
-    torch._foreach_copy_(params, anchor)
+        foreach_mul_(velocity, momentum)
+        foreach_add_(velocity, way)
+        foreach_add_(way, velocity, alpha=momentum)
+    foreach_add_(anchor, way, alpha=-lr)
+    foreach_copy_(params, anchor)

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import nn
 
-_KEYS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params", "_distribute_module_applied")
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+from fnlight.tensors import fsdp_state, strip_sharding
 
 
 class _Gone:
@@ -41,7 +40,7 @@ def stripped_copy(
 
     gone, cut = _Gone(), [(inner, type(inner)) for inner in module.modules() if isinstance(inner, FSDPModule)]
     for inner, _ in cut:
-        memo[id(inner._get_fsdp_state())] = gone
+        memo[id(fsdp_state(inner))] = gone
     for p in module.parameters():
         memo[id(p)] = make(p)
     for inner, kind in cut:
@@ -52,19 +51,7 @@ def stripped_copy(
         for inner, kind in cut:
             inner.__class__ = kind
     for inner in twin.modules():
-        _strip(inner, gone, all_hooks)
+        strip_sharding(inner, gone, all_hooks)
     for name in methods:
         vars(twin).pop(name, None)
     return twin
-
-
-def _strip(module: nn.Module, gone: _Gone, all_hooks: bool) -> None:
-    held = vars(module)
-    for key in [key for key in held if key.startswith("__composable_api") or (key in _KEYS and (all_hooks or "fsdp" in key))]:
-        del held[key]
-    for hooks in _HOOKS:
-        for key, hook in list(held[hooks].items()):
-            of_torch = all_hooks and str(getattr(hook, "__module__", "")).startswith("torch.distributed.tensor")
-            if getattr(hook, "__self__", None) is gone or of_torch:
-                del held[hooks][key]
-                held[f"{hooks}_with_kwargs"].pop(key, None)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fnlight.errors import ConfigError, ParallelError
 from fnlight.optim import meant
-from fnlight.tensors import move
+from fnlight.tensors import move, register_device
 
 Spec = Sequence[str | None]
 
@@ -141,7 +141,7 @@ class Device:
 
 def _tell_torch() -> None:
     if getattr(torch, "xla", None) is None:  # as the makers of devices do it; a later torch_xla may bring its own
-        torch._register_device_module("xla", Device())
+        register_device("xla", Device())
 
 
 def _use(mesh: Mapping[str, int], runtime: Any) -> None:

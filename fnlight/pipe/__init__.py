@@ -1,6 +1,6 @@
 """Combinators, and the `pipe` that joins them: a step is built by wrapping a function into a function into a function.
 
-Read `combinator` first, then `pipe`; `mean` divides the gradients of one step by their summed weight.
+Read `combinator` first, then `pipe`; `_seams` checks what may follow what; `mean` divides the gradients of one step by their summed weight.
 """
 
 from fnlight.pipe.combinator import Combinator

@@ -6,6 +6,7 @@ The kinds of function, from the user's to the loop's: ``loss`` (`LossFn`), ``gra
 """
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import attrs
@@ -17,6 +18,10 @@ Kind = Literal["kernel", "loss", "grad_sum", "grad", "step"]
 
 TICK = ("update", "schedule", "evaluate", "history", "log", "save", "stop")
 """The one order of a tick; combinators that act in a phase must stand in it."""
+
+
+def _read_only(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    return MappingProxyType(dict(facts))
 
 
 @attrs.frozen(eq=False)
@@ -36,10 +41,11 @@ class Combinator:
         repeats: How many times as many one call takes.
         start: Maps the state before the first step of a run to a state.
         finish: Maps the state after the last step of a run, and the state as its neighbours have finished it, to a state.
-        close: Called when a run ends, however it ends. What is one run's alone is put into ``store.resources`` by `start`.
+        close: Called when a run ends, however it ends. What is one run's alone is put into ``store.run.resources`` by `start`.
         requires: Names in the history that it needs.
         provides: Prefixes of the names that it adds to the history.
         validate: Maps all combinators of a finished step to what is wrong with its company, or None.
+        facts: What others may ask about it, such as ``{"dtype": torch.float16}``: values, for `args` is for people only.
         why: What the error of a wrong seam adds: the reason why it takes nothing else.
 
     Raises:
@@ -68,6 +74,7 @@ class Combinator:
     requires: tuple[str, ...] = attrs.field(default=(), kw_only=True)
     provides: tuple[str, ...] = attrs.field(default=(), kw_only=True)
     validate: Callable[[tuple["Combinator", ...]], str | None] | None = attrs.field(default=None, kw_only=True)
+    facts: Mapping[str, Any] = attrs.field(factory=dict, converter=_read_only, kw_only=True)
     why: str = attrs.field(default="", kw_only=True)
 
     def __attrs_post_init__(self) -> None:

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fnlight.errors import LoaderError
 from fnlight.metrics import join_metrics
-from fnlight.protocols import Gradients
-from fnlight.tensors import RANK, fold_in, local_parts
+from fnlight.protocols import GradFn, Gradients, StoreView
+from fnlight.tensors import RANK, fold_in, foreach_add_, foreach_div_, foreach_mul_, local_parts
 
 
 def batches_at(group: int | Mapping[int, int], epoch: int) -> int:
@@ -39,7 +38,7 @@ def batches_at(group: int | Mapping[int, int], epoch: int) -> int:
     return group
 
 
-def mean_of_group(grad_fn: Any) -> Any:
+def mean_of_group(grad_fn: GradFn) -> GradFn:
     """Turn a `GradFn` of one batch into one of a group: gradients are summed, then divided by the summed weight.
 
     Where a state is placed on several ranks, the groups of all of them are one: each rank works on its part, with random numbers of its own.
@@ -52,24 +51,25 @@ def mean_of_group(grad_fn: Any) -> Any:
 
     Example:
         >>> from types import SimpleNamespace
+        >>> import torch
         >>> def grad_fn(store, batch, key):
         ...     return Gradients([torch.tensor(batch)], torch.tensor(batch), 1.0, {})
         >>> mean_of_group(grad_fn)(SimpleNamespace(place=None), (2.0, 4.0), 0).values
         [tensor(3.)]
     """
 
-    def grouped(store: Any, batches: Any, key: int) -> Gradients:
+    def grouped(store: StoreView, batches: Any, key: int) -> Gradients:
         if store.place is not None:
             return _of_all_ranks(grad_fn, store, batches, key)
         found = grad_fn(store, batches[0], fold_in(key, 0))
         for i in range(1, len(batches)):
             found = _add(found, grad_fn(store, batches[i], fold_in(key, i)))
-        return found if found.weight.__class__ is float and found.weight == 1.0 else _divide(found, found.weight)
+        return _divide(found, found.weight)
 
     return grouped
 
 
-def _of_all_ranks(grad_fn: Any, store: Any, batches: Any, key: int) -> Gradients:
+def _of_all_ranks(grad_fn: GradFn, store: StoreView, batches: Any, key: int) -> Gradients:
     place, last, found = store.place, len(batches) - 1, None
     rank = place.world.rank
     for i, batch in enumerate(batches):
@@ -78,11 +78,10 @@ def _of_all_ranks(grad_fn: Any, store: Any, batches: Any, key: int) -> Gradients
         # values are not added here: they lie where backward() has added them, and the last one has moved them to where they travel
         found = each if found is None else _add(found._replace(values=[]), each._replace(values=[]))._replace(values=each.values)
     found = place.finish(store, found)
-    weight = place.mean_weight(found.weight)
-    return found if weight.__class__ is float and weight == 1.0 else _divide(found, weight)
+    return _divide(found, place.mean_weight(found))
 
 
-def loss_of_all(store: Any, found: Gradients) -> Tensor:
+def loss_of_all(store: StoreView, found: Gradients) -> Tensor:
     """The mean loss of a group, over all ranks where there are several; for stages that decide by it, which must decide alike.
 
     Args:
@@ -94,13 +93,14 @@ def loss_of_all(store: Any, found: Gradients) -> Tensor:
 
     Example:
         >>> from types import SimpleNamespace
+        >>> import torch
         >>> loss_of_all(SimpleNamespace(place=None), Gradients([], torch.tensor(6.0), torch.tensor(3.0), {}))
         tensor(2.)
     """
     loss, weight = found.loss, found.weight
     if store.place is not None:
         loss, weight = store.place.world.mean(loss, weight)
-    return loss if weight.__class__ is float else loss / weight
+    return loss if found.plain and weight == 1.0 else loss / weight
 
 
 class Around(NamedTuple):
@@ -134,16 +134,20 @@ def _add(a: Gradients, b: Gradients) -> Gradients:
             left.append(x)
             right.append(y)
     if left:
-        torch._foreach_add_(left, right)
+        foreach_add_(left, right)
     metrics = join_metrics(a.metrics, b.metrics)
     finite = a.finite if b.finite is None else b.finite if a.finite is None else a.finite & b.finite
-    return Gradients(values, a.loss + b.loss, a.weight + b.weight, metrics, finite)
+    return Gradients(values=values, loss=a.loss + b.loss, weight=a.weight + b.weight, metrics=metrics, finite=finite)
 
 
 def _divide(found: Gradients, weight: Any) -> Gradients:
+    if not isinstance(weight, Tensor) and weight == 1:
+        return found
     held = [v for v in found.values if v is not None]
+    if not held:
+        return found
     if isinstance(weight, Tensor):  # parts, since a number on the device cannot be on each of several meshes
-        torch._foreach_mul_(local_parts(held), 1.0 / weight.to(held[0].device)) if held else None
-    elif held:
-        torch._foreach_div_(held, weight)
+        foreach_mul_(local_parts(held), 1.0 / weight.to(held[0].device))
+    else:
+        foreach_div_(held, weight)
     return found

@@ -1,26 +1,26 @@
 """The pipe that joins combinators: a step is built by wrapping a function into a function into a function."""
 
 from collections.abc import Callable, Mapping
-from itertools import pairwise
 from typing import Any
 
 import attrs
 from torch import Tensor
 
-from fnlight.errors import ConfigError, MemoryWarning, MonitorError, SeamError, warn
-from fnlight.pipe.combinator import TICK, Combinator, Kind
+from fnlight.errors import ConfigError, MemoryWarning, SeamError, warn
+from fnlight.pipe._seams import (
+    ORDER,
+    check_combinators,
+    check_company,
+    check_monitors,
+    check_phase,
+    check_seams,
+    end_of_phases,
+    needs_mean,
+)
+from fnlight.pipe.combinator import Combinator, Kind
 from fnlight.pipe.mean import mean_of_group
 from fnlight.state import Store, TrainState
 from fnlight.tensors import leaves
-
-_ORDER: tuple[Kind, ...] = ("kernel", "loss", "grad_sum", "grad", "step")
-_SAYS = {
-    "kernel": "an update by hand, (store, batches, key) -> metrics",
-    "loss": "a LossFn, (model, batch) -> loss",
-    "grad_sum": "a GradFn of one batch, whose gradients are sums",
-    "grad": "a GradFn of a group, whose gradients are true means",
-    "step": "a Step, (state, batch) -> (state, metrics)",
-}
 
 
 @attrs.frozen(eq=False, init=False, repr=False)
@@ -46,9 +46,8 @@ class Phase:
     def __init__(self, train_step: Any, *combinators: Combinator, every: Callable[[Any], bool] | None = None) -> None:
         if every is not None and not callable(every):
             raise ConfigError(f"Phase(every=...) must be a trigger such as steps(5), but got {every!r}")
+        check_combinators(combinators)
         for c in combinators:
-            if not isinstance(c, Combinator):
-                raise SeamError(_no_combinator(c))
             if c.gives == "step":
                 raise SeamError(f"{c} gives a whole step, so it cannot be a phase's own; put it behind the mapping of phases")
         self.__attrs_init__(train_step, combinators, every)  # pyright: ignore[reportAttributeAccessIssue]  # made by attrs
@@ -154,9 +153,9 @@ class Pipe:
 
     def start(self, state: TrainState) -> TrainState:
         """Prepare a run: memory first, then what each combinator does before the first step, in reading order."""
-        self._check_monitors(state)
+        check_monitors(state, self.combinators)
         self.adopt(state)
-        state.store.media = None  # what an earlier run showed
+        state.store.step.media = state.store.run.until = None  # what an earlier run showed, and where it ended
         for name, phase in self.phases.items():
             phase._begin(_within(state, name))
         return self._begin(state)
@@ -176,17 +175,6 @@ class Pipe:
             if combinator.finish is not None:
                 state = combinator.finish(before, state)
         return state
-
-    def _check_monitors(self, state: TrainState) -> None:
-        provided = [prefix for c in self.combinators for prefix in c.provides]
-        wanted = {name: str(c) for c in self.combinators for name in c.requires}
-        wanted |= {optim.monitor: f"the schedule {optim.schedule}" for optim in state.store.optims.values() if optim.monitor is not None}
-        for name, who in wanted.items():
-            if not name.startswith(tuple(provided)) and not any(name in record.metrics for record in state.history):
-                raise MonitorError(
-                    f"{who} monitors {name!r}, but nothing in this pipe yields it, so it could never fire; there are "
-                    f"{[prefix + '...' for prefix in provided] or 'no evaluations at all'}: add evaluate_every(loader) for 'val/...', epoch_means() for 'train/...'"
-                )
 
     def close(self) -> None:
         """Release what combinators hold open, however the run ended."""
@@ -225,42 +213,41 @@ def pipe(fn: Any, *combinators: Combinator) -> Pipe:
         >>> print(pipe(lambda model, batch: batch.sum(), twice))
         <lambda> > twice
     """
-    for c in combinators:
-        if not isinstance(c, Combinator):
-            raise SeamError(_no_combinator(c))
+    check_combinators(combinators)
     if isinstance(fn, Mapping):
         return _joined(fn, combinators)
     if not callable(fn):
         raise SeamError(f"pipe(fn, ...) starts from a function such as task.train_step, but got {type(fn).__name__}: {fn!r:.80}")
-    inner = fn if isinstance(fn, Pipe) else None
-    every = (*(inner.combinators if inner else ()), *combinators)
-    _check_names(every)
-    _check_phases(every)
-    kind: Kind = inner.kind if inner else (combinators[0].takes if combinators else "step")
-    wrapped: Any = inner.fn if inner else fn
-    for i, c in enumerate(combinators):
-        if c.takes == "grad" and kind == "grad_sum":
-            wrapped, kind = mean_of_group(wrapped), "grad"
-        if c.takes != kind:
-            raise SeamError(_seam(c, kind, combinators[:i], fn))
+    inner = fn if isinstance(fn, Pipe) else _bare(fn, combinators)
+    check_seams(inner.base, inner.kind, inner.combinators, combinators)
+    wrapped, kind = inner.fn, inner.kind
+    for c in combinators:
+        if needs_mean(c, kind):
+            wrapped = mean_of_group(wrapped)
         wrapped, kind = c.wrap(wrapped), c.gives
-    groups = [c.batches_per_step for c in every if c.batches_per_step is not None] or [inner.batches_per_step if inner else 1]
-    base, phases = (inner.base, inner.phases) if inner else (getattr(fn, "__name__", type(fn).__name__), {})
+    found = attrs.evolve(inner, fn=wrapped, combinators=(*inner.combinators, *combinators), kind=kind)
     if kind == "step":
-        for company in [(*phase.combinators, *every) for phase in phases.values()] or [every]:
-            _check_company(company)
-    group, times = groups[-1], max([1, *(c.repeats for c in combinators)])
-    whole = {epoch: n * times for epoch, n in group.items()} if isinstance(group, Mapping) else group * times
-    return Pipe(wrapped, base, every, kind, whole, phases)
+        for company in [(*phase.combinators, *found.combinators) for phase in inner.phases.values()] or [found.combinators]:
+            check_company(company)
+    return attrs.evolve(found, batches_per_step=_batches_per_step(found, combinators))
+
+
+def _bare(fn: Any, combinators: tuple[Combinator, ...]) -> Pipe:
+    """A function that no combinator wraps yet; what kind it is, the first one says."""
+    return Pipe(fn, getattr(fn, "__name__", type(fn).__name__), (), kind=combinators[0].takes if combinators else "step")
+
+
+def _batches_per_step(whole: Pipe, added: tuple[Combinator, ...]) -> int | Mapping[int, int]:
+    """What the last combinator says that says something, times the updates of one call; else that of the inner pipe, which has counted its own."""
+    said = [c.batches_per_step for c in whole.combinators if c.batches_per_step is not None]
+    group = said[-1] if said else whole.batches_per_step
+    times = max([1, *(c.repeats for c in (whole.combinators if said else added))])
+    return {epoch: n * times for epoch, n in group.items()} if isinstance(group, Mapping) else group * times
 
 
 def _joined(given: Mapping[str, Any], combinators: tuple[Combinator, ...]) -> Pipe:
     """A step of several phases: each has a pipe of its own, up to the combinator that gives a step."""
-    end = next((i for i, c in enumerate(combinators) if c.gives == "step"), None)
-    if end is None:
-        raise SeamError(
-            f"the phases {', '.join(given)} become one step by apply(), but there is none; put it behind the combinators that they share"
-        )
+    end = end_of_phases(given, combinators)
     joint, phases, turns, said = combinators[end], dict[str, Pipe](), dict[str, Turn](), list[Any]()
     for name, fn in given.items():
         phase = fn if isinstance(fn, Phase) else Phase(fn)
@@ -268,24 +255,16 @@ def _joined(given: Mapping[str, Any], combinators: tuple[Combinator, ...]) -> Pi
         early = [c for c in phase.combinators if c.takes == "loss"]
         late = [c for c in phase.combinators if c.takes != "loss"]
         shared = [c for c in combinators[:end] if c.key not in own]
-        order = sorted((*early, *shared, *late), key=lambda c: _ORDER.index(c.takes))
+        order = sorted((*early, *shared, *late), key=lambda c: ORDER.index(c.takes))
         whole = pipe(phase.train_step, *order)
-        _check_phase(name, whole, joint)
+        check_phase(name, whole.kind, whole.combinators, joint)
         groups = [c.batches_per_step for c in whole.combinators if c.batches_per_step is not None]
         turns[name] = Turn(mean_of_group(whole.fn) if whole.kind == "grad_sum" else whole.fn, phase.every, groups[-1] if groups else None)
         phases[name] = whole
         said += [f"{name}({whole}{'' if phase.every is None else f', every={phase.every}'})"]
     group = _largest([turn.batches_per_step for turn in turns.values() if turn.batches_per_step is not None])
-    return pipe(Pipe(joint.wrap(turns), " + ".join(said), (joint,), "step", group, phases), *combinators[end + 1 :])
-
-
-def _check_phase(name: str, phase: Pipe, joint: Combinator) -> None:
-    if phase.kind not in ("grad_sum", "grad"):
-        given = _SAYS[phase.kind if phase.combinators else "loss"]
-        raise SeamError(f"{joint} takes {_SAYS['grad']}, but the phase {name!r} gives {given}; put grad() in front of {joint}")
-    for c in phase.combinators:
-        if c.requires or c.provides:
-            raise SeamError(f"{c} acts on the whole state, so it cannot stand within the phase {name!r}; put it behind {joint}")
+    joined = Pipe(joint.wrap(turns), " + ".join(said), (joint,), kind="step", batches_per_step=group, phases=phases)
+    return pipe(joined, *combinators[end + 1 :])
 
 
 def _largest(groups: list[int | Mapping[int, int]]) -> int | Mapping[int, int]:
@@ -294,57 +273,3 @@ def _largest(groups: list[int | Mapping[int, int]]) -> int | Mapping[int, int]:
     starts = sorted({start for group in by_epoch for start in group})
     found = {start: max(group[max(s for s in group if s <= start)] for group in by_epoch) for start in starts}
     return found if len(found) > 1 else found.get(0, 1)
-
-
-def _no_combinator(given: Any) -> str:
-    if callable(given):
-        name = getattr(given, "__name__", type(given).__name__)
-        return f"pipe joins combinators, but got the function {name}; call it first, as in {name}(...), or wrap it in fl.Combinator(name, wrap, takes, gives)"
-    return f"pipe joins combinators, but got {type(given).__name__}: {given!r:.80}"
-
-
-def _check_names(combinators: tuple[Combinator, ...]) -> None:
-    seen: dict[str, Combinator] = {}
-    for c in combinators:
-        if c.key in seen:
-            raise SeamError(
-                f"two combinators of one name, {seen[c.key]} and {c}: leave one out, or, where both are meant, give one its own name= ({c.key!r} is taken)"
-            )
-        seen[c.key] = c
-
-
-def _check_phases(combinators: tuple[Combinator, ...]) -> None:
-    phased = [c for c in combinators if c.phase is not None]
-    for before, after in pairwise(phased):
-        if TICK.index(before.phase or "") > TICK.index(after.phase or ""):
-            raise SeamError(
-                f"{after} ({after.phase}) stands behind {before} ({before.phase}), but a tick has one order: {', '.join(TICK)}; "
-                f"move {after} in front of {before}"
-            )
-
-
-def _check_company(combinators: tuple[Combinator, ...]) -> None:
-    for c in combinators:
-        wrong = None if c.validate is None else c.validate(combinators)
-        if wrong is not None:
-            raise SeamError(wrong)
-
-
-def _seam(c: Combinator, kind: Kind, earlier: tuple[Combinator, ...], fn: Any) -> str:
-    earlier = (*(fn.combinators if isinstance(fn, Pipe) else ()), *earlier)
-    before = earlier[-1] if earlier else None
-    whom = f"behind {before}" if before else f"behind {getattr(fn, '__name__', type(fn).__name__)}"
-    if _ORDER.index(c.takes) < _ORDER.index(kind):
-        where = {
-            "kernel": "directly behind a function (store, batches, key) -> metrics",
-            "loss": f"in front of {next(e for e in earlier if e.gives != 'loss')}" if c.gives != "loss" else "in front of grad()",
-            "grad_sum": "directly behind grad()",
-            "grad": "between grad() and apply()",
-            "step": "behind apply()",
-        }[c.takes]
-        what = f"move {c} {where}"
-    else:
-        last = "apply()" if kind != "loss" else "grad() and apply()"
-        need = {"kernel": "", "loss": "", "grad_sum": "grad()", "grad": "grad()", "step": last}[c.takes]
-        what = f"put {need} in front of {c}"
-    return f"{c} takes {_SAYS[c.takes]}, but {whom} it is given {_SAYS[kind]}; {what}" + (f" ({c.why})" if c.why else "")

@@ -10,9 +10,9 @@ from fnlight.errors import ConfigError, NonFiniteError
 from fnlight.metrics import Last, Sum, uncounted
 from fnlight.optim import buffers_before
 from fnlight.pipe import Combinator
-from fnlight.protocols import Gradients
+from fnlight.protocols import GradFn, Gradients, StoreView
 from fnlight.state import Store, TrainState
-from fnlight.tensors import local_parts
+from fnlight.tensors import local_parts, stored_values, unscale_, update_scale_
 
 
 def loss_scale(
@@ -46,26 +46,26 @@ def loss_scale(
     References:
         Micikevicius et al., "Mixed precision training" (2018).
     """
-    _check(init, growth, backoff, interval, max_consecutive)
+    _check(init, growth, backoff, interval=interval, max_consecutive=max_consecutive)
 
     def init_tree(store: Store) -> dict[str, Any]:
         scale = torch.full((), init, dtype=torch.float32, device=store.device)
         return {"scale": scale, "good": torch.zeros((), dtype=torch.int32, device=store.device), "consecutive": 0, "buffers": None}
 
-    def wrap(grad_fn: Any) -> Any:
-        def scaled(store: Store, batches: Any, key: int) -> Gradients:
+    def wrap(grad_fn: GradFn) -> GradFn:
+        def scaled(store: StoreView, batches: Any, key: int) -> Gradients:
             store.host.refuse("loss_scale must read after every step whether it was skipped, which a graph cannot do")
             tree, buffers = store.memory["loss_scale"], buffers_before(store.module, store.memory["loss_scale"]["buffers"])
             used = tree["scale"].clone()
-            store.scale = used
+            store.step.scale = used
             try:
-                found: Gradients = grad_fn(store, batches, key)
+                found = grad_fn(store, batches, key)
             finally:
-                store.scale = None
+                store.step.scale = None
             bad = unscale(local_parts(v for v in found.values if v is not None), used)
             if store.place is not None:
                 bad = store.place.anywhere(bad)
-            torch._amp_update_scale_(tree["scale"], tree["good"], bad, growth, backoff, interval)
+            update_scale_(tree["scale"], tree["good"], bad, growth, scale_backoff_factor=backoff, growth_interval=interval)
             if tree["buffers"] is None:
                 tree["buffers"] = buffers.changing()
             skipped = bool(bad)
@@ -107,14 +107,14 @@ def unscale(values: Sequence[Tensor], scale: Tensor) -> Tensor:
     bad = torch.zeros_like(scale)
     groups: dict[Any, list[Tensor]] = {}
     for value in values:
-        dense = value._values() if value.is_sparse else value
+        dense = stored_values(value) if value.is_sparse else value
         groups.setdefault((dense.device, dense.dtype), []).append(dense)
     for (device, _), group in groups.items():
         if device == scale.device:
-            torch._amp_foreach_non_finite_check_and_unscale_(group, bad, inverse)
+            unscale_(group, bad, inverse)
         else:
             there = torch.zeros_like(bad, device=device)
-            torch._amp_foreach_non_finite_check_and_unscale_(group, there, inverse.to(device))
+            unscale_(group, there, inverse.to(device))
             bad = torch.maximum(bad, there.to(bad.device))
     return bad
 
@@ -139,7 +139,7 @@ def _check_weights(state: TrainState) -> TrainState:
 
 
 def _misplaced(combinators: tuple[Combinator, ...]) -> str | None:
-    if not any(c.name == "autocast" and c.args == "fp16" for c in combinators):
+    if not any(c.name == "autocast" and c.facts.get("dtype") == torch.float16 for c in combinators):
         return (
             "loss_scale is for fp16, but this step computes in another precision, in which small gradients do not become 0; "
             "put autocast(torch.float16) before grad(), or leave loss_scale out"

@@ -46,7 +46,9 @@ def autocast(dtype: torch.dtype = torch.bfloat16) -> Combinator:
 
         return cast
 
-    return Combinator("autocast", wrap, "loss", "loss", args=_DTYPES[dtype], validate=_scaled if dtype == torch.float16 else None)
+    return Combinator(
+        "autocast", wrap, "loss", "loss", args=_DTYPES[dtype], facts={"dtype": dtype}, validate=_scaled if dtype == torch.float16 else None
+    )  # fmt: skip
 
 
 def _scaled(combinators: tuple[Combinator, ...]) -> str | None:

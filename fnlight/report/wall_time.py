@@ -135,4 +135,13 @@ def wall_time(state: TrainState, batch: Any = None, *, precision: str = "fp32") 
     item = None if batch is None else Item.of(batch, state=state)
     counted = None if item is None else flops(state, item) / max(1, item.samples)
     at = state.progress
-    return RunReport(at.step, at.samples, spent.runs, spent.seconds(), counted, device, precision, peak_flops(state.device, precision))
+    return RunReport(
+        steps=at.step,
+        samples=at.samples,
+        runs=spent.runs,
+        seconds=spent.seconds(),
+        flops=counted,
+        device=device,
+        precision=precision,
+        peak=peak_flops(state.device, precision),
+    )

@@ -125,7 +125,15 @@ def plateau(
         >>> plateau(factor=0.5, patience=1).over([3.0, 2.0, 2.0, 2.0])
         0.5
     """
-    return Plateau(factor, patience, threshold, mode, cooldown, min_factor, threshold_mode)
+    return Plateau(
+        factor=factor,
+        patience=patience,
+        threshold=threshold,
+        mode=mode,
+        cooldown=cooldown,
+        min_factor=min_factor,
+        threshold_mode=threshold_mode,
+    )
 
 
 class _Shadow(Optimizer):

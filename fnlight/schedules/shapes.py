@@ -24,29 +24,29 @@ def constant(factor: float = 1.0) -> Curve:
     return Curve(f"constant({factor})", lambda count: factor)
 
 
-def linear(start: float, end: float, steps: int) -> Curve:
-    """A straight line from `start` at count 0 to `end` at count `steps`.
+def linear(start: float, end: float, total: int) -> Curve:
+    """A straight line from `start` at count 0 to `end` at count `total`.
 
     Args:
         start: The first factor.
         end: The last factor.
-        steps: Number of steps from `start` to `end`.
+        total: Number of steps from `start` to `end`.
 
     Returns:
         A schedule.
 
     Raises:
-        ConfigError: If a factor is negative or `steps` is below 1.
+        ConfigError: If a factor is negative or `total` is below 1.
 
     Example:
-        >>> line = linear(1.0, 0.0, steps=4)
+        >>> line = linear(1.0, 0.0, total=4)
         >>> [line(count) for count in range(6)]
         [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
     """
     check_real("linear(start)", start)
     check_real("linear(end)", end)
-    check_count("linear(steps)", steps)
-    return Curve(f"linear({start}, {end}, steps={steps})", lambda count: start + (end - start) * min(count, steps) / steps, steps)
+    check_count("linear(total)", total)
+    return Curve(f"linear({start}, {end}, total={total})", lambda count: start + (end - start) * min(count, total) / total, total)
 
 
 def cosine(total: int, final: float = 0.0) -> Curve:
@@ -74,27 +74,27 @@ def cosine(total: int, final: float = 0.0) -> Curve:
     return Curve(f"cosine({total}, final={final})", lambda count: anneal_cos(1.0, final, min(count, total) / total), total)
 
 
-def step_decay(every: int, factor: float = 0.1) -> Curve:
-    """Step decay: the learning rate is multiplied by `factor` once every `every` steps.
+def step_decay(period: int, factor: float = 0.1) -> Curve:
+    """Step decay: the learning rate is multiplied by `factor` once every `period` steps.
 
     Args:
-        every: Number of steps between two changes.
+        period: Number of steps between two changes.
         factor: The multiplier of each change.
 
     Returns:
         A schedule.
 
     Raises:
-        ConfigError: If `every` is below 1, or `factor` is negative.
+        ConfigError: If `period` is below 1, or `factor` is negative.
 
     Example:
         >>> stairs = step_decay(2, factor=0.5)
         >>> [stairs(count) for count in range(5)]
         [1.0, 1.0, 0.5, 0.5, 0.25]
     """
-    check_count("step_decay(every)", every)
+    check_count("step_decay(period)", period)
     check_real("step_decay(factor)", factor)
-    return Curve(f"step_decay({every}, factor={factor})", lambda count: float(factor ** (count // every)))
+    return Curve(f"step_decay({period}, factor={factor})", lambda count: float(factor ** (count // period)))
 
 
 def exponential(rate: float) -> Curve:

@@ -8,7 +8,7 @@ import attrs
 from fnlight.errors import ConfigError
 
 
-@attrs.frozen(eq=False, repr=False)
+@attrs.frozen(repr=False)
 class FanOut:
     """A sink that hands each record to several sinks; see `fan_out`.
 

@@ -64,6 +64,12 @@ class JSONL:
             self._file.close()
             self._file = None
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, JSONL) and self.path == other.path
+
+    def __hash__(self) -> int:
+        return hash((JSONL, self.path))
+
     def __repr__(self) -> str:
         return f"JSONL({self.path!r})"
 

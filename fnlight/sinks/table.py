@@ -78,6 +78,12 @@ class CSV:
             self._file.close()
             self._file = None
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CSV) and self.path == other.path
+
+    def __hash__(self) -> int:
+        return hash((CSV, self.path))
+
     def __repr__(self) -> str:
         return f"CSV({self.path!r})"
 

@@ -85,5 +85,11 @@ class TensorBoard:
         finally:
             file.close()
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TensorBoard) and self.dir == other.dir and self.hparams == other.hparams
+
+    def __hash__(self) -> int:
+        return hash((TensorBoard, self.dir))
+
     def __repr__(self) -> str:
         return f"TensorBoard({self.dir!r}{f', hparams={self.hparams!r}' if self.hparams else ''})"

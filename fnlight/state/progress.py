@@ -1,9 +1,12 @@
-"""Progress: counts of completed work."""
+"""Progress: counts of completed work, and the key of the step that comes after it."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import attrs
+
+from fnlight.tensors import SKIPPED, TRAIN, fold_in
 
 
 @attrs.frozen
@@ -41,3 +44,31 @@ class Progress:
         done = self.epoch_samples + item.samples if known and not item.last else 0
         step, skipped, samples = self.step + made, self.skipped + skipped, self.samples + item.samples
         return Progress(step, item.epoch + item.last, batch, samples, seconds, done, skipped, updates)
+
+
+def step_key(seed: int, progress: Progress) -> int:
+    """The key of the step that comes after some progress, from which all of its random numbers come.
+
+    Every part of fnlight that needs the key of a step takes it from here.
+
+    Args:
+        seed: The seed of the state.
+        progress: What is completed before the step. Where steps were skipped, each attempt has a key of its own.
+
+    Returns:
+        An integer of 64 bits.
+
+    Example:
+        >>> step_key(0, Progress(step=3)) == step_key(0, Progress(step=3, epoch=1))
+        True
+        >>> step_key(0, Progress(step=3)) == step_key(0, Progress(step=3, skipped=1))
+        False
+    """
+    key = fold_in(_training_key(seed), progress.step)
+    return fold_in(key, SKIPPED + progress.skipped) if progress.skipped else key
+
+
+@lru_cache(maxsize=16)
+def _training_key(seed: int) -> int:
+    """The same for all steps of a training; computing it each time would cost a microsecond per step."""
+    return fold_in(seed, TRAIN)

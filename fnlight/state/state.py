@@ -21,10 +21,10 @@ from fnlight.metrics import Tally
 from fnlight.optim import Optim, choose_fused, named_state, prepare, prepare_each, to_device, weights_to_use
 from fnlight.runtime import WallTime
 from fnlight.state.history import History, Record
-from fnlight.state.progress import Progress
+from fnlight.state.progress import Progress, step_key
 from fnlight.state.store import Store
 from fnlight.state.task import Task, copied, empty
-from fnlight.tensors import SKIPPED, TRAIN, existing, fold_in, isolated, map_nodes, move
+from fnlight.tensors import existing, isolated, map_nodes, move, version_of
 
 A_STATE = "a TrainState, such as fl.TrainState.create(task) or fl.load(path, task) gives"
 """What the errors of those that take one say."""
@@ -81,7 +81,7 @@ class TrainState:
             TypeError: If the task is not a `Task` or has given its model away, the seed is no integer, or `place` is no placement.
             OptimizerError: If `configure_optimizers` does not fit the model.
         """
-        check_type("TrainState.create(task)", task, Task, "a Task", "write fl.Task(model, train_step, ...)")
+        check_type("TrainState.create(task)", task, Task, expected="a Task", advice="write fl.Task(model, train_step, ...)")
         if place is not None and getattr(place, "place", None) is None:
             raise TypeError(f"TrainState.create(place=...) must be a placement such as fl.parallel.ddp(), but got {described(place)}")
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
@@ -96,12 +96,21 @@ class TrainState:
         memo = {id(t): t for t in (*task.model.parameters(), *task.model.buffers())} if donate else _memo
         with isolated(home):
             module = copied(task.model, memo)
-            move(module, home) if home is not None else None
+            if home is not None:
+                move(module, home)
             placed = None if place is None else place.place(module)
             store = Store(module, _configure(task, module), {}, placed)
         if donate:
             empty(task.model)
-        return cls(task, Progress(updates=dict.fromkeys(store.phases, 0)), seed, History(), None, store, 0)
+        return cls(
+            task=task,
+            progress=Progress(updates=dict.fromkeys(store.phases, 0)),
+            seed=seed,
+            history=History(),
+            stopped=None,
+            store=store,
+            version=0,
+        )
 
     @property
     def live(self) -> Store:
@@ -121,8 +130,7 @@ class TrainState:
     @property
     def key(self) -> int:
         """The key of the next step, from which all of its random numbers come."""
-        key, skipped = fold_in(self.seed, TRAIN, self.progress.step), self.progress.skipped
-        return fold_in(key, SKIPPED + skipped) if skipped else key
+        return step_key(self.seed, self.progress)
 
     @property
     def params(self) -> Mapping[str, Tensor]:
@@ -182,33 +190,48 @@ class TrainState:
                 "TrainState.create(task, device=..., place=...)"
             )
         store.settle()
-        version, resources, wall_time = store.version + 2, store.resources, store.wall_time  # as a step does
         memo, optim = move(store.module, torch.device(device)), store.optims if store.phases else store.optim
         optim = copy.deepcopy(optim, memo) if memo else optim
         for each in optim.values() if isinstance(optim, Mapping) else (optim,):
-            choose_fused(each.optimizer, store.module) if each.chooses else None
+            if each.chooses:
+                choose_fused(each.optimizer, store.module)
             to_device(each)
         store.memory = {key: tree if key == "loader" else map_nodes(partial(_moved, device), tree) for key, tree in store.memory.items()}
-        store.__init__(store.module, optim, store.memory, store.place)
-        store.version, store.resources, store.wall_time = version, resources, wall_time
-        return attrs.evolve(self, version=version)
+        store.free_gradients()
+        store.bind(store.module, optim)
+        store.version += 2  # as a step does
+        return attrs.evolve(self, version=store.version)
 
     def donated(self) -> Store:
-        """The store, to be written over: from here on this state can no longer be read, whatever happens."""
-        store = self.live
+        """The store, to be written over by the step that begins: from here on this state can no longer be read, whatever happens."""
+        store = self.store
+        if store.version != self.version:
+            store = self.live  # raises
         store.version += 1
-        store.skipped = False
+        store.step.begin(self.progress)
+        store.run.retained_grads = None  # free_gradients without the call: every step comes here
         return store
 
     def advanced(self, item: Any, updates: Mapping[str, int] | None = None, made: int = 1, skipped: int = 0) -> "TrainState":
-        """The state once an `Item` is consumed and the store written: its steps, batches and samples further; it donates this one."""
+        """The state after a step: one `Item` is consumed and the store written; it donates this one. Every step ends here.
+
+        Args:
+            item: What the step consumed.
+            updates: Where a task has several optimizers: the completed updates of each; None leaves them as they are.
+            made: Updates that the step made; where ``store.step.skipped`` is True, one of them was skipped instead.
+            skipped: Updates that were skipped, besides that one.
+
+        Returns:
+            The next state, on the same store.
+        """
         p, store = self.progress, self.store
         if store.version != self.version + 1:  # where it is, `donated` was called for this step
             store = self.live
         store.version = self.version + 2
         store.end_step()
-        store.position, store.media = item.position, None
-        after = p.after(item, made - store.skipped, skipped + store.skipped, p.updates if updates is None else updates)
+        step = store.step
+        step.position, step.media = item.position, None
+        after = p.after(item, made - step.skipped, skipped + step.skipped, p.updates if updates is None else updates)
         return TrainState(self.task, after, self.seed, self.history, None, store, store.version)
 
     def recorded(self, metrics: Mapping[str, float]) -> "TrainState":
@@ -234,9 +257,9 @@ def _configure(task: Task, module: nn.Module) -> Optim | dict[str, Optim]:
             )
         return Optim(None)
     named = dict(module.named_parameters())
-    before: Iterable[int] = [p._version for p in named.values()]
+    before: Iterable[int] = [version_of(p) for p in named.values()]
     made = task.configure_optimizers(module)
-    changed = [name for (name, p), version in zip(named.items(), before, strict=True) if p._version != version]
+    changed = [name for (name, p), version in zip(named.items(), before, strict=True) if version_of(p) != version]
     if changed:
         raise OptimizerError(
             f"configure_optimizers must only build an optimizer, but it changed {changed[:5]}; do not step or initialise there"

@@ -8,6 +8,8 @@ import attrs
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from fnlight.tensors import buffers_of, gradient_hooks, parameters_of
+
 
 @attrs.frozen(eq=False)
 class Task:
@@ -84,9 +86,10 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     twin = copy.deepcopy(model, memo)
     for old, new in zip(model.parameters(), twin.parameters(), strict=True):
         if new is not old and new.requires_grad:
-            for hook in (old._backward_hooks or {}).values():
+            before, after = gradient_hooks(old)
+            for hook in before:
                 new.register_hook(hook)
-            for hook in (old._post_accumulate_grad_hooks or {}).values():
+            for hook in after:
                 new.register_post_accumulate_grad_hook(hook)
     return twin
 
@@ -104,7 +107,7 @@ def hooked(model: nn.Module) -> list[str]:
         >>> hooked(nn.Linear(1, 1))
         []
     """
-    return [name for name, p in model.named_parameters() if p._backward_hooks or p._post_accumulate_grad_hooks]
+    return [name for name, p in model.named_parameters() if any(gradient_hooks(p))]
 
 
 def empty(model: nn.Module) -> None:
@@ -120,7 +123,8 @@ def empty(model: nn.Module) -> None:
     """
     lazy: Any = UninitializedParameter  # its stub lacks the arguments
     for module in model.modules():
-        for name, p in module._parameters.items():
-            module._parameters[name] = None if p is None else lazy(requires_grad=p.requires_grad)
-        for name, b in module._buffers.items():
-            module._buffers[name] = None if b is None else UninitializedBuffer()
+        params, buffers = parameters_of(module), buffers_of(module)
+        for name, p in params.items():
+            params[name] = None if p is None else lazy(requires_grad=p.requires_grad)
+        for name, b in buffers.items():
+            buffers[name] = None if b is None else UninitializedBuffer()

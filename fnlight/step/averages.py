@@ -12,7 +12,6 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fnlight.checkpoint import checkpoints, load_weights
 from fnlight.data import Source
@@ -22,7 +21,7 @@ from fnlight.optim import Optim
 from fnlight.pipe import Combinator
 from fnlight.state import A_STATE, Store, TrainState
 from fnlight.step.update import Update
-from fnlight.tensors import EVALUATE, assign, fold_in, isolated, local_parts, seed_generators
+from fnlight.tensors import BATCH_NORMS, EVALUATE, assign, fold_in, foreach_lerp_, isolated, local_parts, seed_generators
 from fnlight.triggers import Tick, condition, epochs, steps
 
 Decay = float | Callable[[int], float]
@@ -97,7 +96,7 @@ def ema(decay: Decay, name: str = "ema", *, every: Callable[[Tick], bool] = step
     due, always = condition(every, "ema(every=...)"), every == steps(1)
 
     def rest(decay: Callable[[int], float], live: Store) -> float:
-        return 1 - decay(live.progress.step + 1)
+        return 1 - decay(live.step.progress.step + 1)
 
     def average(store: Store) -> None:
         share = store.host.number(store, partial(rest, decay)) if callable(decay) else 1 - decay
@@ -118,7 +117,7 @@ def ema(decay: Decay, name: str = "ema", *, every: Callable[[Tick], bool] = step
         return averaging
 
     label = f"{decay}" + ("" if name == "ema" else f", {name!r}") + ("" if always else f", every={every}")
-    return Combinator("ema", wrap, "step", "step", args=label, key=name, init=_floating, phase="update")
+    return Combinator("ema", wrap, "step", "step", args=label, key=name, facts={"every": every}, init=_floating, phase="update")
 
 
 def swa(start: int, every: Callable[[Tick], bool] = epochs(1), name: str = "swa") -> Combinator:
@@ -189,9 +188,9 @@ def _towards(averages: Mapping[str, Tensor], named: Mapping[str, Tensor], fracti
         values, targets = [v for n, v in averages.items() if n in named], [named[n] for n in averages if n in named]
     with torch.no_grad():
         if isinstance(fraction, Tensor):  # a number of a graph
-            torch._foreach_lerp_(values, targets, [fraction.to(v.dtype) for v in values])
+            foreach_lerp_(values, targets, [fraction.to(v.dtype) for v in values])
         else:
-            torch._foreach_lerp_(local_parts(values), local_parts(targets), fraction)
+            foreach_lerp_(local_parts(values), local_parts(targets), fraction)
 
 
 def _check_decay(who: str, decay: Any) -> None:
@@ -259,14 +258,14 @@ def refresh_batch_norm(
     check_type("refresh_batch_norm(forward=...)", forward, Callable | None, "a function of model and batch, or None for train_step")
     state = state.copy()
     store, fn = state.store, forward if forward is not None else state.task.train_step
-    norms = {n: m for n, m in store.module.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.training}
+    norms = {n: m for n, m in store.module.named_modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats and m.training}
     if not norms:
         raise ConfigError("refresh_batch_norm found no BatchNorm layer in training mode, so there are no statistics to measure")
     modes, before = [(m, m.training) for m in store.module.modules()], {n: b.clone() for n, b in store.module.named_buffers()}
     with isolated(state.device), inference(store, weights) as module:
         for m, training in modes:
             m.training = training
-        _measure(state, module, norms, fn, Source(loader, limit=limit, device=state.device))
+        _measure(state, module, norms, fn=fn, source=Source(loader, limit=limit, device=state.device))
         measured = {f"{n}.{b}".lstrip("."): value.clone() for n, m in norms.items() for b, value in m.named_buffers(recurse=False)}
     for name, buffer in store.module.named_buffers():
         buffer.copy_(before[name] if weights is not None else measured.get(name, before[name]))

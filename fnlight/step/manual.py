@@ -13,18 +13,18 @@ from fnlight.state import Store, TrainState
 
 
 def manual(
-    init: Callable[[Store], Any] | None = None, *, key: str = "manual", batches_per_step: int | Mapping[int, int] | None = None
+    init: Callable[[Store], Any] | None = None, *, name: str = "manual", batches_per_step: int | Mapping[int, int] | None = None
 ) -> Combinator:
     """Turn a function ``(store, batches, key) -> metrics`` into a `Step`, for what is trained without a gradient, or in a way of its own.
 
     The function may write whatever the store holds: parameters and buffers of ``store.module``, in place and under ``torch.no_grad``, its own
-    memory in ``store.memory[key]``, and the optimizers in ``store.optims``, by ``backward()`` and ``step()``. Everything around it is done: the input
+    memory in ``store.memory[name]``, and the optimizers in ``store.optims``, by ``backward()`` and ``step()``. Everything around it is done: the input
     is donated, the generators are seeded from the key of the step, schedules set the learning rates by completed steps, gradients are
     cleared, and the progress goes on. So it is saved, resumed, evaluated, logged and stopped as any other step.
 
     Args:
         init: Maps the store to the memory that the function owns; None if it remembers nothing but what is in the module.
-        key: What its memory is called.
+        name: Where its memory is, in ``store.memory``.
         batches_per_step: Batches that one step consumes: a number, or a mapping of epochs to numbers; None is 1.
 
     Returns:
@@ -52,16 +52,16 @@ def manual(
             store.seed(key)
             metrics = fn(store, tuple([batch.batch if batch.__class__ is Part else batch for batch in batches]), key)
             if not isinstance(metrics, Mapping):
-                name = getattr(fn, "__name__", type(fn).__name__)
+                who = getattr(fn, "__name__", type(fn).__name__)
                 raise StepError(
-                    f"{name} must return a dict of metrics, which may be empty, but returned {type(metrics).__name__}: {metrics!r:.60}"
+                    f"{who} must return a dict of metrics, which may be empty, but returned {type(metrics).__name__}: {metrics!r:.60}"
                 )
             return metrics
 
         return ByHand(kernel)
 
-    label = "" if key == "manual" else repr(key)
-    return Combinator("manual", wrap, "kernel", "step", args=label, key=key, init=init, phase="update", batches_per_step=batches_per_step)
+    label = "" if name == "manual" else f"name={name!r}"
+    return Combinator("manual", wrap, "kernel", "step", args=label, key=name, init=init, phase="update", batches_per_step=batches_per_step)
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -85,10 +85,8 @@ class ByHand:
             if optim.scheduled:
                 set_lr(optim, state.progress, state.history)
         store = state.donated()
-        store.progress = state.progress
         try:
             metrics = self.kernel(store, item.batches, state.key)
         finally:
-            for p in store.params:
-                p.grad = None
+            store.clear_gradients()
         return state.advanced(item), metrics

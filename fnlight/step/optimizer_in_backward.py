@@ -1,19 +1,20 @@
 """Gradients that are used up during the backward pass: each parameter is updated as soon as its gradient is there, which is then freed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fnlight.errors import ConfigError, OptimizerError, StepError
+from fnlight.gradients import weight_of
 from fnlight.metrics import Mean
 from fnlight.optim import by_itself, take_step, take_step_on_host
 from fnlight.pipe import Around, Combinator
+from fnlight.protocols import GradFn
 from fnlight.state import Store, TrainState
 from fnlight.step.update import Update
-from fnlight.tensors import fold_in
+from fnlight.tensors import fold_in, foreach_div_, foreach_mul_
 
 _WHY = "each parameter is updated as soon as its gradient is there, so nothing can look at all gradients, or at more than one batch"
 
@@ -42,7 +43,7 @@ def apply_in_backward() -> Combinator:
         Lv et al., "Full parameter fine-tuning for large language models with limited resources" (2023).
     """
 
-    def wrap(grad_fn: Any) -> Any:
+    def wrap(grad_fn: GradFn) -> Any:
         if isinstance(grad_fn, Mapping):
             raise ConfigError(f"apply_in_backward steps one optimizer, but the phases {', '.join(grad_fn)} have one each; use apply()")
         return Update(partial(_released, grad_fn))
@@ -71,7 +72,7 @@ def _check(store: Store) -> None:
         )
 
 
-def _released(grad_fn: Callable[..., Any], store: Store, batches: Any, key: int) -> Mapping[str, Any]:
+def _released(grad_fn: GradFn, store: Store, batches: Any, key: int) -> Mapping[str, Any]:
     if len(batches) > 1:
         raise StepError(f"apply_in_backward takes one batch a step, but was given {len(batches)}; {_WHY}; use accumulate() and apply()")
     _check(store)
@@ -93,7 +94,7 @@ def _weighing(loss_fn: Any, weight: list[Any]) -> Any:
         out = loss_fn(model, batch)
         loss = out[0] if out.__class__ is tuple and out else out
         if loss.__class__ is Mean:
-            weight.append(torch.tensor(loss.weight) if loss.weight.__class__ is float else loss.weight)
+            weight.append(weight_of(loss))
         return out
 
     return weighing
@@ -107,10 +108,16 @@ def _update(store: Store, group: dict[str, Any] | None, weight: list[Any], p: Te
         return
     if weight:
         held = weight[0]
-        torch._foreach_mul_([found], 1.0 / held.to(found.device)) if isinstance(held, Tensor) else torch._foreach_div_([found], held)
+        if isinstance(held, Tensor):
+            foreach_mul_([found], 1.0 / held.to(found.device))
+        else:
+            foreach_div_([found], held)
     groups = optimizer.param_groups
     p.grad, optimizer.param_groups = found, [{**group, "params": [p]}]
     try:
-        take_step_on_host(optimizer) if store.optim.offload else take_step(optimizer)
+        if store.optim.offload:
+            take_step_on_host(optimizer)
+        else:
+            take_step(optimizer)
     finally:
         p.grad, optimizer.param_groups = None, groups

@@ -17,9 +17,9 @@ from fnlight.errors import NonFiniteError, OptimizerError, StepError, check_type
 from fnlight.gradients import grad
 from fnlight.optim import set_lr, step_where, take_step, take_step_on_host
 from fnlight.pipe import Combinator, Pipe, Turn, batches_at, loss_of_all, pipe
-from fnlight.protocols import Gradients
-from fnlight.state import A_STATE, Progress, Store, TrainState
-from fnlight.tensors import SKIPPED, TRAIN, fold_in, isolated
+from fnlight.protocols import GradFn, Gradients
+from fnlight.state import A_STATE, Progress, Store, TrainState, step_key
+from fnlight.tensors import fold_in, isolated
 from fnlight.triggers import Tick
 
 
@@ -64,35 +64,24 @@ class Update:
 
     kernel: Callable[[Store, Any, int], Mapping[str, Any]]
     reads: tuple[str, ...] = ()
-    _streams: dict[int, int] = attrs.field(factory=dict, init=False, repr=False)  # of a pure function: seeds and what they are folded to
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
         """Take one step; the input state is donated."""
-        store, progress, streams = state.store, state.progress, self._streams
+        store, progress = state.store, state.progress
         if store.version != state.version:
             store = state.live  # raises
         item = batch if batch.__class__ is Item else Item.of(batch, state=state)
         if store.optim.scheduled:
             set_lr(store.optim, progress, state.history)
-        key = fold_in(streams.get(state.seed) or streams.setdefault(state.seed, fold_in(state.seed, TRAIN)), progress.step)
-        if progress.skipped:
-            key = fold_in(key, SKIPPED + progress.skipped)
-        store.skipped, store.progress = False, progress
-        store.version += 2  # from here on the input is donated, whatever happens
-        store.retained_grads = None
+        state.donated()
         try:
-            metrics = self.kernel(store, item.batches, key)
+            metrics = self.kernel(store, item.batches, step_key(state.seed, progress))
         except NonFiniteError as error:
             error.add_note(f"at step {progress.step + 1}, in epoch {item.epoch}, up to its batch {item.batch}")
             raise
         finally:
-            store.retained_grads = [p.grad for p in store.params] if store.device.type == "cpu" else None
-            for p in store.params:
-                p.grad = None
-        store.end_step()
-        store.position, store.media = item.position, None
-        after = progress.after(item, 1 - store.skipped, int(store.skipped), progress.updates)
-        return TrainState(state.task, after, state.seed, state.history, None, store, store.version), metrics
+            store.clear_gradients()
+        return state.advanced(item), metrics
 
     def then(self, fn: Callable[[Store], None], *reads: str) -> "Update":
         """An update whose kernel goes on with a function of the store, which changes tensors only.
@@ -108,7 +97,7 @@ class Update:
 
         def followed(store: Store, batches: Any, key: int) -> Mapping[str, Any]:
             metrics = kernel(store, batches, key)
-            if not store.skipped:
+            if not store.step.skipped:
                 fn(store)
             return metrics
 
@@ -141,17 +130,17 @@ class MultiOptimizerStep:
             if turn.every is None or turn.every(tick):
                 batches = item.batches if turn.batches_per_step is None else item.batches[: batches_at(turn.batches_per_step, item.epoch)]
                 at = attrs.evolve(before, step=updates[name])
-                found = _turn(store, name, self.kernels[name], batches, fold_in(key, i), at, state.history)
+                found = _turn(store, name, self.kernels[name], batches=batches, key=fold_in(key, i), at=at, history=state.history)
                 metrics |= {f"{name}/{k}": v for k, v in found.items()}
-                made += [not store.phases[name].skipped]
+                made += [not store.phases[name].step.skipped]
                 updates[name] += made[-1]
-        store.skipped = bool(made) and not any(made)
+        store.step.skipped = bool(made) and not any(made)
         return state.advanced(item, updates), metrics
 
 
 def _turn(store: Store, name: str, kernel: Any, batches: Any, key: int, at: Progress, history: Any) -> Mapping[str, Any]:
     with store.training(name) as phase:
-        phase.skipped, phase.progress = False, at
+        phase.step.begin(at)
         if phase.optim.scheduled:
             set_lr(phase.optim, at, history)
         try:
@@ -160,21 +149,14 @@ def _turn(store: Store, name: str, kernel: Any, batches: Any, key: int, at: Prog
             raise StepError(f"in the phase {name!r}: {error}") from error
 
 
-def _optimize(grad_fn: Callable[..., Gradients], store: Store, batches: Any, key: int) -> Mapping[str, Any]:
+def _optimize(grad_fn: GradFn, store: Store, batches: Any, key: int) -> Mapping[str, Any]:
     optimizer = store.optim.optimizer
     if store.optim.closure:
         return _optimize_closure(store, grad_fn, batches, key)
     found = grad_fn(store, batches, key)
     if optimizer is not None:
         _put(store, found)
-        if found.finite is None:
-            take_step_on_host(optimizer) if store.optim.offload else take_step(optimizer, store.optim.bound)
-        elif found.finite is False:
-            store.skipped = True
-        elif store.optim.offload:
-            take_step_on_host(optimizer) if found.finite else None
-        else:
-            step_where(optimizer, found.finite, store.optim.bound, blind=store.host.traced)
+        _take(store, optimizer, found.finite)
     elif store.params:
         raise OptimizerError(
             f"this task has an optimizer for each of the phases {', '.join(store.phases)}, so its step starts from a mapping of them to functions, "
@@ -185,13 +167,26 @@ def _optimize(grad_fn: Callable[..., Gradients], store: Store, batches: Any, key
     return found.metrics
 
 
+def _take(store: Store, optimizer: Any, finite: Tensor | bool | None) -> None:
+    """Let the optimizer step, unless gradients are not finite."""
+    if finite is False:
+        store.step.skipped = True
+    elif store.optim.offload:
+        if finite is None or finite:
+            take_step_on_host(optimizer)
+    elif finite is None:
+        take_step(optimizer, store.optim.bound)
+    else:
+        step_where(optimizer, finite, store.optim.bound, blind=store.host.traced)
+
+
 def _put(store: Store, found: Gradients) -> None:
     for p, value in zip(store.params, found.values, strict=True):
         if p.grad is not value:
             p.grad = value
 
 
-def _optimize_closure(store: Store, grad_fn: Callable[..., Gradients], batches: Any, key: int) -> Mapping[str, Any]:
+def _optimize_closure(store: Store, grad_fn: GradFn, batches: Any, key: int) -> Mapping[str, Any]:
     """One step of an optimizer that evaluates the loss several times; its metrics are those of the first evaluation."""
     evaluations: list[dict[str, Any]] = []
 
@@ -232,7 +227,7 @@ def pure(step: Any) -> Any:
     def pure_step(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
         with isolated(state.device):
             after, metrics = step(state.copy(), batch)
-        after.store.retained_grads = None
+        after.store.free_gradients()
         return after, metrics
 
     return pure_step

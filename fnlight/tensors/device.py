@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fnlight.errors import ConfigError
+from fnlight.tensors._private_torch import parameters_of
 
 _PLAIN = ("cpu", "meta")  # there is no module for these
 
@@ -146,12 +147,13 @@ def move(module: nn.Module, device: torch.device) -> dict[int, Any]:
         >>> move(nn.Linear(1, 1), torch.device("cpu"))
         {}
     """
-    before = [(m, key, p) for m in module.modules() for key, p in m._parameters.items() if p is not None]
+    before = [(m, key, p) for m in module.modules() for key, p in parameters_of(m).items() if p is not None]
     module.to(device)
     new: dict[int, Any] = {}
     for m, key, p in before:
-        if m._parameters[key] is not p:
-            m._parameters[key] = new.setdefault(id(p), m._parameters[key])
+        table = parameters_of(m)
+        if table[key] is not p:
+            table[key] = new.setdefault(id(p), table[key])
     return new
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fnlight.tensors._private_torch import buffers_of, replace_tensors
 from fnlight.tensors.shards import is_sharded
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -27,11 +28,13 @@ def convert(module: nn.Module, optimizers: Iterable[Any], dtype: torch.dtype) ->
         torch.bfloat16
     """
     for inner in module.modules():
-        for name, buffer in inner._buffers.items():
+        table = buffers_of(inner)
+        for name, buffer in table.items():
             if buffer is not None and buffer.is_floating_point():
-                inner._buffers[name] = buffer.to(dtype)
+                table[name] = buffer.to(dtype)
     if any(map(is_sharded, module.parameters())):
-        module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)  # torch keeps the addresses of parts, and looks them up anew
+        # torch keeps the addresses of parts, and looks them up again
+        replace_tensors(module, lambda t: t.to(dtype) if t.is_floating_point() else t)
     for parameter in module.parameters():
         if parameter.is_floating_point() and not is_sharded(parameter):
             parameter.data = parameter.data.to(dtype)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fnlight.tensors._private_torch import LOCAL
+
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """An offset and a shape."""
 
@@ -26,7 +28,7 @@ def is_sharded(tensor: Any) -> bool:
         >>> is_sharded(torch.zeros(2))
         False
     """
-    return getattr(tensor, "_local_tensor", None) is not None
+    return getattr(tensor, LOCAL, None) is not None
 
 
 def local(tensor: Any) -> Any:
@@ -42,7 +44,7 @@ def local(tensor: Any) -> Any:
         >>> local(torch.ones(2))
         tensor([1., 1.])
     """
-    return getattr(tensor, "_local_tensor", tensor)
+    return getattr(tensor, LOCAL, tensor)
 
 
 def local_parts(values: Iterable[Any]) -> list[Any]:
@@ -58,7 +60,7 @@ def local_parts(values: Iterable[Any]) -> list[Any]:
         >>> local_parts([torch.ones(1), None])
         [tensor([1.]), None]
     """
-    return [getattr(v, "_local_tensor", v) for v in values]
+    return [getattr(v, LOCAL, v) for v in values]
 
 
 def box(tensor: Tensor) -> Box:
@@ -216,8 +218,7 @@ def give_memory(tensor: Tensor) -> None:
         >>> other.add_(1), weight
         (tensor([1., 1.]), tensor([0., 0.]))
     """
-    given: Any = tensor
     if is_sharded(tensor):
-        given._local_tensor = local(tensor).clone()
+        setattr(tensor, LOCAL, local(tensor).clone())
     else:
-        given.data = tensor.data.clone(memory_format=torch.preserve_format)
+        tensor.data = tensor.data.clone(memory_format=torch.preserve_format)

@@ -1,6 +1,7 @@
 """Trees: any nesting of dicts, lists, tuples, namedtuples, dataclasses and attrs objects, with tensors at the leaves.
 
-Nothing here runs once a step over many leaves; the loop keeps to flat dicts and lists.
+Nothing here runs once a step over many leaves; the loop keeps to flat dicts and lists. Torch's own functions for trees are private
+(``torch.utils._pytree``, torch 2.13) and know attrs classes and dataclasses only if they are registered.
 """
 
 import copy

@@ -12,29 +12,31 @@ import attrs
 
 from fnlight.errors import ConfigError, check_type
 from fnlight.optim import monitored
-from fnlight.state import History
+from fnlight.triggers.form import Form
 
 Mode = Literal["min", "max"]
 
 
 @attrs.frozen(repr=False)
 class StopRule:
-    """A `Rule` that knows its source text and joins with ``|`` and ``&``; also with any function of a state.
+    """A `Rule` that joins with ``|``, ``&`` and ``~``, also with any function of a state, and is compared by what it is made of.
 
     Args:
-        text: The source text, which is also its identity.
+        form: What it is made of, and its source text.
         fn: Maps a state to the reason to stop, or None.
         monitors: Names in the history that it needs.
-        until: The completed steps behind which it surely stops; None where nothing is known.
+        until: Completed steps after which it surely stops; None where nothing is known.
 
     Example:
         >>> patience("val/loss", 3) | max_epochs(10)
         patience('val/loss', 3) | max_epochs(10)
+        >>> patience("val/loss", 3) == patience("val/loss", 3, mode="min")
+        True
     """
 
-    text: str
+    form: Form
     fn: Callable[[Any], str | None] = attrs.field(eq=False)
-    monitors: tuple[str, ...] = ()
+    monitors: tuple[str, ...] = attrs.field(default=(), eq=False)
     until: int | None = attrs.field(default=None, eq=False)
 
     def __call__(self, state: Any) -> str | None:
@@ -42,62 +44,89 @@ class StopRule:
         return self.fn(state)
 
     def __or__(self, other: Any) -> "StopRule":
-        a, b = self, _rule(other)
+        a, b = self, stop_rule(other)
 
         def either(state: Any) -> str | None:
             found = a.fn(state)
             return b.fn(state) if found is None else found
 
         until = min([n for n in (a.until, b.until) if n is not None], default=None)
-        return StopRule(f"{a.text} | {b.text}", either, a.monitors + b.monitors, until)
+        return StopRule(a.form | b.form, either, a.monitors + b.monitors, until)
 
     def __ror__(self, other: Any) -> "StopRule":
-        return _rule(other) | self
+        return stop_rule(other) | self
 
     def __and__(self, other: Any) -> "StopRule":
-        a, b = self, _rule(other)
+        a, b = self, stop_rule(other)
 
         def both(state: Any) -> str | None:
             one = a.fn(state)
             two = None if one is None else b.fn(state)
             return None if one is None or two is None else f"{one} and {two}"
 
-        return StopRule(f"{_factor(a)} & {_factor(b)}", both, a.monitors + b.monitors)
+        return StopRule(a.form & b.form, both, a.monitors + b.monitors)
 
     def __rand__(self, other: Any) -> "StopRule":
-        return _rule(other) & self
+        return stop_rule(other) & self
+
+    def __invert__(self) -> "StopRule":
+        form = ~self.form
+        return StopRule(form, lambda state: form.text if self.fn(state) is None else None, self.monitors)
 
     def __repr__(self) -> str:
-        return self.text
+        return self.form.text
 
 
-def _factor(rule: StopRule) -> str:
-    return f"({rule.text})" if " | " in rule.text else rule.text
+def stop_rule(given: Any) -> StopRule:
+    """A stop rule as it is; a function of a state as a stop rule.
 
+    Args:
+        given: Either.
 
-def _rule(given: Any) -> StopRule:
+    Returns:
+        A stop rule.
+
+    Raises:
+        ConfigError: If it is neither.
+
+    Example:
+        >>> stop_rule(max)
+        max
+    """
     if isinstance(given, StopRule):
         return given
     if not callable(given):
         raise ConfigError(
             f'a stop rule joins with another one or with a function of a state, but got {given!r}; write e.g. patience("val/loss", 3)'
         )
-    return StopRule(getattr(given, "__name__", repr(given)), given)  # pyright: ignore[reportArgumentType]  # callable() knows no more
+    return StopRule(Form.of(given), given)  # pyright: ignore[reportArgumentType]  # callable() knows no more
 
 
-def _of_history(text: str, monitor: str, fn: Callable[[list[float]], str | None]) -> StopRule:
-    """A rule about the values of one name; looked at again only when the history is another one."""
+def _of_history(form: Form, monitor: str, fn: Callable[[list[float]], str | None]) -> StopRule:
+    """A rule about the values of one name."""
     if not isinstance(monitor, str) or "/" not in monitor:
         raise ConfigError(f'a monitored name must be a string with its kind, such as "val/loss" or "train/loss", but got {monitor!r}')
-    memo: dict[str, Any] = {"history": None, "reason": None}  # of a pure function: the last history and its answer
+    return StopRule(form, _Asked(monitor, fn), (monitor,))
 
-    def rule(state: Any) -> str | None:
-        history: History = state.history
-        if memo["history"] is not history:
-            memo["history"], memo["reason"] = history, fn(monitored(history, monitor))
-        return memo["reason"]
 
-    return StopRule(text, rule, (monitor,))
+@attrs.define(eq=False, repr=False)
+class _Asked:
+    """A pure function of a history, with its last answer: a rule is asked at every step, and a history changes at few.
+
+    The answer is kept with the very history that it is about, in one assignment, so runs that share a rule cannot get each other's.
+    """
+
+    monitor: str
+    fn: Callable[[list[float]], str | None]
+    last: tuple[Any, str | None] = attrs.field(default=(None, None), init=False)
+
+    def __call__(self, state: Any) -> str | None:
+        """Give the reason to stop, or None."""
+        history, (known, reason) = state.history, self.last
+        if known is not history:
+            reason = self.fn(monitored(history, self.monitor))
+            self.last = (history, reason)
+        return reason
 
 
 def patience(monitor: str, n: int, mode: Mode = "min", min_delta: float = 0.0) -> StopRule:
@@ -139,7 +168,8 @@ def patience(monitor: str, n: int, mode: Mode = "min", min_delta: float = 0.0) -
         return f"{monitor} has not improved in {n} evaluations (best {best:.6g})" if since >= n else None
 
     more = ("" if mode == "min" else f", {mode!r}") + (f", min_delta={min_delta}" if min_delta else "")
-    return _of_history(f"patience({monitor!r}, {n}{more})", monitor, waited)
+    form = Form("patience", (monitor, n, mode, min_delta), f"patience({monitor!r}, {n}{more})")
+    return _of_history(form, monitor, waited)
 
 
 def reached(monitor: str, value: float, mode: Mode = "max") -> StopRule:
@@ -169,7 +199,7 @@ def reached(monitor: str, value: float, mode: Mode = "max") -> StopRule:
         return f"{monitor} reached {values[-1]:.6g} (goal {value:g})" if met else None
 
     more = "" if mode == "max" else f", {mode!r}"
-    return _of_history(f"reached({monitor!r}, {value}{more})", monitor, there)
+    return _of_history(Form("reached", (monitor, value, mode), f"reached({monitor!r}, {value}{more})"), monitor, there)
 
 
 def diverged(monitor: str, limit: float, mode: Mode = "min") -> StopRule:
@@ -199,7 +229,7 @@ def diverged(monitor: str, limit: float, mode: Mode = "min") -> StopRule:
         return f"{monitor} diverged to {values[-1]:.6g} (limit {limit:g})" if bad else None
 
     more = "" if mode == "min" else f", {mode!r}"
-    return _of_history(f"diverged({monitor!r}, {limit}{more})", monitor, worse)
+    return _of_history(Form("diverged", (monitor, limit, mode), f"diverged({monitor!r}, {limit}{more})"), monitor, worse)
 
 
 def nonfinite(monitor: str | None = None) -> StopRule:
@@ -217,15 +247,14 @@ def nonfinite(monitor: str | None = None) -> StopRule:
         'val/loss is nan'
     """
     if monitor is not None:
-        return _of_history(
-            f"nonfinite({monitor!r})", monitor, lambda v: f"{monitor} is {v[-1]}" if v and not math.isfinite(v[-1]) else None
-        )
+        form = Form("nonfinite", (monitor,), f"nonfinite({monitor!r})")
+        return _of_history(form, monitor, lambda v: f"{monitor} is {v[-1]}" if v and not math.isfinite(v[-1]) else None)
 
     def rule(state: Any) -> str | None:
         metrics = state.history[-1].metrics if state.history else {}
         return next((f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)), None)
 
-    return StopRule("nonfinite()", rule)
+    return StopRule(Form("nonfinite", (), "nonfinite()"), rule)
 
 
 def max_steps(n: int) -> StopRule:
@@ -245,7 +274,9 @@ def max_steps(n: int) -> StopRule:
         max_steps(100)
     """
     _whole("max_steps", n)
-    return StopRule(f"max_steps({n})", lambda state: f"{n} steps done" if state.progress.step >= n else None, until=n)
+    return StopRule(
+        Form("max_steps", (n,), f"max_steps({n})"), lambda state: f"{n} steps done" if state.progress.step >= n else None, until=n
+    )
 
 
 def max_epochs(n: int) -> StopRule:
@@ -265,7 +296,7 @@ def max_epochs(n: int) -> StopRule:
         max_epochs(10)
     """
     _whole("max_epochs", n)
-    return StopRule(f"max_epochs({n})", lambda state: f"{n} epochs done" if state.progress.epoch >= n else None)
+    return StopRule(Form("max_epochs", (n,), f"max_epochs({n})"), lambda state: f"{n} epochs done" if state.progress.epoch >= n else None)
 
 
 def max_time(limit: float | timedelta) -> StopRule:
@@ -287,7 +318,9 @@ def max_time(limit: float | timedelta) -> StopRule:
     s = limit.total_seconds() if isinstance(limit, timedelta) else limit
     if not isinstance(s, int | float) or isinstance(s, bool) or not s > 0:
         raise ConfigError(f"max_time must be seconds above 0 or a timedelta, but got {limit!r}")
-    return StopRule(f"max_time({s})", lambda state: f"{s:g} seconds of training done" if state.progress.seconds >= s else None)
+    return StopRule(
+        Form("max_time", (s,), f"max_time({s})"), lambda state: f"{s:g} seconds of training done" if state.progress.seconds >= s else None
+    )
 
 
 def min_steps(n: int) -> StopRule:
@@ -307,7 +340,9 @@ def min_steps(n: int) -> StopRule:
         patience('val/loss', 3) & min_steps(100)
     """
     _whole("min_steps", n)
-    return StopRule(f"min_steps({n})", lambda state: f"at least {n} steps done" if state.progress.step >= n else None)
+    return StopRule(
+        Form("min_steps", (n,), f"min_steps({n})"), lambda state: f"at least {n} steps done" if state.progress.step >= n else None
+    )
 
 
 def min_epochs(n: int) -> StopRule:
@@ -327,7 +362,9 @@ def min_epochs(n: int) -> StopRule:
         patience('val/loss', 3) & min_epochs(5)
     """
     _whole("min_epochs", n)
-    return StopRule(f"min_epochs({n})", lambda state: f"at least {n} epochs done" if state.progress.epoch >= n else None)
+    return StopRule(
+        Form("min_epochs", (n,), f"min_epochs({n})"), lambda state: f"at least {n} epochs done" if state.progress.epoch >= n else None
+    )
 
 
 def _whole(name: str, n: Any) -> None:

@@ -12,6 +12,7 @@ import attrs
 
 from fnlight.errors import ConfigError, check_type
 from fnlight.state import Progress
+from fnlight.triggers.form import Form
 
 
 class Tick(NamedTuple):
@@ -36,19 +37,21 @@ class Tick(NamedTuple):
 
 @attrs.frozen(repr=False)
 class Trigger:
-    """A `When` that knows its source text and joins with ``|``, ``&`` and ``~``; also with any function of a tick.
+    """A `When` that joins with ``|``, ``&`` and ``~``, also with any function of a tick, and is compared by what it is made of.
 
     Args:
-        text: The source text, which is also its identity.
+        form: What it is made of, and its source text.
         fn: Maps a `Tick` to a bool.
         earliest: Steps and epochs before which it cannot fire; 0 where nothing is known.
 
     Example:
         >>> steps(50) | at_end
         steps(50) | at_end
+        >>> steps(50) | at_end == steps(50) | at_end
+        True
     """
 
-    text: str
+    form: Form
     fn: Callable[[Tick], bool] = attrs.field(eq=False)
     earliest: tuple[int, int] = attrs.field(default=(0, 0), eq=False)
 
@@ -57,41 +60,51 @@ class Trigger:
         return self.fn(tick)
 
     def __or__(self, other: Any) -> "Trigger":
-        a, b = self, _trigger(other)
+        a, b = self, trigger(other)
         earliest = (min(a.earliest[0], b.earliest[0]), min(a.earliest[1], b.earliest[1]))
-        return Trigger(f"{a.text} | {b.text}", lambda tick: a.fn(tick) or b.fn(tick), earliest)
+        return Trigger(a.form | b.form, lambda tick: a.fn(tick) or b.fn(tick), earliest)
 
     def __ror__(self, other: Any) -> "Trigger":
-        return _trigger(other) | self
+        return trigger(other) | self
 
     def __and__(self, other: Any) -> "Trigger":
-        a, b = self, _trigger(other)
+        a, b = self, trigger(other)
         earliest = (max(a.earliest[0], b.earliest[0]), max(a.earliest[1], b.earliest[1]))
-        return Trigger(f"{_factor(a)} & {_factor(b)}", lambda tick: a.fn(tick) and b.fn(tick), earliest)
+        return Trigger(a.form & b.form, lambda tick: a.fn(tick) and b.fn(tick), earliest)
 
     def __rand__(self, other: Any) -> "Trigger":
-        return _trigger(other) & self
+        return trigger(other) & self
 
     def __invert__(self) -> "Trigger":
-        inner = f"({self.text})" if " " in self.text else self.text
-        return Trigger(f"~{inner}", lambda tick: not self.fn(tick))
+        return Trigger(~self.form, lambda tick: not self.fn(tick))
 
     def __repr__(self) -> str:
-        return self.text
+        return self.form.text
 
 
-def _factor(trigger: Trigger) -> str:
-    return f"({trigger.text})" if " | " in trigger.text else trigger.text
+def trigger(given: Any) -> Trigger:
+    """A trigger as it is; a function of a tick as a trigger.
 
+    Args:
+        given: Either.
 
-def _trigger(given: Any) -> Trigger:
+    Returns:
+        A trigger.
+
+    Raises:
+        ConfigError: If it is neither.
+
+    Example:
+        >>> trigger(max)
+        max
+    """
     if isinstance(given, Trigger):
         return given
     if not callable(given):
         raise ConfigError(
             f"a trigger joins with another one or with a function of a tick, but got {given!r}; write e.g. steps(50) | epochs(1)"
         )
-    return Trigger(getattr(given, "__name__", repr(given)), given)  # pyright: ignore[reportArgumentType]  # callable() knows no more
+    return Trigger(Form.of(given), given)  # pyright: ignore[reportArgumentType]  # callable() knows no more
 
 
 def condition(when: Callable[[Tick], bool], what: str = "a trigger") -> Callable[[Tick], bool]:
@@ -111,7 +124,9 @@ def condition(when: Callable[[Tick], bool], what: str = "a trigger") -> Callable
         >>> condition(at_end)(Tick(Progress(), Progress(), end=True))
         True
     """
-    check_type(what, when, Callable, "a trigger such as fl.steps(100) or fl.epochs(1), or a function of a tick")
+    given: Any = when
+    advice = f"write fl.steps({given})" if type(given) is int else ""
+    check_type(what, given, Callable, "a trigger such as fl.steps(100) or fl.epochs(1), or a function of a tick", advice=advice)
     return when.fn if isinstance(when, Trigger) else when
 
 
@@ -132,7 +147,7 @@ def steps(n: int) -> Trigger:
         [3, 6]
     """
     _whole("steps", n)
-    return Trigger(f"steps({n})", lambda tick: tick.after.step // n > tick.before.step // n, (n, 0))
+    return Trigger(Form("steps", (n,), f"steps({n})"), lambda tick: tick.after.step // n > tick.before.step // n, (n, 0))
 
 
 def epochs(n: int) -> Trigger:
@@ -152,7 +167,9 @@ def epochs(n: int) -> Trigger:
         True
     """
     _whole("epochs", n)
-    return Trigger(f"epochs({n})", lambda tick: tick.after.epoch != tick.before.epoch and tick.after.epoch % n == 0, (0, n))
+    return Trigger(
+        Form("epochs", (n,), f"epochs({n})"), lambda tick: tick.after.epoch != tick.before.epoch and tick.after.epoch % n == 0, (0, n)
+    )
 
 
 def seconds(s: float) -> Trigger:
@@ -197,7 +214,8 @@ def _timed(name: str, given: float, unit: float) -> Trigger:
     if not isinstance(given, int | float) or isinstance(given, bool) or not 0 < given < float("inf"):
         raise ConfigError(f"{name}(...) must be a number above 0, but got {given!r}")
     period = given * unit
-    return Trigger(f"{name}({given})", lambda tick: tick.after.seconds // period != tick.before.seconds // period)
+    form = Form(name, (given,), f"{name}({given})")
+    return Trigger(form, lambda tick: tick.after.seconds // period != tick.before.seconds // period)
 
 
 def _whole(name: str, n: Any) -> None:
@@ -205,9 +223,9 @@ def _whole(name: str, n: Any) -> None:
         raise ConfigError(f"{name}(...) must be a whole number of at least 1, but got {n!r}; to switch it off, leave it out")
 
 
-continuous = Trigger("continuous", lambda tick: tick.idle)
+continuous = Trigger(Form("continuous", (), "continuous"), lambda tick: tick.idle)
 """Fire as soon as the save before has ended; on several ranks, at the next of the steps at which they agree, about two a second.
 *When* that is depends on the disk; *what* is saved is exact as ever."""
 
-at_end = Trigger("at_end", lambda tick: tick.end)
+at_end = Trigger(Form("at_end", (), "at_end"), lambda tick: tick.end)
 """Fire once, after the last step of a run."""

@@ -389,6 +389,11 @@ def test_how_long_compiling_took_is_logged(caplog: pytest.LogCaptureFixture) -> 
             fl.errors.SeamError,
             "would average once a call; move it in front",
         ),
+        (
+            lambda: fl.pipe(train_step, fl.grad(), fl.apply(), fl.compile("step", unroll=2), fl.ema(0.9, name="every=10")),
+            fl.errors.SeamError,
+            "would average once a call; move it in front",
+        ),
     ],
 )
 def test_what_cannot_be_compiled_is_refused_before_any_work(make: Any, error: type[Exception], match: str) -> None:

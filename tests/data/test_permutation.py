@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from fnlight.data import Source, TensorLoader, permutation
+from fnlight.data import Source, TensorLoader
 from fnlight.data.order import Span
-from fnlight.data.permutation import Permutation
+from fnlight.data.permutation import Permutation, permutation
 from fnlight.tensors import ORDER, fold_in
 
 keys = st.integers(0, 2**64 - 1)

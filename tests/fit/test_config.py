@@ -77,6 +77,37 @@ def test_what_happens_to_a_mapping_later_is_nothing_to_the_configuration():
     assert repr(FitConfig.from_json('{"max_epochs": 1, "sinks": "JSONL(\'a\')"}').sinks) == repr((JSONL("a"),))
 
 
+def test_configurations_are_compared_by_value_with_the_functions_that_they_hold():
+    """Equal fields make equal configurations; two functions that print alike make different ones, in every field that takes one."""
+
+    class Sink:
+        def __call__(self, record):
+            """Nothing."""
+
+        def __repr__(self):
+            return "Sink()"
+
+    one, two, sink = (lambda state: None), (lambda state: "now"), Sink()
+    for fields in ({"stop": one}, {"log_every": steps(5) | one, "sinks": sink}, {"sinks": (JSONL("a"), sink)}, {"eval_every": None}):
+        assert FitConfig(max_steps=3, **fields) == FitConfig(max_steps=3, **fields)
+    assert FitConfig(stop=one) != FitConfig(stop=two)
+    assert FitConfig(stop=max_steps(3) | one) != FitConfig(stop=max_steps(3) | two)
+    assert FitConfig(max_steps=3, sinks=Sink()) != FitConfig(max_steps=3, sinks=Sink())
+    assert FitConfig(max_steps=3, sinks=(JSONL("a"), CSV("a"))) == FitConfig(max_steps=3, sinks=[JSONL("a"), CSV("a")])
+    assert FitConfig(max_steps=3, sinks=JSONL("a")) != FitConfig(max_steps=3, sinks=JSONL("b"))
+    assert hash(FitConfig(max_steps=3, sinks=JSONL("a"))) == hash(FitConfig(max_steps=3, sinks=JSONL("a")))
+
+
+def test_a_function_with_the_name_of_a_trigger_is_not_written_as_that_trigger():
+    """What is read back must be what was written, so a function of the user's called at_end has no text."""
+
+    def at_end(tick):
+        return False
+
+    with pytest.raises(ConfigError, match=r"FitConfig\(save_every=steps\(5\) \| at_end\) has no text that could be read back"):
+        FitConfig(max_steps=3, dir="runs/a", save_every=steps(5) | at_end).to_json()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -1,4 +1,4 @@
-"""A traced step is the eager one, bitwise, with every combinator beside it; what is no part of a graph says so."""
+"""Law 8: a traced step is the eager one, bitwise, with every combinator beside it; what is no part of a graph says so."""
 
 import warnings
 from pathlib import Path

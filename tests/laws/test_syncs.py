@@ -1,4 +1,4 @@
-"""Between two ticks no step waits for the device: nothing that a combinator does at every step brings a number to the host."""
+"""Law 9: between two ticks no step waits for the device: nothing that a combinator does at every step brings a number to the host."""
 
 import warnings
 from itertools import islice

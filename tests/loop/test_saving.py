@@ -49,7 +49,7 @@ def saved(path):
 def settled(states, count):
     """Take some steps, and wait for the save that is under way."""
     state = list(islice(states, count))[-1][0]
-    state.store.resources["checkpoint_every"].settle()
+    state.store.run.resources["checkpoint_every"].settle()
 
 
 class Disk:
@@ -263,13 +263,13 @@ def test_buffers_are_used_again_and_given_back(tmp_path, monkeypatch):
     step = stepping(checkpoint_every(tmp_path, steps(1)), stop_when(max_steps(4)))
     seen, savers = [], []
     for state, _ in run(step, created(), DATA):
-        saver = state.store.resources["checkpoint_every"]
+        saver = state.store.run.resources["checkpoint_every"]
         savers.append(saver)
         seen.append(sorted(t.data_ptr() for t in saver.buffers._held.values()))
     assert seen[1] == seen[2]
     assert seen[1]
     assert savers[0].buffers._held == {}
-    assert state.store.resources == {}
+    assert state.store.run.resources == {}
     assert savers[0].last is None
 
 
@@ -397,7 +397,7 @@ def test_weights_that_are_no_numbers_are_not_saved_on_an_exception(tmp_path):
     """A checkpoint that nobody asked for at that moment is not worth replacing a good one."""
     states = run(stepping(checkpoint_every(tmp_path, steps(9))), created(), Breaking(2, OSError("gone")))
     state = list(islice(states, 2))[-1][0]
-    state.store.resources["checkpoint_every"].settle()
+    state.store.run.resources["checkpoint_every"].settle()
     with torch.no_grad():
         next(iter(state.store.params)).fill_(float("nan"))
     with pytest.raises(OSError, match="gone") as raised:

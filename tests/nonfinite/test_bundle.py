@@ -96,6 +96,27 @@ def test_the_state_before_the_failing_step_is_that_of_an_unwatched_run(kind, err
     assert kind != "raises" or str(again) == str(caught.value)
 
 
+def test_the_key_of_a_bundle_is_the_one_that_the_step_was_given(tmp_path):
+    """Where steps were skipped before, each attempt has a key of its own, and the bundle notes that of the attempt that failed."""
+    keys = []
+
+    def failing_grad(grad_fn):
+        def fails(store, batches, key):
+            keys.append(key)
+            raise ZeroDivisionError("by hand")
+
+        return fails
+
+    task = tiny_task()
+    step = fl.pipe(task.train_step, fl.grad(), fl.Combinator("fails", failing_grad, "grad", "grad"), fl.apply(), fl.debug_bundle(tmp_path))
+    state = TrainState.create(task, seed=6)
+    state = attrs.evolve(state, progress=attrs.evolve(state.progress, skipped=2))
+    with pytest.raises(ZeroDivisionError, match="by hand"):
+        step(state.copy(), data()[0])
+    assert {load_bundle(tmp_path / "bundles" / "step-00000001", task).key, *keys} == {state.key}
+    assert state.key != TrainState.create(task, seed=6).key
+
+
 def test_a_new_process_repeats_the_failure(tmp_path):
     """`fnlight replay` needs the bundle and the task only, and meets the same number to the last bit."""
     for kind in ("nan", "raises"):
@@ -123,7 +144,7 @@ def test_accumulation_resume_and_a_failure_in_a_later_window(tmp_path):
     assert_trees_equal(list(found.item.batches), data()[6:8])
     again, _, _ = found.replay(compose(task, FitConfig(max_steps=9, accumulate=2, progress=False)))
     assert str(again) == str(caught.value)
-    step = fl.pipe(task.train_step, fl.grad(), fl.apply(), fl.debug_bundle(tmp_path / "short", every=3))
+    step = fl.pipe(task.train_step, fl.grad(), fl.apply(), fl.debug_bundle(tmp_path / "short", every=fl.steps(3)))
     with pytest.raises(ZeroDivisionError, match="the loss is"):
         list(fl.run(step, TrainState.create(task, seed=1), data()))
     assert load_bundle(tmp_path / "short" / "bundles" / "step-00000008", task).state.progress.step == 7
@@ -138,7 +159,7 @@ def test_watching_changes_nothing(tmp_path):
         fl.grad(),
         fl.apply(),
         fl.ema(0.5),
-        fl.debug_bundle(tmp_path / "never", every=5),
+        fl.debug_bundle(tmp_path / "never", every=fl.steps(5)),
         fl.stop_when(fl.max_epochs(3)),
     )
     *_, (state, _) = fl.run(step, TrainState.create(tiny_task(), seed=2), data())
@@ -278,10 +299,12 @@ def test_a_damaged_bundle_is_found(tmp_path):
 
 
 def test_what_cannot_be_asked_for_is_refused():
-    """Without a directory there is nowhere to write to, and intervals are whole numbers."""
+    """Without a directory there is nowhere to write to, and a number of steps is no trigger."""
     with pytest.raises(ConfigError, match=r"debug_bundle=True\) writes bundles to dir, but there is none"):
         FitConfig(max_steps=1, debug_bundle=True)
     with pytest.raises(ConfigError, match="writes to this machine"):
         fl.debug_bundle("s3://bucket/run")
-    with pytest.raises(ConfigError, match="whole number of steps"):
-        fl.debug_bundle("run", every=0)
+    with pytest.raises(
+        TypeError, match=r"debug_bundle\(every=...\) must be a trigger such as fl.steps\(100\) .* but got int: 10; write fl.steps\(10\)"
+    ):
+        fl.debug_bundle("run", every=10)

@@ -1,50 +1,14 @@
-"""What looks at every step remembers in the state, and is exact wherever a run was stopped."""
+"""`check_finite` names the first step whose loss was not finite, however late it is asked."""
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from fnlight.errors import NonFiniteError
-from fnlight.gradients import grad
-from fnlight.loop import epoch_means, run, stop_when
+from fnlight.loop import stop_when
 from fnlight.nonfinite import check_finite
-from fnlight.pipe import pipe
-from fnlight.state import Task, TrainState
-from fnlight.step import apply
-from fnlight.triggers import epochs, max_epochs, max_steps, patience, steps
-
-
-def train_step(model, batch):
-    return F.mse_loss(model(batch), batch)
-
-
-def ran(*combinators, state=None, data=None, fn=train_step):
-    """The last state of a run, and what it yielded."""
-    if state is None:
-        torch.manual_seed(0)
-        state = TrainState.create(Task(nn.Linear(3, 3), fn, configure_optimizers=lambda m: torch.optim.SGD(m.parameters(), lr=0.1)))
-    rows = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
-    found = list(run(pipe(fn, grad(), apply(), *combinators), state, data or DataLoader(rows, batch_size=2, shuffle=True)))
-    return found[-1][0], found
-
-
-def test_epoch_means_are_exact_and_survive_a_resume_within_the_epoch():
-    """The mean over an epoch is that of its losses, however often the run was stopped in between."""
-    whole, found = ran(epoch_means(), stop_when(max_epochs(1)))
-    losses = [float(metrics["loss"]) for _, metrics in found]
-    assert whole.history[0].metrics == {"train/loss": pytest.approx(sum(losses) / 4)}
-    for k in (1, 2, 3):
-        part, _ = ran(epoch_means(), stop_when(max_steps(k)))
-        again, _ = ran(epoch_means(), stop_when(max_epochs(1)), state=part)
-        assert again.history == whole.history
-
-
-def test_a_rule_may_monitor_training_metrics():
-    """train/loss can be monitored where epoch_means yields it."""
-    state, _ = ran(epoch_means(), stop_when(patience("train/loss", 1) | max_epochs(3)))
-    assert state.stopped is not None
+from fnlight.triggers import epochs, max_epochs, max_steps, steps
+from tests.loop.runs import ran
+from tests.small_runs import train_step
 
 
 def test_a_loss_that_is_not_finite_names_its_step():

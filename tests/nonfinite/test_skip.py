@@ -111,6 +111,16 @@ def test_a_spike_is_left_out_once_the_window_is_full():
     assert metrics["spikes"].value.item() == 0
 
 
+def test_a_group_of_more_batches_is_no_spike():
+    """Of plain losses that are accumulated the mean counts, so groups of one, two and four batches are compared with each other."""
+    step = fl.pipe(lambda m, b: m(b[0]).mean() * 0 + b[1], fl.grad(), fl.accumulate(4), fl.skip_spikes(sigma=6, window=3), fl.apply())
+    state, x = fl.TrainState.create(task_of()), torch.ones(2, 3)
+    for count in (1, 2, 1, 4):
+        state, metrics = step(state, fl.data.Item.of(*[(x, torch.tensor(1.0))] * count, state=state))
+        assert metrics["spikes"].value.item() == 0
+    assert state.memory["skip_spikes"]["losses"].tolist() == [1.0, 1.0, 1.0]
+
+
 def test_a_spike_changes_no_weight():
     """The step of a spike leaves parameters and buffers as they were."""
     step = fl.pipe(loss_fn, fl.grad(), fl.skip_spikes(sigma=3, window=3), fl.apply())

@@ -1,4 +1,4 @@
-"""A skipped step changes nothing: parameters, optimizer state, buffers and means stay the same."""
+"""A skipped step changes nothing: parameters, optimizer state and buffers stay the same."""
 
 import copy
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from fnlight.metrics import Cat, Last, Max, Mean, Min, Sum, Tally, Text, uncounted
 from fnlight.optim import buffers_before, step_where
 from fnlight.optim.conditional_step import masks
 
@@ -84,15 +83,3 @@ def test_buffers_of_a_finite_step_are_kept():
     after = {name: b.clone() for name, b in norm.named_buffers()}
     held.put_back(torch.tensor(True))
     assert all(torch.equal(b, after[name]) for name, b in norm.named_buffers())
-
-
-def test_uncounted_metrics_change_no_mean_sum_or_extreme():
-    """A tally that gets them has the same values as before, with the same names."""
-    metrics = {"a": torch.tensor(2.0), "b": Mean(torch.tensor(6.0), 2), "c": Sum(3), "d": Max(1.0), "e": Min(1.0), "f": Last(5.0), "g": 4.0}
-    alone, both = Tally(), Tally()
-    for tally in (alone, both):
-        tally.add(1, metrics)
-    both.add(1, uncounted({**metrics, "a": torch.tensor(torch.nan)}))
-    assert both.read() == alone.read()
-    text = Text("x")
-    assert uncounted({"note": text, "all": Cat(torch.ones(2))})["note"] is text

@@ -4,7 +4,6 @@ import attrs
 import pytest
 
 from fnlight.pipe import Combinator
-from fnlight.pipe.combinator import TICK
 
 
 def test_a_combinator_is_called_with_the_function_that_it_wraps():
@@ -29,8 +28,3 @@ def test_a_combinator_never_changes():
     """It is a value: two pipes may share it."""
     with pytest.raises(attrs.exceptions.FrozenInstanceError, match="can't set attribute"):
         Combinator("grad", lambda fn: fn, "loss", "grad_sum").name = "other"
-
-
-def test_a_tick_has_the_order_in_which_a_checkpoint_knows_what_was_measured_and_logged():
-    """Evaluation and log stand in front of saving, and stopping is last."""
-    assert TICK == ("update", "schedule", "evaluate", "history", "log", "save", "stop")

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fnlight.compile import compile  # noqa: A004  # as users import it
 from fnlight.errors import MemoryWarning, MonitorError, SeamError
 from fnlight.gradients import accumulate, clip_norm, grad
 from fnlight.pipe import Combinator, pipe
@@ -62,6 +63,14 @@ def test_a_pipe_can_be_wrapped_further():
     state, metrics = whole(created(), torch.ones(3, 2))
     assert state.progress.step == 1
     assert set(metrics) == {"loss", "grad_norm"}
+
+
+@pytest.mark.parametrize(("n", "batches"), [(1, 2), (4, 8), ({0: 1, 5: 3}, {0: 2, 5: 6})])
+def test_a_pipe_that_is_wrapped_further_consumes_as_many_batches(n, batches):
+    """Updates of several batches, several in one call: what is added around them changes nothing of that."""
+    whole = pipe(train_step, grad(), accumulate(n), apply(), compile("trace", unroll=2))
+    assert whole.batches_per_step == batches
+    assert pipe(whole, counting()).batches_per_step == batches
 
 
 def test_a_users_own_step_takes_step_combinators():

@@ -3,15 +3,20 @@
 import torch
 from torch import nn
 
+from fnlight.gradients import grad
 from fnlight.optim import Optim
+from fnlight.pipe import Combinator, pipe
 from fnlight.runtime import HostCallbacks
 from fnlight.state import Progress, Store
+from fnlight.step import apply
+from fnlight.testing import assert_trees_equal
+from tests.small_steps import created, data, loss_fn
 
 
 def test_a_number_is_computed_for_the_current_step() -> None:
     """It is computed from the live store at once."""
     store = Store(nn.Linear(1, 1), Optim(None), {})
-    store.progress = Progress(step=4)
+    store.step.begin(Progress(step=4))
     assert store.host.number(store, lambda live: 0.5 * live.progress.step) == 2.0
 
 
@@ -23,8 +28,21 @@ def test_a_check_runs_at_once() -> None:
 
 
 def test_conditions_of_graphs_do_not_stop_an_eager_step() -> None:
-    """`only_if` and `refuse` have an effect on graphs only."""
-    store = Store(nn.Linear(1, 1), Optim(None), {})
+    """`only_if` and `refuse` have an effect on graphs only: an eager step with both is taken, bit-identical, and the condition is not called."""
+    asked = []
+
+    def speaking(grad_fn):
+        def fn(store, batch, key):
+            store.host.only_if(store, lambda live: bool(asked.append(live)))
+            store.host.refuse("it may well be eager")
+            return grad_fn(store, batch, key)
+
+        return fn
+
+    state = created()
+    plain, _ = pipe(loss_fn, grad(), apply())(state.copy(), data())
+    after, _ = pipe(loss_fn, grad(), Combinator("speaking", speaking, "grad", "grad"), apply())(state.copy(), data())
+    assert after.progress.step == 1
+    assert_trees_equal(after.params, plain.params)
+    assert not asked
     assert not HostCallbacks().traced
-    store.host.only_if(store, lambda live: False)
-    store.host.refuse("it may well be eager")

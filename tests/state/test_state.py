@@ -274,7 +274,7 @@ def test_moving_brings_the_memory_of_combinators_and_leaves_a_loader_s_place() -
     """Tensors of every tree go to the device; where a loader stands stays on the CPU, as it was given."""
     state = TrainState.create(Task(nn.Identity(), lambda model, batch: batch))
     state.store.memory["ema"] = {"w": torch.ones(2), "parts": (torch.ones(1), [torch.ones(1)]), "n": 3}
-    state.store.position = lambda: {"seen": torch.tensor(4)}
+    state.store.step.position = lambda: {"seen": torch.tensor(4)}
     memory = state.moved("meta").memory
     assert [leaf.device.type for _, leaf in tree.leaves(memory["ema"]) if isinstance(leaf, Tensor)] == ["meta"] * 3
     assert memory["ema"]["n"] == 3
@@ -284,7 +284,7 @@ def test_moving_brings_the_memory_of_combinators_and_leaves_a_loader_s_place() -
 def test_settling_asks_the_loader_for_its_place_once() -> None:
     """The place of a loader that keeps its own is taken into the memory when somebody reads, and is then a value."""
     state, asked = trained(), []
-    state.store.position = lambda: asked.append(1) or {"batch": 7}
+    state.store.step.position = lambda: asked.append(1) or {"batch": 7}
     assert state.memory["loader"] == {"batch": 7}
     assert state.copy().memory["loader"] == {"batch": 7}
     assert len(asked) == 1

@@ -53,7 +53,7 @@ def started(store):
     return {"count": 0}
 
 
-STEP = pipe(running_mean, manual(started, key="mean"))
+STEP = pipe(running_mean, manual(started, name="mean"))
 
 
 def created(**options):
@@ -70,7 +70,7 @@ def test_a_function_of_the_store_is_a_step():
     assert (after.progress.step, after.progress.samples, after.memory["mean"]) == (2, 8, {"count": 8})
     with pytest.raises(DonatedStateError, match="the state of step 0"):
         before.params  # the access is what is tested
-    assert str(STEP) == "running_mean > manual('mean')"
+    assert str(STEP) == "running_mean > manual(name='mean')"
 
 
 def test_its_random_numbers_come_from_the_key_of_the_step():
@@ -136,14 +136,14 @@ def test_fit_takes_a_whole_step(tmp_path):
 def test_a_whole_step_has_no_place_for_what_is_done_to_gradients():
     """`fit` refuses to be told to clip what is not there, and `pipe` says where what belongs."""
     with pytest.raises(
-        ConfigError, match=r"is a whole step, running_mean > manual\('mean'\), so there is no place for clip_norm\(1\.0\) in it"
+        ConfigError, match=r"is a whole step, running_mean > manual\(name='mean'\), so there is no place for clip_norm\(1\.0\) in it"
     ):
         compose(created().task, FitConfig(max_steps=1, clip_norm=1.0, progress=False))
     with pytest.raises(SeamError, match=r"clip_norm\(1\.0\) takes a GradFn"):
         pipe(STEP, clip_norm(1.0))
     with pytest.raises(SeamError, match=r"manual takes an update by hand, \(store, batches, key\) -> metrics, but behind grad it is given"):
         pipe(running_mean, grad(), manual())
-    with pytest.raises(SeamError, match=r"apply takes .* but behind manual\('mean'\) it is given a Step"):
+    with pytest.raises(SeamError, match=r"apply takes .* but behind manual\(name='mean'\) it is given a Step"):
         pipe(STEP, apply())
 
 

@@ -52,6 +52,7 @@ from fnlight.errors import (
     TaskCheckError,
 )
 from fnlight.metrics import Tally
+from fnlight.pipe import Combinator
 from fnlight.testing import RecordingSink, assert_trees_equal, check_task, tiny_batches
 from tests.laws.tasks import TASKS, Adversaries, deceive, tell_apart, two_optimizers
 
@@ -135,11 +136,16 @@ def test_a_schedule_counts_the_updates_of_its_own_optimizer():
 
 def test_the_learning_rates_of_both_are_logged():
     """Sinks are given the rate of each optimizer by its name, and the means of each phase over its own updates."""
-    log = RecordingSink()
+    often, log = RecordingSink(), RecordingSink()
     task = task_of(gen=Phase(deceive, every=steps(2)), configure=two_optimizers)
-    fit(TrainState.create(task), DATA, FitConfig(max_steps=4, log_every=steps(4), sinks=log, **QUIET))
-    names = {name for record in log.records for name in record.metrics}
-    assert {"lr/disc", "lr/gen", "train/disc/loss", "train/disc/fake", "train/gen/loss"} <= names
+    for sink, every in ((often, 1), (log, 4)):
+        state = fit(TrainState.create(task), DATA, FitConfig(max_steps=4, log_every=steps(every), sinks=sink, **QUIET))
+    for name, updates in (("disc", [1, 2, 3, 4]), ("gen", [2, 4])):
+        losses = often.steps(f"train/{name}/loss")
+        assert list(losses) == updates
+        assert log.steps(f"train/{name}/loss") == {4: pytest.approx(sum(losses.values()) / len(updates))}
+        assert log.steps(f"lr/{name}") == {4: state.store.optims[name].optimizer.param_groups[0]["lr"]}
+    assert log.steps("train/disc/fake").keys() == {4}
 
 
 def test_a_phase_has_combinators_of_its_own():
@@ -161,6 +167,23 @@ def test_a_phase_has_combinators_of_its_own():
     assert str(by_pipes) == str(by_phases)
     a, b = (stepped(step, TrainState.create(task_of()), 3)[0] for step in (by_pipes, by_phases))
     assert_trees_equal(a.params, b.params)
+
+
+def test_what_a_phase_holds_open_is_closed_with_the_run():
+    """The phases have the run of the whole step: what a combinator of one of them opens at the start is closed at the end."""
+    closed = []
+
+    class Held:
+        def close(self, error):
+            closed.append(error)
+
+    def start(state):
+        state.store.run.resources["held"] = Held()
+        return state
+
+    holding = Combinator("holding", lambda grad_fn: grad_fn, "grad", "grad", start=start)
+    stepped(pipe({"disc": Phase(tell_apart, holding), "gen": deceive}, grad(), apply()), TrainState.create(task_of()), 2)
+    assert closed == [None]
 
 
 def test_a_step_takes_the_batches_of_the_phase_that_needs_most():

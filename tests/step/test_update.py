@@ -5,44 +5,18 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
 from fnlight.data import Item
-from fnlight.errors import ConfigError, DonatedStateError, OptimizerError, StepError
+from fnlight.errors import DonatedStateError, OptimizerError
 from fnlight.gradients import accumulate, clip_norm, clip_value, grad
 from fnlight.loop import evaluate, run
-from fnlight.metrics import Mean
 from fnlight.optim import Optim
 from fnlight.pipe import Combinator, pipe
 from fnlight.state import Task, TrainState
 from fnlight.step import apply, ema, pure, update
-from fnlight.tensors import TRAIN, fold_in, isolated, seed_generators
-
-
-def loss_fn(model, batch):
-    """A mean loss."""
-    return F.mse_loss(model(batch), batch)
-
-
-def sum_fn(model, batch):
-    """A loss as a sum and a weight."""
-    return Mean(F.mse_loss(model(batch), batch, reduction="sum"), batch.numel())
-
-
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), lr=0.1)
-
-
-def created(train_step=loss_fn, configure=sgd, model=None, seed=0):
-    torch.manual_seed(0)
-    return TrainState.create(Task(model or nn.Linear(3, 3), train_step, configure_optimizers=configure), seed=seed)
-
-
-def data(n=4, seed=1):
-    return torch.randn(n, 3, generator=torch.Generator().manual_seed(seed))
+from tests.small_steps import created, data, loss_fn, sgd
 
 
 def plain(state, *batches, clip=lambda params: None, train_step=loss_fn):
@@ -134,58 +108,6 @@ def test_gradients_are_gone_as_soon_as_their_place_is_needed():
     assert made[-1]() is None
 
 
-def test_dropout_is_a_function_of_seed_and_step():
-    """The key of a micro-batch is folded from seed, stream, step and index, and seeds the generators."""
-    state = created(model=nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)), seed=7)
-    after, metrics = update(state, data())
-    with isolated():
-        seed_generators(fold_in(7, TRAIN, 0, 0))
-        expected = loss_fn(state.module(), data())
-    assert torch.equal(metrics["loss"], expected.detach())
-    assert not torch.equal(update(after, data())[1]["loss"], metrics["loss"])
-
-
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=4))
-def test_accumulation_over_uneven_batches_is_one_large_batch(sizes):
-    """With Mean(total, weight), n batches of any sizes equal their concatenation."""
-    state = created(sum_fn)
-    batches = [data(n, seed=i) for i, n in enumerate(sizes)]
-    step = pipe(sum_fn, grad(), accumulate(len(sizes)), apply())
-    many, metrics = step(state.copy(), Item.of(*batches, state=state))
-    one, whole = step(state.copy(), torch.cat(batches))
-    for name, p in one.params.items():
-        torch.testing.assert_close(many.params[name], p, rtol=1e-6, atol=1e-7)
-    assert float(metrics["loss"]) == pytest.approx(float(whole["loss"]), rel=1e-6)
-
-
-def test_a_weight_may_be_a_tensor_or_a_float():
-    """Counts of tokens need not leave the device."""
-    state = created()
-    expected = update(created(sum_fn), data())[0]
-    for weight in (torch.tensor(12), torch.tensor(12.0), 12, 12.0):
-        fn = lambda model, batch, weight=weight: Mean(F.mse_loss(model(batch), batch, reduction="sum"), weight)  # one line a case
-        after, metrics = pipe(fn, grad(), apply())(state.copy(), data())
-        torch.testing.assert_close(dict(after.params), dict(expected.params), rtol=1e-6, atol=1e-7)
-        assert isinstance(metrics["loss"], Mean)
-
-
-def test_metrics_are_merged_over_a_group():
-    """Plain scalars count with weight 1 a batch, monoids merge as they do, and nothing keeps a graph."""
-
-    def fn(model, batch):
-        loss = loss_fn(model, batch)
-        return loss, {"twice": 2 * loss, "size": Mean(batch.sum(), len(batch))}
-
-    state = created(fn)
-    batches = data(2, 1), data(4, 2)
-    _, metrics = pipe(fn, grad(), accumulate(2), apply())(state.copy(), Item.of(*batches, state=state))
-    losses = [loss_fn(state.module(), b) for b in batches]
-    assert list(metrics) == ["loss", "twice", "size"]
-    assert float(metrics["twice"]) == pytest.approx(float(sum(losses).detach()))
-    assert float(metrics["size"]) == pytest.approx(float(torch.cat(batches).sum() / 6))
-    assert not metrics["twice"].total.requires_grad
-
-
 def test_a_schedule_is_a_function_of_completed_steps():
     """The step after k completed ones uses base * schedule(k)."""
     rates = []
@@ -262,49 +184,10 @@ def test_a_model_without_trainable_parameters_can_be_stepped():
     assert "loss" in metrics
 
 
-@pytest.mark.parametrize(
-    ("fn", "message"),
-    [
-        (lambda m, b: None, r"returned no loss: it must return a scalar tensor"),
-        (lambda m, b: m(b), r"scalar loss of shape \[\], but its shape is \[4, 3\]; reduce it"),
-        (lambda m, b: m(b).sum().item(), r"returned float: .*do not call .item\(\)"),
-        (lambda m, b: m(b).sum().detach(), r"loss without a graph"),
-        (lambda m, b: (m(b).sum(), 3), r"must return loss or \(loss, metrics\) with metrics a dict, but returned a tuple of Tensor, int"),
-        (lambda m, b: (m(b).sum(), {"loss": 1.0}), r"a metric called 'loss', which is the name of the loss itself"),
-        (lambda m, b: (m(b).sum(), {"out": m(b)}), r"metric 'out' must be one number, but has shape \[4, 3\]"),
-        (
-            lambda m, b: {"loss": m(b).sum()},
-            r"must return loss or \(loss, metrics\) with metrics a dict, but returned a dict of \['loss'\]; return the loss",
-        ),
-        (lambda m, b: (m(b).sum().backward(), m(b).sum())[1], r"leave backward\(\) to fnlight, but has gone backward itself"),
-    ],
-)
-def test_a_train_step_that_returns_something_else_is_told_what_to_return(fn, message):
-    """Every wrong return value has its own error, and the caller's state stays readable."""
-    state = created(fn)
-    with pytest.raises(StepError, match=message):
-        update(state, data())
-    assert state.progress.step == 0
-    assert state.params["weight"].shape == (3, 3)
-
-
 def test_a_task_without_an_optimizer_cannot_train():
     """The error says what is missing."""
     with pytest.raises(OptimizerError, match=r"it has no configure_optimizers; give fl.Task one"):
         update(created(configure=None), data())
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: accumulate(0), r"accumulate must be a number of batches >= 1.*but got 0"),
-        (lambda: accumulate({5: 4}), r"must say what holds from epoch 0 on"),
-    ],
-)
-def test_a_combinator_that_means_nothing_is_refused(make, message):
-    """Arguments are checked when the combinator is made."""
-    with pytest.raises(ConfigError, match=message):
-        make()
 
 
 def test_pure_makes_any_step_pure():
@@ -315,3 +198,24 @@ def test_pure_makes_any_step_pure():
     assert "ema" not in state.memory
     assert "ema" in after.memory
     assert state.progress.step == 0
+
+
+def test_a_line_search_sees_the_mean_loss_of_a_group():
+    """LBFGS with a line search takes the same steps over two accumulated batches of plain losses as over one batch of both."""
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.randn(8, 1, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+
+    def train_step(model, batch):
+        return F.mse_loss(model(batch[0]), batch[1])
+
+    def trained(step, *batches):
+        task = Task(model, train_step, configure_optimizers=lambda m: torch.optim.LBFGS(m.parameters(), line_search_fn="strong_wolfe"))
+        state = TrainState.create(task)
+        for _ in range(2):
+            state, _ = step(state, Item.of(*batches, state=state))
+        return state.params
+
+    whole = trained(pipe(train_step, grad(), apply()), (x, y))
+    parts = trained(pipe(train_step, grad(), accumulate(2), apply()), (x[:4], y[:4]), (x[4:], y[4:]))
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-5, atol=1e-7)

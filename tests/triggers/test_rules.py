@@ -108,11 +108,40 @@ def test_the_first_reason_counts():
 
 
 def test_a_rule_prints_as_its_source_text():
-    """The text says what was written, and is what makes two rules the same."""
+    """The text says what was written, with the parentheses that it needs."""
     rule = (patience("val/acc", 3, "max", min_delta=0.1) | reached("val/acc", 0.9)) & min_steps(5)
     assert repr(rule) == "(patience('val/acc', 3, 'max', min_delta=0.1) | reached('val/acc', 0.9)) & min_steps(5)"
     assert rule.monitors == ("val/acc", "val/acc")
-    assert patience("val/loss", 3) == patience("val/loss", 3)
+
+
+def test_rules_are_compared_by_what_they_are_and_not_by_how_they_print():
+    """Equal arguments make equal rules with one hash; two functions that print alike make different ones."""
+    assert patience("val/loss", 3) == patience("val/loss", n=3, mode="min")
+    assert hash(patience("val/loss", 3) | max_steps(5)) == hash(patience("val/loss", 3) | max_steps(5))
+    assert patience("val/loss", 3) != patience("val/loss", 3, "max")
+    assert max_steps(5) | max_epochs(1) != max_steps(5) & max_epochs(1)
+    one, two = (lambda state: None), (lambda state: "now")
+    assert repr(max_steps(5) | one) == repr(max_steps(5) | two)
+    assert max_steps(5) | one != max_steps(5) | two
+    assert max_steps(5) | one == max_steps(5) | one
+
+
+def test_the_opposite_of_a_rule_stops_while_the_rule_does_not():
+    """`~` joins as it does for triggers: its reason is its text, and two of them give the rule's answer again."""
+    rule = ~min_steps(5)
+    assert rule(after(step=4)) == "~min_steps(5)"
+    assert rule(after(step=5)) is None
+    assert (max_epochs(1) & rule)(after(step=4, epoch=1)) == "1 epochs done and ~min_steps(5)"
+    assert (~rule)(after(step=4)) is None
+    assert (~patience("val/loss", 2)).monitors == ("val/loss",)
+
+
+def test_two_runs_that_share_a_rule_get_their_own_answers():
+    """A rule is asked about another history in turn, as two runs with one pipe do, and answers about the one that it is given."""
+    rule, good, bad = patience("val/loss", 2), after(0.5, 0.4, 0.3), after(0.3, 0.4, 0.5)
+    for _ in range(2):
+        assert rule(good) is None
+        assert rule(bad) == "val/loss has not improved in 2 evaluations (best 0.3)"
 
 
 def test_a_monitor_that_no_evaluation_yields_is_named():

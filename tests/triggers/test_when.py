@@ -74,9 +74,47 @@ def test_a_plain_function_joins_on_either_side():
 
 def test_a_trigger_prints_as_its_source_text():
     """The text says what was written, with the parentheses that it needs."""
-    assert repr(~(steps(5) | at_end) & (epochs(1) | minutes(2))) == "(~(steps(5) | at_end)) & (epochs(1) | minutes(2))"
-    assert steps(5) == steps(5)
-    assert steps(5) != steps(6)
+    assert repr(~(steps(5) | at_end) & (epochs(1) | minutes(2))) == "~(steps(5) | at_end) & (epochs(1) | minutes(2))"
+    assert repr(~~steps(5) & ~(steps(5) & at_end)) == "~~steps(5) & ~(steps(5) & at_end)"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: steps(5),
+        lambda: minutes(2),
+        lambda: at_end,
+        lambda: ~steps(5),
+        lambda: steps(5) | at_end,
+        lambda: (steps(5) | at_end) & ~epochs(1),
+        lambda: steps(5) | max,
+    ],
+)
+def test_triggers_made_of_equal_parts_are_equal(make):
+    """Two triggers that are written the same way are equal and have one hash."""
+    assert make() == make()
+    assert hash(make()) == hash(make())
+
+
+def test_triggers_are_compared_by_what_they_are_and_not_by_how_they_print():
+    """Two functions that print alike make different triggers; an argument, an operator or a name makes a difference too."""
+    one, two = (lambda tick: True), (lambda tick: False)
+    assert repr(steps(5) | one) == repr(steps(5) | two)
+    assert steps(5) | one != steps(5) | two
+    assert steps(5) | one == steps(5) | one
+    assert len({steps(5), steps(6), epochs(5), steps(5) & at_end, steps(5) | at_end, ~steps(5)}) == 6
+
+    def at_end_too(tick):
+        return False
+
+    at_end_too.__name__ = "at_end"
+    assert steps(5) | at_end_too != steps(5) | at_end
+
+
+def test_how_operands_of_one_operator_are_grouped_makes_no_difference():
+    """`a | (b | c)` is `(a | b) | c`, as its text reads."""
+    assert steps(5) | (epochs(1) | at_end) == (steps(5) | epochs(1)) | at_end
+    assert steps(5) & (epochs(1) | at_end) != (steps(5) & epochs(1)) | at_end
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.5, True, "5", None])
@@ -99,6 +137,15 @@ def test_joining_with_something_else_is_refused():
     """A number is no trigger, and the error shows how to write one."""
     with pytest.raises(ConfigError, match=r"joins with another one or with a function of a tick, but got 5"):
         _ = steps(5) | 5
+
+
+@given(st.integers(1, 20), st.integers(1, 5))
+def test_earliest_of_steps_and_of_epochs_is_when_they_first_fire(a, b):
+    """Both know it exactly; "or" is as early as one of them, "and" as late as the other."""
+    assert (steps(a).earliest, epochs(b).earliest) == ((a, 0), (0, b))
+    assert (steps(a) & epochs(b)).earliest == (a, b)
+    assert (steps(a) | steps(a + 1)).earliest == (a, 0)
+    assert (steps(a) & steps(a + 1)).earliest == (a + 1, 0)
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 20))
