@@ -68,6 +68,7 @@ class StoreView(Protocol):
     named: dict[str, nn.Parameter]  # all, by qualified name
     memory: dict[str, Any]  # any tree, by the name of the combinator that owns it
     device: torch.device
+    run: Any  # a `RunScope`, of which it reads `resources`
     step: Any  # a `StepScratch`, of which it reads `progress` and `scale`
     host: Any  # `fnlight.runtime.HostCallbacks`: numbers that change from step to step, and looking at tensors
     place: Any  # a `fnlight.parallel.Placement`; None in one process
@@ -104,8 +105,8 @@ class When(Protocol):
 class Rule(Protocol):
     """A stop rule, such as ``patience("val/loss", 3)``."""
 
-    def __call__(self, state: Any, /) -> str | None:
-        """Give the reason to stop, or None: a pure function of the state, asked afresh each time."""
+    def __call__(self, state: Any, /) -> str | bool | None:
+        """Give the reason to stop (True: the name of the rule), or None or False: a pure function of the state, asked afresh each time."""
         ...
 
 

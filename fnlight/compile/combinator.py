@@ -1,7 +1,6 @@
 """`compile`: a step whose whole kernel, from the forward pass to the averaged weights, is one graph."""
 
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from os import PathLike
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ from fnlight.compile._private_torch import compiled_call, set_compiled_call
 from fnlight.compile.graph import LEVELS, Graph, check_device
 from fnlight.data import Item, num_samples
 from fnlight.errors import ConfigError, SeamError, check_type
-from fnlight.metrics import join_metrics
+from fnlight.metrics import join_all
 from fnlight.optim import set_lr
 from fnlight.pipe import Combinator
 from fnlight.state import Progress, Store, TrainState, step_key
@@ -156,7 +155,7 @@ class Unrolled:
             finally:
                 store.clear_gradients()
             done, skipped = done + (not store.step.skipped), skipped + store.step.skipped
-        return reduce(join_metrics, found), done, skipped
+        return join_all(found, [sum(map(num_samples, batches)) for batches in updates]), done, skipped
 
 
 def _shortened(item: Item, most: int) -> Item:

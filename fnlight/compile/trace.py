@@ -9,7 +9,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial, reduce
+from functools import partial
 from operator import itemgetter
 from types import FunctionType
 from typing import Any
@@ -23,7 +23,8 @@ from fnlight.compile._private_torch import Operation, compiling, fake_mode, make
 from fnlight.compile.recorder import Duties, Recorder
 from fnlight.compile.shadow import UnsettledError, UntraceableError, WantedError, changes, shadow, swapped
 from fnlight.compile.traceable_optimizers import twin_of
-from fnlight.metrics import Cat, Last, Max, Mean, Min, Sum, join_metrics
+from fnlight.data import num_samples
+from fnlight.metrics import Cat, Last, Max, Mean, Min, Sum, join_all
 from fnlight.state import Store
 from fnlight.tensors import NOISE, buffers_of, fold_in, leaves, map_tensors, seed_generators
 
@@ -196,7 +197,8 @@ def _trace(call: Call, lowers: bool) -> Traced:
     def fn(*tensors: Tensor) -> list[Tensor]:
         out: list[Tensor] = []
         hosts.clear()
-        for name, value in reduce(join_metrics, _run(call, list(tensors), hosts, lowers)).items():
+        samples = [sum(map(num_samples, batches)) for batches in call.updates]
+        for name, value in join_all(_run(call, list(tensors), hosts, lowers), samples).items():
             metrics[name] = _placed(value, out)
         return out
 

@@ -10,7 +10,7 @@ from fnlight.data.item import Item, Loaders, batches
 from fnlight.data.order import length_of
 from fnlight.data.part import Part
 from fnlight.data.place import placed
-from fnlight.data.readers import num_samples
+from fnlight.data.samples import num_samples
 from fnlight.data.share import Sharded, Share, cut, sharded
 from fnlight.data.source import Source
 from fnlight.data.tensor_loader import TensorLoader

@@ -8,7 +8,7 @@ import attrs
 import torch
 
 from fnlight.data.place import placed
-from fnlight.data.readers import num_samples
+from fnlight.data.samples import num_samples
 from fnlight.data.share import Share
 from fnlight.data.source import Source, check_loader
 from fnlight.errors import check_type

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fnlight.metrics import Mean, uncounted
+from fnlight.data.samples import num_samples
+from fnlight.metrics import Mean, uncounted, wide
 
 
 class Part(NamedTuple):
@@ -38,7 +39,8 @@ class Part(NamedTuple):
                     return _uncounted(loss_fn(model, batch))
             out = loss_fn(model, batch)
             if out.__class__ is tuple and len(out) == 2 and isinstance(out[1], Mapping):
-                return _shared(out[0], self.share), {name: _shared(value, self.share) for name, value in out[1].items()}
+                count = num_samples(batch)
+                return _shared(out[0], self.share), {name: _shared(value, self.share, count) for name, value in out[1].items()}
             return _shared(out, self.share)
 
         return shared, self.batch
@@ -57,9 +59,9 @@ def _standing_in(model: Any) -> Iterator[None]:
             vars(each)["counts_samples"] = True
 
 
-def _shared(value: Any, share: float) -> Any:
+def _shared(value: Any, share: float, samples: int | None = None) -> Any:
     number = not value.dim() if isinstance(value, Tensor) else isinstance(value, int | float)
-    return Mean(value * share, share) if number else value
+    return Mean(value * share, share, None if samples is None else (wide(value) * samples, samples)) if number else value
 
 
 def _uncounted(out: Any) -> Any:

@@ -78,6 +78,7 @@ def compose(task: Task, config: FitConfig, loaders: Any = None, signals: Signals
             permanent=config.permanent,
             background=config.save_in_background,
             initial=config.nonfinite == "rollback",
+            finite=config.nonfinite != "ignore",
         )
         if config.dir
         else None,

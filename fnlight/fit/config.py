@@ -30,7 +30,7 @@ class FitConfig:
         max_time: Seconds of training in all (or a ``timedelta``) at which training ends.
         min_epochs: `stop` is heeded only from this many epochs on.
         min_steps: `stop` is heeded only from this many steps on.
-        stop: A stop rule.
+        stop: A stop rule, or any function of a state that gives None or False to continue, and a reason or True to stop.
         accumulate: Batches a step, or a mapping from the epoch at which it starts to batches.
         microbatch: Samples that are computed at a time at most, or ``"auto"``: whole batches until one does not fit into memory.
         recompute: Patterns of modules whose activations are computed again in the backward pass, see `fnlight.gradients.recompute`.
@@ -96,7 +96,7 @@ class FitConfig:
     max_time: float | None = attrs.field(default=None, converter=checks.seconds, validator=checks.above_zero)
     min_epochs: int = attrs.field(default=0, validator=checks.count(0, optional=False))
     min_steps: int = attrs.field(default=0, validator=checks.count(0, optional=False))
-    stop: Callable[[Any], str | None] | None = attrs.field(default=None, validator=checks.function)
+    stop: Callable[[Any], str | bool | None] | None = attrs.field(default=None, validator=checks.function)
     accumulate: int | Mapping[int, int] = attrs.field(default=1, converter=checks.own, validator=checks.accumulate)
     microbatch: int | str | None = attrs.field(default=None, validator=checks.part)
     recompute: tuple[str, ...] = attrs.field(

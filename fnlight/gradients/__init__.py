@@ -5,6 +5,7 @@ Read `grad` first.
 
 from fnlight.gradients.accumulate import accumulate
 from fnlight.gradients.clip import clip_adaptive, clip_each, clip_norm, clip_quantile, clip_value
+from fnlight.gradients.first_look import begin, taken
 from fnlight.gradients.freezing import freeze, unfreeze_at
 from fnlight.gradients.grad import grad, weight_of
 from fnlight.gradients.losses import carry, grad_cache, weighted

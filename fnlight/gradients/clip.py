@@ -8,11 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnlight.errors import ConfigError, check_type
+from fnlight.errors import ConfigError, StepError, check_type
 from fnlight.pipe import Combinator
 from fnlight.protocols import GradFn, Gradients, StoreView
 from fnlight.state import Store
-from fnlight.tensors import foreach_clamp_max_, foreach_clamp_min_, foreach_div_, foreach_mul_, foreach_norm, local_parts
+from fnlight.tensors import (
+    entries,
+    foreach_clamp_max_,
+    foreach_clamp_min_,
+    foreach_div_,
+    foreach_mul_,
+    foreach_norm,
+    listed,
+    local_parts,
+    sparse_names,
+)
 
 
 def clip_norm(max_norm: float) -> Combinator:
@@ -39,12 +49,12 @@ def clip_norm(max_norm: float) -> Combinator:
     def wrap(grad_fn: GradFn) -> GradFn:
         def clipped(store: StoreView, batches: Any, key: int) -> Gradients:
             found = grad_fn(store, batches, key)
-            held = [v for v in found.values if v is not None]
+            values, held = entries(found.values)
             norm = _joint_norm(store, held)
             if held:
                 foreach_mul_(local_parts(held), torch.clamp(max_norm / (norm + 1e-6), max=1.0))
             found.metrics["grad_norm"] = norm
-            return found
+            return found._replace(values=values)
 
         return clipped
 
@@ -72,12 +82,12 @@ def clip_value(max_value: float) -> Combinator:
     def wrap(grad_fn: GradFn) -> GradFn:
         def clipped(store: StoreView, batches: Any, key: int) -> Gradients:
             found = grad_fn(store, batches, key)
-            held = [v for v in found.values if v is not None]
+            values, held = entries(found.values)
             if held:
                 held = local_parts(held)
                 foreach_clamp_min_(held, -max_value)
                 foreach_clamp_max_(held, max_value)
-            return found
+            return found._replace(values=values)
 
         return clipped
 
@@ -114,7 +124,7 @@ def clip_each(max_norm: float) -> Combinator:
     _positive("clip_each", max_norm)
 
     def clip(store: StoreView, values: Sequence[Tensor | None]) -> None:
-        held = [v for v in values if v is not None]
+        _, held = entries(values)
         if held:
             norms = _norms(held) if store.place is None else [store.place.norms(held)]
             for norm in norms:
@@ -162,6 +172,12 @@ def clip_adaptive(clipping: float = 0.01, eps: float = 1e-3, exclude: Sequence[s
 
     def clip(store: StoreView, values: Sequence[Tensor | None]) -> None:
         names = [name for name, p in store.named.items() if p.requires_grad]
+        sparse = sparse_names(names, values)
+        if sparse:
+            raise StepError(
+                f"clip_adaptive compares the rows of a gradient with those of the weights, but the gradients of {listed(sparse)} are sparse; "
+                "leave sparse=True out, or clip with clip_norm or clip_each"
+            )
         both = [
             (p.detach(), v)
             for name, p, v in zip(names, store.params, values, strict=True)
@@ -222,7 +238,7 @@ def clip_quantile(quantile: float = 0.1, window: int = 1000) -> Combinator:
     def wrap(grad_fn: GradFn) -> GradFn:
         def clipped(store: StoreView, batches: Any, key: int) -> Gradients:
             found = grad_fn(store, batches, key)
-            held, tree = [v for v in found.values if v is not None], store.memory["clip_quantile"]
+            (values, held), tree = entries(found.values), store.memory["clip_quantile"]
             norm = _joint_norm(store, held)
             if isinstance(tree["seen"], int):  # a state saved by an older version, in which the count was a number
                 tree["seen"] = torch.tensor([tree["seen"]], device=store.device)
@@ -233,7 +249,7 @@ def clip_quantile(quantile: float = 0.1, window: int = 1000) -> Combinator:
                 ratio = torch.clamp(limit / (norm + 1e-6), max=1.0).masked_fill_(torch.isnan(limit), 1.0)
                 foreach_mul_(local_parts(held), ratio)
             found.metrics["grad_norm"] = norm
-            return found
+            return found._replace(values=values)
 
         return clipped
 
@@ -246,6 +262,7 @@ def _changed(change: Callable[[StoreView, Sequence[Tensor | None]], None]) -> Ca
     def wrap(grad_fn: GradFn) -> GradFn:
         def changed(store: StoreView, batches: Any, key: int) -> Gradients:
             found = grad_fn(store, batches, key)
+            found = found._replace(values=entries(found.values)[0])
             change(store, found.values)
             return found
 

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnlight.data import Part
+from fnlight.data import Part, num_samples
 from fnlight.errors import StepError
-from fnlight.metrics import Mean
+from fnlight.gradients.first_look import begin, taken
+from fnlight.metrics import Mean, own_metric
 from fnlight.pipe import Around, Combinator
 from fnlight.protocols import GradFn, Gradients, LossFn, StoreView
 
@@ -29,7 +30,9 @@ def grad() -> Combinator:
         def grad_fn(store: StoreView, batch: Any, key: int) -> Gradients:
             store.seed(key)
             fn = loss_fn
+            part = None
             while batch.__class__ is Part or batch.__class__ is Around:
+                part = batch if batch.__class__ is Part else part
                 fn, batch = batch.taken(fn)
             first = store.params[0] if store.params else None
             before = None if first is None else first.grad
@@ -38,25 +41,38 @@ def grad() -> Combinator:
                 raise StepError(
                     "train_step must return the loss and leave backward() to fnlight, but has gone backward itself; leave that out, or use fl.manual"
                 )
-            weight, metrics = 1.0, {}
+            weight, metrics, counts = 1.0, {}, None
             if total.__class__ is not Tensor or total.dim() or not total.requires_grad:
+                counts = _samples_of(total, part)
                 total, weight, metrics = _read(total, store)
-            values = None
-            scale = store.step.scale
+            values, look, scale = None, taken(store), store.step.scale
+            outside = look.outside(total, store) if look is not None and store.params else ()
             scaled = total if scale is None else total * scale
             if store.params and store.optim.create_graph:
-                found = torch.autograd.grad(scaled, store.params, create_graph=True, allow_unused=True)  # .grad with a graph would leak
-                values = [None if v is None else v.clone() for v in found]  # no views: optimizers detach them in place
+                made = torch.autograd.grad(scaled, store.params, create_graph=True, allow_unused=True)  # .grad with a graph would leak
+                values = [None if v is None else v.clone() for v in made]  # no views: optimizers detach them in place
             elif store.params:
                 scaled.backward()
             loss = total.detach()
-            found = Gradients([p.grad for p in store.params] if values is None else values, loss, weight, metrics)
-            metrics["loss"] = loss if found.plain else Mean(loss, weight)
+            values = [p.grad for p in store.params] if values is None else values
+            found = Gradients(values, loss, weight, metrics)
+            metrics["loss"] = loss if found.plain else Mean(loss, weight, None if counts is None else (loss * counts, weight * counts))
+            if look is not None and store.params:
+                look.check(fn, store, values, outside)
             return found
 
         return grad_fn
 
-    return Combinator("grad", wrap, "loss", "grad_sum")
+    return Combinator("grad", wrap, "loss", "grad_sum", start=begin)
+
+
+def _samples_of(out: Any, part: Part | None) -> float | None:
+    """What the metric of a plain loss of a part counts more than the loss itself: its samples, not its share; None for other losses."""
+    loss = out[0] if out.__class__ is tuple and out else out
+    plain = (
+        part is not None and part.share and loss.__class__ is Mean and loss.weight is part.share
+    )  # the very number that Part has put there
+    return num_samples(part.batch) / part.share if plain and part is not None else None
 
 
 def weight_of(loss: Mean) -> Any:
@@ -83,6 +99,8 @@ def _read(out: Any, store: StoreView) -> tuple[Tensor, Any, dict[str, Any]]:
     weight: Any = 1.0
     if out.__class__ is Mean:
         out, weight = out.total, weight_of(out)
+        if isinstance(weight, Tensor) and (weight.requires_grad or weight.dim()):
+            raise StepError(_bad_weight(weight))
     if not isinstance(out, Tensor) or out.dim() or (store.params and not out.requires_grad):
         raise StepError(_bad_loss(out))
     return out, weight, metrics
@@ -98,21 +116,17 @@ def _read_metrics(out: Any, metrics: dict[str, Any]) -> Any:
             "train_step returned a metric called 'loss', which is the name of the loss itself; call it something else or leave it out"
         )
     for name, value in found.items():
-        metrics[name] = _detached(name, value)
+        metrics[name] = own_metric(name, value)
     return out[0]
 
 
-def _detached(name: str, value: Any) -> Any:
-    """A metric without its graph, which would otherwise be kept alive until the next log."""
-    if isinstance(value, Tensor):
-        if value.dim():
-            raise StepError(
-                f"metric {name!r} must be one number, but has shape {list(value.shape)}; reduce it, e.g. with .mean(), or use fl.Histogram"
-            )
-        return value.detach() if value.requires_grad else value
-    if value.__class__ is Mean and isinstance(value.total, Tensor) and value.total.requires_grad:
-        return Mean(value.total.detach(), value.weight)
-    return value
+def _bad_weight(weight: Tensor) -> str:
+    if weight.dim():
+        return f"the weight of a loss Mean(total, weight) must be one number, but its shape is {list(weight.shape)}; reduce it, e.g. with .sum()"
+    return (
+        "the weight of a loss Mean(total, weight) must not depend on the parameters: gradients are divided by it as by a number; write "
+        "weight.detach() if that is meant, or return total / weight as a plain loss"
+    )
 
 
 def _bad_loss(out: Any) -> str:

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnlight.errors import ConfigError
+from fnlight.errors import ConfigError, StepError
 from fnlight.pipe import Combinator
 from fnlight.protocols import GradFn, Gradients, StoreView
-from fnlight.tensors import NOISE, fold_in, foreach_add_, foreach_mul_, is_sharded, local_parts, own_part
+from fnlight.tensors import NOISE, fold_in, foreach_add_, foreach_mul_, is_sharded, listed, local_parts, own_part, sparse_names
 
 
 def grad_noise(eta: float = 0.3, gamma: float = 0.55) -> Combinator:
@@ -41,6 +41,12 @@ def grad_noise(eta: float = 0.3, gamma: float = 0.55) -> Combinator:
         def noisy(store: StoreView, batches: Any, key: int) -> Gradients:
             found = grad_fn(store, batches, key)
             held = [v for v in found.values if v is not None]
+            sparse = sparse_names([name for name, p in store.named.items() if p.requires_grad], found.values)
+            if sparse:
+                raise StepError(
+                    f"grad_noise adds noise to every entry of a gradient, but the gradients of {listed(sparse)} are sparse, and would no longer be; "
+                    "leave sparse=True out, or grad_noise"
+                )
             sigma = store.host.number(store, lambda live: math.sqrt(eta / (1 + live.step.progress.step) ** gamma))
             store.seed(fold_in(key, NOISE))
             if held:

@@ -5,7 +5,26 @@ from typing import Any
 
 from fnlight.metrics import MEDIA, Tally, read_all
 from fnlight.pipe import Combinator
-from fnlight.state import TrainState
+from fnlight.state import Progress, TrainState
+
+
+def samples_since(before: Progress, state: TrainState) -> float:
+    """The samples of a step, with which its plain metrics count; where several ranks share a batch, each counts its part.
+
+    Args:
+        before: The progress before the step.
+        state: The state after it.
+
+    Returns:
+        The number.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> samples_since(Progress(samples=8), SimpleNamespace(progress=Progress(samples=12), store=SimpleNamespace(place=None)))
+        4
+    """
+    samples, place = state.progress.samples - before.samples, state.store.place
+    return samples if place is None else samples / place.world.size
 
 
 def epoch_means() -> Combinator:
@@ -21,14 +40,14 @@ def epoch_means() -> Combinator:
 
     def wrap(step: Any) -> Any:
         def averaged(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
-            epoch = state.progress.epoch
+            before, epoch = state.progress, state.progress.epoch
             state, metrics = step(state, batch)
             tally: Tally = state.store.memory["epoch_means"]
             if state.store.step.back == state.version:  # what the step gave counts nowhere, nor does an epoch whose end is left out
                 if state.progress.epoch != epoch:
                     tally.clear()
                 return state, metrics
-            tally.add(state.progress.step, metrics)
+            tally.add(state.progress.step, metrics, samples_since(before, state))
             if state.progress.epoch != epoch:
                 place = state.store.place
                 read = tally.read() if place is None else read_all(tally, place.world.gather)

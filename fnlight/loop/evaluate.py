@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fnlight.data import Part, Share, Source
 from fnlight.errors import ConfigError, StepError, check_type
-from fnlight.metrics import MEDIA, Tally, read_in_order
+from fnlight.metrics import MEDIA, Tally, parted, put_states, read_in_order, read_torchmetrics, states_of, updates
 from fnlight.optim import weights_to_use
 from fnlight.runtime import A_SIGNALS, Signals
 from fnlight.state import A_STATE, Store, TrainState
@@ -27,7 +27,7 @@ def evaluate(
     limit: int | float | None = None,
     signals: Signals | None = None,
 ) -> dict[str, float]:
-    """Evaluate a state on a loader: metrics are exact over uneven batches where `eval_step` returns `Mean`s.
+    """Evaluate a state on a loader: a plain metric counts with the samples of its batch, so a mean over a batch becomes the exact mean over the data.
 
     Where a state is placed on several ranks, all of them call it, each batch is evaluated by one of them, and all get the result of one process.
 
@@ -121,25 +121,57 @@ def evaluate_sources(
 
 
 def _one_source(state: TrainState, module: nn.Module, source: Source, fn: EvalStep, signals: Signals | None) -> dict[str, Any]:
-    key, tally = fold_in(state.seed, EVALUATE), Tally()
+    key, tally, held = fold_in(state.seed, EVALUATE), Tally(), dict[str, Any]()
     found, place = source.epoch(key, 0), state.store.place
     first, every = (1, 1) if place is None else (1 + place.world.rank, place.world.size)
-    for turn, (batch, _, _) in enumerate(found if signals is None else signals.until(found, place is None or not place.lockstep)):
+    for turn, (batch, samples, _) in enumerate(found if signals is None else signals.until(found, place is None or not place.lockstep)):
         i = first + turn * every
-        seed_generators(fold_in(key, i), state.device)
+
+        def taken(batch: Any, i: int = i) -> tuple[Any, dict[str, Any]]:
+            seed_generators(fold_in(key, i), state.device)
+            return parted(fn(module, batch))
+
         if batch.__class__ is Part:
-            fn(module, batch.batch)  # another rank's, to keep step with it
+            _left_out(taken, batch.batch, held)
             continue
-        metrics = fn(module, batch)
-        if not isinstance(metrics, Mapping) or not metrics:
-            got = "an empty dict" if isinstance(metrics, Mapping) else type(metrics).__name__
-            raise StepError(f"eval_step must return a dict of metrics, but returned {got}, at batch {i} of the evaluation")
-        tally.add(i, metrics)
+        metrics, objects = taken(batch)
+        if not turn and updates(objects) > 1:  # of before this evaluation, perhaps
+            for each in objects.values():
+                each.reset()
+            metrics, objects = taken(batch)
+        _check_metrics(metrics, objects, held if turn else objects, i)
+        held = objects
+        if metrics:
+            tally.add(i, metrics, samples)
         state.store.end_step()
     if signals is not None:
         signals.agreed(signals.number if place is None else int(place.everyone.all_reduce_max([signals.number])[0]))
         signals.check()
-    return tally.read() if place is None else read_in_order(tally, place.world.gather)
+    if place is None:
+        return {**tally.read(), **read_torchmetrics(held)}
+    return {**read_in_order(tally, place.world.gather), **read_torchmetrics(held, place.world.gather)}
+
+
+def _left_out(taken: Callable[[Any], tuple[Any, dict[str, Any]]], batch: Any, held: Mapping[str, Any]) -> None:
+    """Take a batch that is another rank's, to keep step with it: nothing of it counts here."""
+    before = states_of(held)
+    _, objects = taken(batch)
+    if held:
+        put_states(held, before)
+    for each in () if held else objects.values():
+        each.reset()
+
+
+def _check_metrics(metrics: Any, objects: Mapping[str, Any], before: Mapping[str, Any], i: int) -> None:
+    if not isinstance(metrics, Mapping) or not (metrics or objects):
+        got = "an empty dict" if isinstance(metrics, Mapping) else type(metrics).__name__
+        raise StepError(f"eval_step must return a dict of metrics, but returned {got}, at batch {i} of the evaluation")
+    other = sorted({name for name in (*objects, *before) if objects.get(name) is not before.get(name)})
+    if other:
+        raise StepError(
+            f"eval_step must update and return the same torchmetrics objects at every batch, but those of {other} are other ones at batch {i} of "
+            "the evaluation; make them once, outside of eval_step"
+        )
 
 
 def step_of(state: TrainState, name: str, given: Any) -> Any:
@@ -216,7 +248,7 @@ def _put(target: Tensor, value: Tensor) -> None:
         with torch.no_grad():
             local(target).copy_(local(value))
     else:
-        target.data = value
+        target.data = value if value.dtype == target.dtype else value.to(target.dtype)  # averages of halves are kept in float32
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import attrs
-import torch
 
 from fnlight.checkpoint import (
     Background,
@@ -34,10 +33,10 @@ from fnlight.checkpoint import (
     write,
     write_together,
 )
-from fnlight.errors import CheckpointError, CheckpointWarning, ConfigError, check_type, warn
+from fnlight.errors import CheckpointError, CheckpointWarning, ConfigError, NonFiniteError, check_type, warn
 from fnlight.pipe import Combinator
 from fnlight.state import Progress, TrainState
-from fnlight.tensors import is_sharded
+from fnlight.tensors import is_sharded, listed, not_finite
 from fnlight.triggers import Tick, condition, epochs
 
 
@@ -50,11 +49,13 @@ def checkpoint_every(
     background: bool = True,
     on_exception: bool = True,
     initial: bool = False,
+    finite: bool = True,
     name: str = "checkpoint_every",
 ) -> Combinator:
     """Save a checkpoint when it is due, and the last state of a run always; then delete what need not be kept.
 
     In a run the directory is locked. An error of a save in the background is raised at the next step, or when the run ends.
+    Before a save, the trainable parameters are looked at: NaN or infinity is an error, and the checkpoints that are there stay.
 
     Args:
         dir: The run's directory; checkpoints go to ``DIR/checkpoints/step-00000500``.
@@ -64,6 +65,7 @@ def checkpoint_every(
         background: True writes while training goes on, for the price of one copy of the state in host memory.
         on_exception: True saves the last completed step, where its tensors are sound, when an exception ends the run.
         initial: True saves the state before the first step, too, if the directory holds no checkpoint: one to go back to.
+        finite: False saves parameters that are NaN or infinite, too, and deletes older checkpoints as ever.
         name: Where the list of checkpoints lies in the memory; unique in a pipe.
 
     Returns:
@@ -79,12 +81,13 @@ def checkpoint_every(
     """
     _check(dir, keep)
     path, due, lasting = os.fspath(dir), _due("every", every), _due("permanent", permanent)
+    options = {"background": background, "on_exception": on_exception, "initial": initial, "finite": finite}
 
     def wrap(step: Any) -> Any:
         def checkpointed(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
             before = state.progress
             state, metrics = step(state, batch)
-            saver = state.store.run.resources.get(name) or _alone(path, name, keep)
+            saver = _saver(state, path, name, keep=keep, finite=finite)
             saver.watch(state)
             tick = Tick(before, state.progress, idle=saver.idle(before, state))
             forever = lasting(tick)
@@ -95,14 +98,14 @@ def checkpoint_every(
         return checkpointed
 
     def start(state: TrainState) -> TrainState:
-        return _open(state, Saver(dir=path, key=name, keep=keep, background=background, on_exception=on_exception), initial)
+        saver = Saver(dir=path, key=name, keep=keep, background=background, on_exception=on_exception, finite=finite)
+        return _open(state, saver, initial)
 
     def finish(before: TrainState, state: TrainState) -> TrainState:
-        (state.store.run.resources.get(name) or _alone(path, name, keep)).finish(state)
-        return state
+        return _saver(state, path, name, keep=keep, finite=finite).finish(state)
 
     return Combinator(
-        "checkpoint_every", wrap, "step", "step", args=_label(path, every, keep, permanent=permanent, background=background, on_exception=on_exception, initial=initial), key=name,
+        "checkpoint_every", wrap, "step", "step", args=_label(path, every, keep, permanent=permanent, **options), key=name,
         init=lambda store: {"saved": [], "permanent": [], "skipped": 0}, phase="save", start=start, finish=finish, requires=keep.monitors,
     )  # fmt: skip
 
@@ -117,9 +120,9 @@ def _check(dir: Any, keep: Any) -> None:
         raise ConfigError(f"keep must be a retention such as last(3) or best('val/loss', 3), but got {keep!r}")
 
 
-def _alone(path: str, name: str, keep: Retention) -> "Saver":
-    """Where no run would wait for a save in the background, there is none."""
-    return Saver(path, name, keep, background=False, on_exception=False)
+def _saver(state: TrainState, path: str, name: str, *, keep: Retention, finite: bool) -> "Saver":
+    """The saver of the run; without a run, one that saves in the foreground, because nothing would wait for it."""
+    return state.store.run.resources.get(name) or Saver(dir=path, key=name, keep=keep, background=False, on_exception=False, finite=finite)
 
 
 def _open(state: TrainState, saver: "Saver", initial: bool) -> TrainState:
@@ -141,9 +144,9 @@ def _open(state: TrainState, saver: "Saver", initial: bool) -> TrainState:
     return state
 
 
-def _label(path: str, every: Any, keep: Retention, permanent: Any, background: bool, on_exception: bool, initial: bool) -> str:
+def _label(path: str, every: Any, keep: Retention, permanent: Any, **options: bool) -> str:
     parts = [repr(path), f"every={every}", f"keep={keep}", f"permanent={permanent}" if permanent else ""]
-    parts += ["" if background else "background=False", "" if on_exception else "on_exception=False", "initial=True" if initial else ""]
+    parts += [f"{name}={value}" for name, value in options.items() if value != (name != "initial")]  # what is not the default
     return ", ".join(part for part in parts if part)
 
 
@@ -156,14 +159,15 @@ class Saver:
         keep: Which of them stay.
         background: Whether files are written while training goes on.
         on_exception: Whether the last completed step is saved when an exception ends the run.
+        finite: Whether only finite parameters are saved.
 
     Example:
         >>> Saver("runs/a", "checkpoint_every", last(1), background=True, on_exception=True).thread.idle
         True
     """
 
-    def __init__(self, dir: str, key: str, keep: Retention, background: bool, on_exception: bool) -> None:
-        self.dir, self.key, self.keep = dir, key, keep
+    def __init__(self, dir: str, key: str, keep: Retention, background: bool, on_exception: bool, finite: bool = True) -> None:
+        self.dir, self.key, self.keep, self.finite = dir, key, keep, finite
         self.background, self.on_exception = background, on_exception
         self.thread, self.buffers = Background(), Buffers()
         self.left: tuple[int, ...] = ()  # steps whose checkpoints could not be deleted; it is tried again
@@ -202,6 +206,8 @@ class Saver:
         """
         self._let_end(state)
         with state.store.wall_time.taken("save"):
+            if self.finite:
+                _check_finite(state, self.dir, together)
             write = self._prepared(state, forever, staged=self.background and not wait, together=together)
             if write is None:
                 return
@@ -221,8 +227,8 @@ class Saver:
         self.thread.wait()
         self._tell()
 
-    def finish(self, state: TrainState) -> None:
-        """Make the last state of a run durable; if it is saved already, it only learns why the run ended."""
+    def finish(self, state: TrainState) -> TrainState:
+        """Make the last state of a run durable, and give it back; if it is saved already, it only learns why the run ended."""
         self._let_end(state)
         if _is_listed(state.store.memory[self.key], state.progress):
             with state.store.wall_time.taken("save"):
@@ -231,6 +237,7 @@ class Saver:
             self.save(state, wait=True)
         if state.store.place is not None:
             state.store.place.everyone.gather(None)  # once it is there, it is there for all ranks
+        return state
 
     def close(self, error: BaseException | None) -> None:
         """At the end of a run, however it ended: nothing is left half done, and no error is swallowed."""
@@ -342,6 +349,26 @@ def _doubt(state: TrainState) -> str | None:
         return "the step that failed may have changed its tensors"
     if store.step.position is not None:
         return "the loader keeps its own place, and has moved on"
-    if not all(bool(torch.isfinite(p).all()) for p in store.params):
-        return "its parameters are not finite"
-    return None
+    return "its parameters are not finite" if _broken(state) else None
+
+
+def _broken(state: TrainState) -> list[str]:
+    """The trainable parameters that are NaN or infinite; all parameters where none is trained by gradients."""
+    named = state.store.named
+    return not_finite({name: p for name, p in named.items() if p.requires_grad} or named)
+
+
+def _check_finite(state: TrainState, dir: str, together: bool) -> None:
+    """Refuse to let NaN take the place of a checkpoint that is sound; all ranks know of what one of them has found."""
+    bad, place, at = _broken(state), state.store.place, state.progress
+    if place is not None and together:
+        bad = list(dict.fromkeys(name for names in place.everyone.gather(bad) for name in names))
+    if not bad:
+        return
+    older = checkpoints(dir)
+    raise NonFiniteError(
+        f"after step {at.step} (epoch {at.epoch}, batch {at.batch}) these parameters are NaN or infinite: {listed(bad)}; they were not saved, and "
+        f"{f'the newest checkpoint stays {older[-1][1]}' if older else 'there is no checkpoint yet'}. If every loss until then was finite, the "
+        "gradients of this step were not, as those of sqrt at 0; look into its batch, lower the learning rate, or leave such steps out with "
+        'skip_nonfinite() (FitConfig(nonfinite="skip"))'
+    )

@@ -8,14 +8,15 @@ import attrs
 from fnlight.errors import ConfigError
 from fnlight.pipe import Combinator
 from fnlight.state import TrainState
-from fnlight.triggers import StopRule
+from fnlight.triggers import StopRule, reason_of
 
 
-def stop_when(*rules: Callable[[TrainState], str | None], name: str = "stop_when") -> Combinator:
+def stop_when(*rules: Callable[[TrainState], str | bool | None], name: str = "stop_when") -> Combinator:
     """Stop a run when a rule gives a reason; asked after every step, and before the first one.
 
     Args:
-        *rules: Stop rules; the first reason counts.
+        *rules: Stop rules: functions of the state that give None or False to continue, and a reason or True to stop. The first reason counts;
+            that of True is the name of the rule.
         name: Its own name in a pipe, where it occurs twice, as beside the one of `fnlight.fit.compose`.
 
     Returns:
@@ -33,12 +34,12 @@ def stop_when(*rules: Callable[[TrainState], str | None], name: str = "stop_when
         raise ConfigError(f"stop_when needs stop rules such as max_epochs(10), but got {rules!r}")
 
     known = min([rule.until for rule in rules if isinstance(rule, StopRule) and rule.until is not None], default=None)
-    bare = [rule.fn if isinstance(rule, StopRule) else rule for rule in rules]  # one call less at every step
+    named = [(rule.fn, rule.form.text) if isinstance(rule, StopRule) else (rule, None) for rule in rules]  # one call less at every step
 
     def asked(state: TrainState) -> TrainState:
-        for rule in bare:
-            reason = rule(state)
-            if reason is not None:
+        for rule, text in named:
+            answer = rule(state)
+            if answer is not None and (reason := reason_of(rule, answer, text)) is not None:
                 return state if state.stopped is not None else attrs.evolve(state, stopped=reason)
         return state
 

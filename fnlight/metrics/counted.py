@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fnlight.metrics.monoids import Max, Mean, Min, Sum
+from fnlight.metrics.wide import wide
 
 _NEUTRAL: Mapping[type, Mapping[str, float]] = {
     Mean: {"total": 0.0, "weight": 0.0}, Sum: {"value": 0.0}, Max: {"value": -math.inf}, Min: {"value": math.inf},
@@ -45,7 +46,7 @@ def counted_where(metrics: Mapping[str, Any], finite: Tensor) -> dict[str, Any]:
         finite: A bool tensor, shape [].
 
     Returns:
-        The same names; scalars as a `Mean` whose weight is 1 or 0.
+        The same names; plain numbers as a `Mean` whose weight is 1 or 0.
 
     Example:
         >>> float(counted_where({"loss": torch.tensor(2.0)}, torch.tensor(True))["loss"])
@@ -57,13 +58,19 @@ def counted_where(metrics: Mapping[str, Any], finite: Tensor) -> dict[str, Any]:
 
 def _where(value: Any, finite: Tensor, broken: Tensor, once: Tensor) -> Any:
     if isinstance(value, Tensor | int | float):
-        value = Mean(value)
+        value = Mean(wide(value), 1, True)  # of the samples of the step, if it counts
     if value.__class__ is Mean and value.weight == 1 and not isinstance(value.weight, Tensor) and _is_plain(value.total, finite):
-        return Mean(value.total.masked_fill(broken, 0.0), once)  # most metrics are such
+        return Mean(value.total.masked_fill(broken, 0.0), once, _exact_where(value, finite))  # most metrics are such
     fields = _NEUTRAL.get(type(value))
     if fields is None:
         return value
-    return type(value)(*(_tensor_where(finite, getattr(value, name), neutral) for name, neutral in fields.items()))
+    kept = [_tensor_where(finite, getattr(value, name), neutral) for name, neutral in fields.items()]
+    return Mean(kept[0], kept[1], _exact_where(value, finite)) if value.__class__ is Mean else type(value)(*kept)
+
+
+def _exact_where(value: Mean, finite: Tensor) -> Any:
+    exact = value._exact
+    return tuple(_tensor_where(finite, each, 0.0) for each in exact) if isinstance(exact, tuple) else exact
 
 
 def _is_plain(value: Any, finite: Tensor) -> bool:
@@ -71,5 +78,7 @@ def _is_plain(value: Any, finite: Tensor) -> bool:
 
 
 def _tensor_where(finite: Tensor, value: Any, neutral: float) -> Tensor:
-    kept = value if isinstance(value, Tensor) else torch.tensor(float(value))
+    kept = wide(value) if isinstance(value, Tensor) else torch.tensor(value)
+    if not kept.is_floating_point():  # where() would make float32 of an integer, which rounds large ones
+        kept, neutral = (kept, 0) if neutral == 0 else (kept.double(), neutral)
     return torch.where(finite.to(kept.device), kept, neutral)

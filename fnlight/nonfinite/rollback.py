@@ -5,19 +5,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
-import torch
 
 from fnlight.checkpoint import newest, refill
 from fnlight.data import Item
 from fnlight.errors import CheckpointError, ConfigError, FaultWarning, NonFiniteError, check_type, warn
 from fnlight.loop import Saver
-from fnlight.nonfinite.check_finite import first_bad, no_losses, note
+from fnlight.nonfinite.check_finite import Place, first_bad, no_losses, note, said
 from fnlight.pipe import Combinator
 from fnlight.state import Progress, TrainState
-from fnlight.tensors import foreach_norm, local
+from fnlight.tensors import listed, not_finite
 from fnlight.triggers import Tick, condition, steps
-
-_Place = tuple[int, int, int]
 
 
 def rollback(dir: str | os.PathLike[str], every: Callable[[Tick], bool] = steps(50), max_consecutive: int = 3) -> Combinator:
@@ -69,7 +66,7 @@ def rollback(dir: str | os.PathLike[str], every: Callable[[Tick], bool] = steps(
             before = state.progress
             state, metrics = step(state, batch)
             place = (state.progress.step, before.epoch, batch.batch if batch.__class__ is Item else before.batch + 1)
-            note(state.store.memory["rollback"], place, metrics)
+            note(state.store.memory["rollback"], place, metrics, state.store.place is None)
             return (checked(state) if due(Tick(before, state.progress)) else state), metrics
 
         return guarded
@@ -96,15 +93,12 @@ def _validate(combinators: tuple[Combinator, ...]) -> str | None:
     return None
 
 
-def _trouble(state: TrainState, place: _Place | None) -> str | None:
+def _trouble(state: TrainState, place: Place | None) -> str | None:
     """What is not finite: a loss since the last look, or else a parameter; None if nothing is."""
     if place is not None:
-        return f"the loss was NaN or infinite at step {place[0]} (in epoch {place[1]}, up to its batch {place[2]})"
-    params = [mine for p in state.store.params if (mine := local(p.detach())).numel()]
-    if not params or bool(torch.isfinite(torch.stack([norm.float().to(state.device) for norm in foreach_norm(params)])).all()):
-        return None
-    bad = [name for name, p in state.store.named.items() if not bool(torch.isfinite(local(p)).all())]
-    return f"by step {state.progress.step}, NaN or infinite: {', '.join(bad[:8])}{f' and {len(bad) - 8} more' if len(bad) > 8 else ''}"
+        return said(place)
+    bad = not_finite({name: p for name, p in state.store.named.items() if p.requires_grad})
+    return f"by step {state.progress.step}, NaN or infinite: {listed(bad)}" if bad else None
 
 
 def _back(state: TrainState, dir: str, trouble: str, most: int) -> TrainState:

@@ -96,7 +96,10 @@ def _tree(values: list[Tensor]) -> Tensor:
 
 
 def _flat(store: StoreView, found: Gradients) -> Tensor:
-    grads = [torch.zeros_like(p) if v is None else v for p, v in zip(store.params, found.values, strict=True)]
+    grads = [
+        torch.zeros_like(p) if v is None else v if v.layout == torch.strided else v.to_dense()
+        for p, v in zip(store.params, found.values, strict=True)
+    ]
     ends = [torch.as_tensor(each, device=store.device).detach().reshape(1) for each in (found.loss, found.weight)]
     wide = torch.promote_types(torch.float32, grads[0].dtype) if grads else torch.float32
     return torch.cat([each.detach().reshape(-1).to(wide) for each in (*grads, *ends)])

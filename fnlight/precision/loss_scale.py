@@ -1,6 +1,7 @@
 """Loss scaling for fp16: the loss is multiplied by a scale so that small gradients do not become 0, and the gradients are divided by it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +17,19 @@ from fnlight.tensors import local_parts, stored_values, unscale_, update_scale_
 
 
 def loss_scale(
-    init: float = 65536.0, growth: float = 2.0, backoff: float = 0.5, interval: int = 2000, max_consecutive: int = 100
+    init: float = 65536.0,
+    growth: float = 2.0,
+    backoff: float = 0.5,
+    interval: int = 2000,
+    max_consecutive: int = 100,
+    min_scale: float = 2.0**-14,
 ) -> Combinator:
     """Multiply the loss by a scale before the backward pass and divide the gradients by it, as ``torch.amp.GradScaler`` does.
 
     A step whose gradients are NaN or infinite is skipped: its batches are used up, but there is no update. ``progress.step`` and the
-    learning rate schedule do not advance, ``progress.skipped`` counts the step, and the scale is reduced. After `interval` good steps the
-    scale grows. A skipped step changes neither buffers nor the means of metrics. There are two more metrics: ``loss_scale``, ``skipped``.
+    learning rate schedule do not advance, ``progress.skipped`` counts the step, and the scale is reduced, to `min_scale` at the lowest. After
+    `interval` good steps in a row the scale grows. Skipped steps are counted until the scale grows, so training also ends if skipped and good
+    steps alternate. A skipped step changes neither buffers nor the means of metrics. There are two more metrics: ``loss_scale``, ``skipped``.
 
     The host must know before the next step whether this one was skipped, so it waits for one number per step, as ``GradScaler.step`` does.
 
@@ -31,7 +38,9 @@ def loss_scale(
         growth: The multiplier of the scale when it grows, above 1.
         backoff: The multiplier of the scale after a skipped step, in 0..1.
         interval: Number of good steps in a row after which the scale grows.
-        max_consecutive: Number of skipped steps in a row after which an error is raised, because the scale is not the cause then.
+        max_consecutive: Number of skipped steps since the scale last grew after which an error is raised, because the scale is not the cause
+            then.
+        min_scale: The smallest scale, above 0 and at most `init`; a scale of 0 would make every weight NaN.
 
     Returns:
         A combinator from `GradFn` to `GradFn`. Place it before all others that use gradients, so that they get unscaled ones.
@@ -46,46 +55,65 @@ def loss_scale(
     References:
         Micikevicius et al., "Mixed precision training" (2018).
     """
-    _check(init, growth, backoff, interval=interval, max_consecutive=max_consecutive)
-
-    def init_tree(store: Store) -> dict[str, Any]:
-        scale = torch.full((), init, dtype=torch.float32, device=store.device)
-        return {"scale": scale, "good": torch.zeros((), dtype=torch.int32, device=store.device), "consecutive": 0, "buffers": None}
+    given = dict(zip(_DEFAULTS, (init, growth, backoff, interval, max_consecutive, min_scale), strict=True))
+    _check(given)
 
     def wrap(grad_fn: GradFn) -> GradFn:
         def scaled(store: StoreView, batches: Any, key: int) -> Gradients:
             store.host.refuse("loss_scale must read after every step whether it was skipped, which a graph cannot do")
             tree, buffers = store.memory["loss_scale"], buffers_before(store.module, store.memory["loss_scale"]["buffers"])
             used = tree["scale"].clone()
-            store.step.scale = used
-            try:
-                found = grad_fn(store, batches, key)
-            finally:
-                store.step.scale = None
-            bad = unscale(local_parts(v for v in found.values if v is not None), used)
-            if store.place is not None:
-                bad = store.place.anywhere(bad)
+            found, bad, skipped, good = _unscaled(partial(grad_fn, store, batches, key), store, tree, used)
             update_scale_(tree["scale"], tree["good"], bad, growth, scale_backoff_factor=backoff, growth_interval=interval)
             if tree["buffers"] is None:
                 tree["buffers"] = buffers.changing()
-            skipped = bool(bad)
             metrics = found.metrics
             if skipped:
                 buffers.put_back()
                 metrics = uncounted(metrics)
+                tree["scale"].clamp_(min=min_scale)
                 _count(tree, max_consecutive)
-            else:
+            elif good + 1 >= interval:  # the scale has grown
                 tree["consecutive"] = 0
             return found._replace(metrics={**metrics, "loss_scale": Last(used), "skipped": Sum(int(skipped))}, finite=not skipped)
 
         return scaled
 
-    given = {"init": init, "growth": growth, "backoff": backoff, "interval": interval, "max_consecutive": max_consecutive}
     args = ", ".join(f"{name}={value}" for name, value in given.items() if value != _DEFAULTS[name])
-    return Combinator("loss_scale", wrap, "grad", "grad", args=args, init=init_tree, start=_check_weights, validate=_misplaced)
+    return Combinator(
+        "loss_scale", wrap, "grad", "grad", args=args, init=partial(_no_skips, init), start=_check_weights, validate=_misplaced
+    )
 
 
 _DEFAULTS = dict(zip(loss_scale.__annotations__, loss_scale.__defaults__ or (), strict=False))
+
+
+def _no_skips(scale: float, store: Store) -> dict[str, Any]:
+    good = torch.zeros((), dtype=torch.int32, device=store.device)
+    return {"scale": torch.full((), scale, dtype=torch.float32, device=store.device), "good": good, "consecutive": 0, "buffers": None}
+
+
+def _unscaled(
+    grad_fn: Callable[[], Gradients], store: StoreView, tree: Mapping[str, Any], used: Tensor
+) -> tuple[Gradients, Tensor, bool, int]:
+    """True gradients; whether something in them is not finite, on the device and on the host; and the good steps in a row until now."""
+    store.step.scale = used
+    try:
+        found = grad_fn()
+    finally:
+        store.step.scale = None
+    values = local_parts(v for v in found.values if v is not None)
+    bad = _anywhere(store, unscale(values, used))
+    skipped, scale, good = torch.stack([bad, used, tree["good"]]).tolist()  # the one copy that is waited for
+    if not skipped and scale < 1:  # a gradient that was finite may have become infinite when it was divided
+        bad = _anywhere(store, unscale(values, torch.ones_like(used)))
+        skipped = bool(bad)
+    return found, bad, bool(skipped), int(good)
+
+
+def _anywhere(store: StoreView, bad: Tensor) -> Tensor:
+    """Whether something was bad on any rank, so that all of them skip the same steps."""
+    return bad if store.place is None else store.place.anywhere(bad)
 
 
 def unscale(values: Sequence[Tensor], scale: Tensor) -> Tensor:
@@ -108,6 +136,7 @@ def unscale(values: Sequence[Tensor], scale: Tensor) -> Tensor:
     groups: dict[Any, list[Tensor]] = {}
     for value in values:
         dense = stored_values(value) if value.is_sparse else value
+        dense = torch.view_as_real(dense) if dense.is_complex() else dense
         groups.setdefault((dense.device, dense.dtype), []).append(dense)
     for (device, _), group in groups.items():
         if device == scale.device:
@@ -123,8 +152,8 @@ def _count(tree: dict[str, Any], most: int) -> None:
     tree["consecutive"] += 1
     if tree["consecutive"] >= most:
         raise NonFiniteError(
-            f"the gradients of {most} steps in a row were NaN or infinite, at a loss scale of {tree['scale'].item():g} by now, so the scale is not the cause; "
-            "check the data, lower the learning rate, or train in bf16, whose range is that of fp32"
+            f"the gradients of {most} steps were NaN or infinite, and the loss scale, {tree['scale'].item():g} by now, has not grown in between, "
+            "so the scale is not the cause; check the data, lower the learning rate, or train in bf16, whose range is that of fp32"
         )
 
 
@@ -153,17 +182,22 @@ def _misplaced(combinators: tuple[Combinator, ...]) -> str | None:
     return None
 
 
-def _check(init: Any, growth: Any, backoff: Any, interval: Any, max_consecutive: Any) -> None:
+def _check(given: Mapping[str, Any]) -> None:
+    whole = ("a whole number of at least 1", lambda v: v >= 1 and v == int(v))
+    ranges: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "init": ("above 0", lambda v: 0 < v < float("inf")),
+        "growth": ("above 1", lambda v: 1 < v < float("inf")),
+        "backoff": ("between 0 and 1", lambda v: 0 < v < 1),
+        "interval": whole,
+        "max_consecutive": whole,
+        "min_scale": ("at least 2**-126", lambda v: 2.0**-126 <= v < float("inf")),
+    }
     wrong = [
-        f"{name} must be {what}, but got {value!r}"
-        for name, value, what, fine in (
-            ("init", init, "above 0", lambda v: 0 < v < float("inf")),
-            ("growth", growth, "above 1", lambda v: 1 < v < float("inf")),
-            ("backoff", backoff, "between 0 and 1", lambda v: 0 < v < 1),
-            ("interval", interval, "a whole number of at least 1", lambda v: v >= 1 and v == int(v)),
-            ("max_consecutive", max_consecutive, "a whole number of at least 1", lambda v: v >= 1 and v == int(v)),
-        )
-        if not isinstance(value, int | float) or isinstance(value, bool) or not fine(value)
+        f"{name} must be {what}, but got {given[name]!r}"
+        for name, (what, fine) in ranges.items()
+        if not isinstance(given[name], int | float) or isinstance(given[name], bool) or not fine(given[name])
     ]
+    if not wrong and given["min_scale"] > given["init"]:
+        wrong = [f"min_scale must be at most init={given['init']!r}, but got {given['min_scale']!r}"]
     if wrong:
         raise ConfigError(f"loss_scale: {'; '.join(wrong)}")

@@ -78,7 +78,8 @@ class TrainState:
             The state.
 
         Raises:
-            TypeError: If the task is not a `Task` or has given its model away, the seed is no integer, or `place` is no placement.
+            TypeError: If the task is not a `Task` or has given its model away, a parameter is sparse, the seed is no integer, or `place` is no
+                placement.
             OptimizerError: If `configure_optimizers` does not fit the model.
         """
         check_type("TrainState.create(task)", task, Task, expected="a Task", advice="write fl.Task(model, train_step, ...)")
@@ -91,6 +92,12 @@ class TrainState:
             raise TypeError(
                 f"the model has lazy tensors without a shape, {lazy[:5]}; call it once on a batch before making a Task, or make it anew where it "
                 "was donated to another state"
+            )
+        sparse = [name for name, p in task.model.named_parameters() if p.layout != torch.strided]
+        if sparse:
+            raise TypeError(
+                f"the parameters {sparse[:5]} are sparse, which torch can neither copy nor save as parameters; keep them dense, and make what is "
+                "computed with them sparse, as in weight.to_sparse_csr()"
             )
         home = None if device is None else existing(device)
         memo = {id(t): t for t in (*task.model.parameters(), *task.model.buffers())} if donate else _memo

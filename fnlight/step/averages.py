@@ -66,7 +66,7 @@ def ema_warmup(decay: float, offset: float = 10) -> Callable[[int], float]:
 
 
 def ema(decay: Decay, name: str = "ema", *, every: Callable[[Tick], bool] = steps(1)) -> Combinator:
-    """Keep an exponential moving average of the parameters in the state's memory.
+    """Keep an exponential moving average of the parameters in the state's memory, complex ones too; of halves and 8-bit floats in float32.
 
     Buffers, such as the statistics of BatchNorm, are not averaged: an evaluation of the average uses those of the model.
 
@@ -172,9 +172,16 @@ def swa(start: int, every: Callable[[Tick], bool] = epochs(1), name: str = "swa"
 
 
 def _floating(store: Store) -> dict[str, Tensor]:
-    found = {n: p.detach().clone() for n, p in store.named.items() if p.is_floating_point()}
+    found = {n: p.detach().to(_wide(p.dtype), copy=True) for n, p in store.named.items() if p.is_floating_point() or p.is_complex()}
     store.end_step()  # on a lazy device a copy shares memory until then, and the next step would take it away
     return found
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What an average is kept in: with the few digits of a half or an 8-bit float, small changes would be rounded away."""
+    if dtype.is_complex:
+        return torch.complex64 if dtype == torch.complex32 else dtype
+    return torch.float32 if dtype.itemsize < 4 else dtype
 
 
 def _towards(averages: Mapping[str, Tensor], named: Mapping[str, Tensor], fraction: float | Tensor) -> None:
@@ -187,6 +194,7 @@ def _towards(averages: Mapping[str, Tensor], named: Mapping[str, Tensor], fracti
     except KeyError:  # refresh_batch_norm has put statistics beside the weights
         values, targets = [v for n, v in averages.items() if n in named], [named[n] for n in averages if n in named]
     with torch.no_grad():
+        targets = [t if t.dtype == v.dtype else t.to(v.dtype) for t, v in zip(targets, values, strict=True)]
         if isinstance(fraction, Tensor):  # a number of a graph
             foreach_lerp_(values, targets, [fraction.to(v.dtype) for v in values])
         else:
@@ -291,7 +299,7 @@ def _measure(state: TrainState, module: nn.Module, norms: Mapping[str, Any], fn:
 def average_checkpoints(state: TrainState, paths: Any, *, last: int | None = None) -> TrainState:
     """The mean of the weights of several checkpoints, read one after the other: a "soup".
 
-    Floating-point parameters and buffers are averaged, in float64; other buffers come from the last of the checkpoints. Where the model has
+    Floating-point and complex parameters and buffers are averaged, in float64 and complex128; other buffers come from the last of the checkpoints. Where the model has
     BatchNorm, give the result to `refresh_batch_norm`.
 
     Args:
@@ -335,8 +343,9 @@ def average_checkpoints(state: TrainState, paths: Any, *, last: int | None = Non
     for path in chosen:
         part, _ = load_weights(part, path)
         for name, tensor in named_tensors(part.store.module).items():
-            if tensor.is_floating_point():
-                sums[name] = sums[name] + tensor.detach() if name in sums else tensor.detach().double()
+            if tensor.is_floating_point() or tensor.is_complex():
+                exact = tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
+                sums[name] = sums[name] + exact if name in sums else exact
     state, found = state.copy(), named_tensors(part.store.module)
     with torch.no_grad():
         for name, tensor in named_tensors(state.store.module).items():

@@ -7,6 +7,8 @@ import attrs
 
 from fnlight.data import Item, Part
 from fnlight.errors import StepError
+from fnlight.gradients import begin, taken
+from fnlight.metrics import own_metric
 from fnlight.optim import set_lr
 from fnlight.pipe import Combinator, batches_at
 from fnlight.state import Store, TrainState
@@ -50,18 +52,23 @@ def manual(
     def wrap(fn: Any) -> Any:
         def kernel(store: Store, batches: Any, key: int) -> Mapping[str, Any]:
             store.seed(key)
+            look = taken(store)
             metrics = fn(store, tuple([batch.batch if batch.__class__ is Part else batch for batch in batches]), key)
+            if look is not None:
+                look.check_task(fn)
             if not isinstance(metrics, Mapping):
                 who = getattr(fn, "__name__", type(fn).__name__)
                 raise StepError(
                     f"{who} must return a dict of metrics, which may be empty, but returned {type(metrics).__name__}: {metrics!r:.60}"
                 )
-            return metrics
+            return {name: own_metric(name, value) for name, value in metrics.items()}
 
         return ByHand(kernel)
 
     label = "" if name == "manual" else f"name={name!r}"
-    return Combinator("manual", wrap, "kernel", "step", args=label, key=name, init=init, phase="update", batches_per_step=batches_per_step)
+    return Combinator(
+        "manual", wrap, "kernel", "step", args=label, key=name, init=init, phase="update", batches_per_step=batches_per_step, start=begin
+    )
 
 
 @attrs.frozen(eq=False, repr=False)

@@ -40,6 +40,7 @@ from fnlight.tensors._private_torch import (
 )
 from fnlight.tensors.device import default_device, end_step_on, existing, is_lazy, move, spread_like, spread_on
 from fnlight.tensors.dtype import DTYPES, convert
+from fnlight.tensors.finite import listed, not_finite
 from fnlight.tensors.rng import (
     COLLATE,
     EVALUATE,
@@ -69,6 +70,7 @@ from fnlight.tensors.shards import (
     lying_like,
     own_part,
 )
+from fnlight.tensors.sparse import entries, sparse_names
 from fnlight.tensors.tree import differences, equal, leaves, map_nodes, map_tensors
 
 __all__ = [

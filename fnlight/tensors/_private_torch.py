@@ -82,9 +82,9 @@ def foreach_copy_(tensors: Sequence[Tensor], sources: Sequence[Tensor], non_bloc
 
 
 @_private(torch, "_foreach_norm")
-def foreach_norm(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The 2-norm of each tensor, shape []."""
-    return [torch.linalg.vector_norm(tensor) for tensor in tensors]
+def foreach_norm(tensors: Sequence[Tensor], ord: float = 2) -> Sequence[Tensor]:
+    """The norm of each tensor, shape []; ``math.inf`` gives the largest absolute value."""
+    return [torch.linalg.vector_norm(tensor, ord) for tensor in tensors]
 
 
 # Loss scaling

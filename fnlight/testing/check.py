@@ -17,7 +17,7 @@ from fnlight.checkpoint import load, save
 from fnlight.errors import ConfigError, StepError, TaskCheckError
 from fnlight.gradients import grad
 from fnlight.loop import inference
-from fnlight.metrics import Tally
+from fnlight.metrics import Tally, parted
 from fnlight.pipe import Phase, pipe
 from fnlight.state import Store, Task, TrainState
 from fnlight.step import apply
@@ -294,14 +294,18 @@ def _evaluation(case: _Case) -> str | None:
 
 
 def _read_metrics(out: Any) -> None:
-    if not isinstance(out, Mapping) or not out:
+    out, objects = parted(out)
+    for each in objects.values():
+        each.reset()
+    if not isinstance(out, Mapping) or not (out or objects):
         _fail(
             "evaluation", f"eval_step gives {type(out).__name__}: {out!r:.60}, no dict of metrics", 'Return a dict such as {"loss": loss}'
         )
     tally = Tally()
     try:
-        tally.add(1, out)
-        tally.read()
+        if out:
+            tally.add(1, out)
+            tally.read()
     except (StepError, RuntimeError, TypeError, ValueError) as error:
         _fail(
             "evaluation",

@@ -14,6 +14,7 @@ from fnlight.triggers.rules import (
     nonfinite,
     patience,
     reached,
+    reason_of,
     stop_rule,
 )
 from fnlight.triggers.when import Tick, at_end, condition, continuous, epochs, minutes, seconds, steps

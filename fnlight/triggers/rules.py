@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import attrs
 
-from fnlight.errors import ConfigError, check_type
+from fnlight.errors import ConfigError, StepError, check_type, described
 from fnlight.optim import monitored
 from fnlight.triggers.form import Form
 
@@ -23,7 +23,7 @@ class StopRule:
 
     Args:
         form: What it is made of, and its source text.
-        fn: Maps a state to the reason to stop, or None.
+        fn: Maps a state to the reason to stop, or None; or to True, whose reason is the text, or False.
         monitors: Names in the history that it needs.
         until: Completed steps after which it surely stops; None where nothing is known.
 
@@ -35,20 +35,21 @@ class StopRule:
     """
 
     form: Form
-    fn: Callable[[Any], str | None] = attrs.field(eq=False)
+    fn: Callable[[Any], str | bool | None] = attrs.field(eq=False)
     monitors: tuple[str, ...] = attrs.field(default=(), eq=False)
     until: int | None = attrs.field(default=None, eq=False)
 
     def __call__(self, state: Any) -> str | None:
         """Give the reason to stop, or None."""
-        return self.fn(state)
+        answer = self.fn(state)
+        return None if answer is None else reason_of(self.fn, answer, self.form.text)
 
     def __or__(self, other: Any) -> "StopRule":
         a, b = self, stop_rule(other)
 
         def either(state: Any) -> str | None:
-            found = a.fn(state)
-            return b.fn(state) if found is None else found
+            found = a(state)
+            return b(state) if found is None else found
 
         until = min([n for n in (a.until, b.until) if n is not None], default=None)
         return StopRule(a.form | b.form, either, a.monitors + b.monitors, until)
@@ -60,8 +61,8 @@ class StopRule:
         a, b = self, stop_rule(other)
 
         def both(state: Any) -> str | None:
-            one = a.fn(state)
-            two = None if one is None else b.fn(state)
+            one = a(state)
+            two = None if one is None else b(state)
             return None if one is None or two is None else f"{one} and {two}"
 
         return StopRule(a.form & b.form, both, a.monitors + b.monitors)
@@ -71,10 +72,44 @@ class StopRule:
 
     def __invert__(self) -> "StopRule":
         form = ~self.form
-        return StopRule(form, lambda state: form.text if self.fn(state) is None else None, self.monitors)
+        return StopRule(form, lambda state: form.text if self(state) is None else None, self.monitors)
 
     def __repr__(self) -> str:
         return self.form.text
+
+
+def reason_of(rule: Any, answer: Any, name: str | None = None) -> str | None:
+    """The answer of a stop rule as the reason to stop.
+
+    Args:
+        rule: The rule, for its name.
+        answer: What it gave: None or False to continue, a reason, or True, whose reason is the name of the rule.
+        name: The name; None takes that of the function.
+
+    Returns:
+        The reason, or None to continue.
+
+    Raises:
+        StepError: If the answer is something else.
+
+    Example:
+        >>> def enough(state): return True
+        >>> reason_of(enough, True), reason_of(enough, False), reason_of(enough, "done")
+        ('enough', None, 'done')
+    """
+    if answer is None or answer is False:
+        return None
+    if isinstance(answer, str) and answer:
+        return answer
+    code = getattr(rule, "__code__", None)
+    name = name or getattr(rule, "__qualname__", repr(rule))
+    if answer is True:
+        return name
+    where = "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
+    raise StepError(
+        f"the stop rule {name}{where} must answer None or False to continue, and a reason to stop (a string) or True, but answered "
+        f"{described(answer) if answer != '' else 'an empty string'}; a tensor or an array becomes a bool with bool(...)"
+    )
 
 
 def stop_rule(given: Any) -> StopRule:

@@ -236,11 +236,11 @@ def test_a_micro_batch_counts_with_its_share():
     """A `Mean` keeps its weight; plain losses and metrics are weighted by the share; wrong values reach the later check unchanged."""
 
     def taken(out):
-        return plain(Part(None, 0.25).taken(lambda model, batch: out)[0](None, None))
+        return plain(Part(torch.ones(3), 0.25).taken(lambda model, batch: out)[0](None, torch.ones(3)))
 
     assert taken(Mean(6.0, 3)) == plain(Mean(6.0, 3))
     assert taken((torch.tensor(8.0), {"acc": 0.5, "n": Mean(1, 2)})) == plain(
-        [Mean(2.0, 0.25), {"acc": Mean(0.125, 0.25), "n": Mean(1, 2)}]
+        [Mean(2.0, 0.25), {"acc": Mean(0.125, 0.25, (1.5, 3)), "n": Mean(1, 2)}]
     )
     assert (taken((1, 2, 3)), taken(None)) == ([1, 2, 3], None)
 

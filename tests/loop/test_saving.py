@@ -14,7 +14,7 @@ import torch
 
 from fnlight import FitConfig, Loaders, fit
 from fnlight.checkpoint import best, best_checkpoint, checkpoints, every, folder, last, load, newest, step_path, verify
-from fnlight.errors import CheckpointError, CheckpointWarning, ConfigError, LockedError
+from fnlight.errors import CheckpointError, CheckpointWarning, ConfigError, LockedError, NonFiniteError
 from fnlight.gradients import grad
 from fnlight.loop import checkpoint_every, evaluate_every, run, stop_when
 from fnlight.pipe import pipe
@@ -404,6 +404,49 @@ def test_weights_that_are_no_numbers_are_not_saved_on_an_exception(tmp_path):
         next(states)
     assert "its parameters are not finite" in raised.value.__notes__[0]
     assert saved(tmp_path) == []
+
+
+def breaking_step(model, batch):
+    """A finite loss whose gradient is NaN where the batch says so: that of sqrt at 0."""
+    loss = TASK.train_step(model, batch)
+    loss, *metrics = loss if isinstance(loss, tuple) else (loss,)
+    first = next(iter(model.parameters()))
+    broken = loss + torch.sqrt((first * 0).sum()) if float(batch[0].flatten()[0]) == 99.0 else loss
+    return (broken, *metrics) if metrics else broken
+
+
+def broken_at(number):
+    """The data, whose batch of that number gives NaN gradients."""
+    data = [tuple(t.clone() for t in batch) for batch in DATA]
+    data[number][0].view(-1)[0] = 99.0
+    return data
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_nan_never_takes_the_place_of_the_last_good_checkpoint(tmp_path, background):
+    """Parameters are looked at before a save: the error names the step, and the good checkpoint stays."""
+    step = pipe(breaking_step, grad(), apply(), checkpoint_every(tmp_path, steps(1), keep=last(1), background=background))
+    with pytest.raises(
+        NonFiniteError, match=r"after step 3 \(epoch 1, batch 0\) these parameters are NaN.*checkpoint stays .*step-00000002"
+    ):
+        list(run(step, created(), broken_at(2)))
+    assert saved(tmp_path) == [2]
+    assert all(p.isfinite().all() for p in load(newest(tmp_path), TASK).params.values())
+
+
+def test_nan_at_the_end_of_a_run_is_not_saved(tmp_path):
+    """The last save of a run is one like every other."""
+    step = pipe(breaking_step, grad(), apply(), checkpoint_every(tmp_path, steps(100)), stop_when(max_steps(3)))
+    with pytest.raises(NonFiniteError, match=r"after step 3 .*there is no checkpoint yet"):
+        list(run(step, created(), broken_at(2)))
+    assert saved(tmp_path) == []
+
+
+def test_nan_is_saved_where_it_is_allowed(tmp_path):
+    """nonfinite="ignore" says that NaN is meant."""
+    config = FitConfig(max_steps=4, dir=str(tmp_path), save_every=steps(1), keep=last(1), nonfinite="ignore", progress=False)
+    fit(TrainState.create(attrs.evolve(TASK, train_step=breaking_step), seed=3), Loaders(train=broken_at(2)), config)
+    assert saved(tmp_path) == [4]
 
 
 def test_an_exception_saves_nothing_if_it_is_not_asked_to(tmp_path):

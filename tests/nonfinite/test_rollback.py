@@ -138,7 +138,11 @@ def test_to_another_checkpoint_is_not_in_a_row(tmp_path):
     assert after.memory["rollback"]["total"] == 3
 
 
-def test_weights_that_are_no_numbers_are_noticed_before_they_are_saved(tmp_path):
+@pytest.mark.parametrize(
+    ("clip_norm", "message"),
+    [(None, "by step 8, NaN or infinite: 0.weight"), (1.0, "the norm of the gradients was NaN or infinite at step 8")],
+)
+def test_weights_that_are_no_numbers_are_noticed_before_they_are_saved(clip_norm, message, tmp_path):
     """A gradient that is NaN where the loss is not: no checkpoint holds the weights that come of it."""
 
     def hidden(model, batch):
@@ -147,8 +151,8 @@ def test_weights_that_are_no_numbers_are_noticed_before_they_are_saved(tmp_path)
 
     batches = data()
     batches[7][1, 0] = MARK
-    after, told = fit(tmp_path, batches, created(hidden))
-    assert told[0].startswith("by step 8, NaN or infinite: 0.weight")
+    after, told = fit(tmp_path, batches, created(hidden), clip_norm=clip_norm)
+    assert told[0].startswith(message)
     assert all(torch.isfinite(p).all() for p in after.params.values())
 
 

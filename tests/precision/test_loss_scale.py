@@ -26,6 +26,8 @@ def halves():
         ({"init": 0}, r"loss_scale: init must be above 0, but got 0"),
         ({"growth": 1.0}, r"growth must be above 1, but got 1.0"),
         ({"backoff": 1.0, "interval": 0}, r"backoff must be between 0 and 1, but got 1.0; interval must be a whole number"),
+        ({"min_scale": 0.0}, r"min_scale must be at least 2\*\*-126, but got 0.0"),
+        ({"init": 1.0, "min_scale": 2.0}, r"min_scale must be at most init=1.0, but got 2.0"),
         ({"max_consecutive": "many"}, r"max_consecutive must be a whole number of at least 1, but got 'many'"),
     ],
 )
@@ -70,8 +72,55 @@ def test_gradients_that_never_recover_end_the_run():
     """Without the limit, a data set of infinities would be skipped forever."""
     step = fl.pipe(loss_fn, halves(), fl.grad(), fl.loss_scale(max_consecutive=5), fl.apply())
     state = fl.TrainState.create(fl.Task(nn.Linear(2, 1), loss_fn, configure_optimizers=configure))
-    with pytest.raises(fl.errors.NonFiniteError, match=r"gradients of 5 steps in a row.*loss scale of 2048"):
+    with pytest.raises(
+        fl.errors.NonFiniteError, match=r"gradients of 5 steps were NaN or infinite, and the loss scale, 2048 by now, has not grown"
+    ):
         list(fl.run(step, state, [torch.full((2, 2), torch.inf)]))
+
+
+def scaled_run(data, **given):
+    """The states of a run on these batches."""
+    step = fl.pipe(loss_fn, halves(), fl.grad(), fl.loss_scale(**given), fl.apply(), fl.stop_when(fl.max_epochs(1)))
+    return fl.run(step, fl.TrainState.create(fl.Task(nn.Linear(4, 1), loss_fn, configure_optimizers=configure)), data)
+
+
+GOOD, BAD = torch.ones(2, 4), torch.full((2, 4), torch.nan)
+
+
+def test_skips_that_alternate_with_good_steps_end_the_run():
+    """One good step does not make the skipped ones forgotten, or the scale would fall to 0 and every weight become NaN."""
+    with pytest.raises(fl.errors.NonFiniteError, match=r"gradients of 100 steps.*6.10352e-05 by now, has not grown in between"):
+        list(scaled_run([BAD, GOOD] * 170))
+
+
+def test_the_scale_never_falls_below_the_smallest():
+    """However many steps are skipped, the scale stays a number to divide by, and the weights stay finite."""
+    found = list(scaled_run([BAD, GOOD] * 170, max_consecutive=1000, min_scale=0.25))
+    assert min(metrics["loss_scale"].value for _, metrics in found) == 0.25
+    state = found[-1][0]
+    assert all(p.isfinite().all() for p in state.params.values())
+    assert state.memory["loss_scale"]["scale"] == 0.25
+
+
+def test_skips_are_forgotten_once_the_scale_has_grown():
+    """Steps that are skipped now and then, as dynamic scaling means it, do not end a run."""
+    *_, (state, _) = scaled_run([BAD, GOOD, GOOD] * 20, interval=2, max_consecutive=2)
+    assert state.progress.skipped == 20
+    assert state.memory["loss_scale"]["scale"] == 65536.0
+
+
+def test_a_gradient_that_becomes_infinite_when_it_is_divided_is_skipped():
+    """With a scale below 1 the gradient that is applied is larger than the one that came: the test looks at what is applied."""
+
+    def steep(model, batch):
+        return (model.weight * 3e38 * 4).sum()
+
+    step = fl.pipe(steep, halves(), fl.grad(), fl.loss_scale(init=2.0**-10), fl.apply())
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    state, metrics = step(fl.TrainState.create(fl.Task(model, steep, configure_optimizers=configure)), torch.ones(1, 1))
+    assert metrics["skipped"].value == 1
+    assert state.params["weight"].item() == 0.0
 
 
 def test_weights_in_fp16_are_refused():

@@ -14,6 +14,7 @@ from fnlight.errors import CheckpointError, ConfigError, MismatchError
 from fnlight.gradients import grad
 from fnlight.loop import evaluate, run, stop_when
 from fnlight.pipe import pipe
+from fnlight.protocols import Gradients
 from fnlight.state import Task, TrainState
 from fnlight.step import apply, average_checkpoints, averaged, ema, ema_warmup, refresh_batch_norm, swa
 from fnlight.testing import assert_trees_equal, tiny_batches, tiny_task
@@ -191,3 +192,104 @@ def test_an_average_that_means_nothing_is_refused(make, message):
     """Arguments are checked when the combinator is made."""
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+class Kinds(nn.Module):
+    """Parameters of every kind of number, and one that is shared under two names."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.plain = nn.Linear(3, 3, bias=False)
+        self.tied = nn.Linear(3, 3, bias=False)
+        self.tied.weight = self.plain.weight
+        self.wave = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+        self.wide = nn.Parameter(torch.randn(3, dtype=torch.float64))
+        self.brain = nn.Parameter(torch.full((3,), 256.0, dtype=torch.bfloat16))
+        self.short = nn.Parameter(torch.randn(3).half())
+        self.tiny = nn.Parameter(torch.randn(3).to(torch.float8_e4m3fn), requires_grad=False)
+        self.register_buffer("wavy", torch.randn(3, dtype=torch.complex64))
+
+    def forward(self, x):
+        out = self.tied(self.plain(x)) * (self.wave + self.wavy).abs() + self.wide.float() + self.short.float() + self.tiny.float()
+        return out + self.brain.float() * 0.01
+
+
+def of_kinds():
+    task = Task(
+        Kinds(), loss_fn, configure_optimizers=lambda model: torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    )
+    return TrainState.create(task)
+
+
+def by_hand(history, decay):
+    """The average of each parameter, in float64."""
+    average = {name: p.clone() for name, p in history[0].items()}
+    for params in history[1:]:
+        average = {name: decay * average[name] + (1 - decay) * p for name, p in params.items()}
+    return average
+
+
+def exact(state):
+    return {name: p.clone().to(torch.complex128 if p.is_complex() else torch.float64) for name, p in state.params.items()}
+
+
+@pytest.mark.parametrize("every", [steps(1), steps(2)], ids=str)
+def test_an_average_covers_parameters_of_every_kind(every, tmp_path):
+    """Complex, half, bf16, float8 and shared parameters are averaged as a plain loop does in float64, and come back in their own dtype."""
+    step = pipe(loss_fn, grad(), apply(), ema(0.9, every=every))
+    start = of_kinds()
+    history, data = [exact(start)], [torch.randn(4, 3, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    state = start
+    for taken, (state, _) in enumerate(run(step, start, data), 1):
+        if taken % (2 if every == steps(2) else 1) == 0:
+            history.append(exact(state))
+        if taken == 8:
+            break
+    expected = by_hand(history, 0.9)
+    assert state.memory["ema"].keys() == expected.keys()
+    for name, value in state.memory["ema"].items():
+        assert value.dtype == {"wave": torch.complex64, "wide": torch.float64}.get(name, torch.float32)
+        torch.testing.assert_close(value, expected[name].to(value.dtype), rtol=1e-5, atol=1e-6)
+    used = averaged(load(save(state, tmp_path / "a"), state.task))
+    for name, p in used.params.items():
+        assert p.dtype == state.params[name].dtype
+        torch.testing.assert_close(p.to(expected[name].dtype), expected[name].to(p.dtype).to(expected[name].dtype), rtol=1e-2, atol=1e-2)
+    before = {name: p.clone() for name, p in state.params.items()}
+    found = evaluate(state, data, eval_step=lambda m, b: {"loss": loss_fn(m, b)}, weights="ema")
+    assert found == pytest.approx(evaluate(used, data, eval_step=lambda m, b: {"loss": loss_fn(m, b)}))
+    assert all(torch.equal(p.float(), before[n].float()) if p.itemsize < 4 else torch.equal(p, before[n]) for n, p in state.params.items())
+    assert all(p.dtype == before[n].dtype for n, p in state.params.items())
+
+
+def test_the_average_of_a_bf16_parameter_moves():
+    """With bf16's eight bits a step of a thousandth of the way would be rounded away for ever; the average is kept in float32."""
+    state = of_kinds()
+    tree = ema(0.999).init(state.store)
+    with torch.no_grad():
+        state.store.module.brain.fill_(260.0)
+    state.store.memory["ema"] = tree
+    step = ema(0.999).wrap(apply()(lambda store, batches, key: _no_gradients(store)))
+    state, _ = step(state, torch.zeros(1, 3))
+    assert state.memory["ema"]["brain"].tolist() == pytest.approx([256.004] * 3, abs=1e-4)
+
+
+def _no_gradients(store):
+    return Gradients([None] * len(store.params), torch.zeros(()), 1.0, {})
+
+
+def test_a_mean_over_epochs_and_a_soup_cover_complex_parameters(tmp_path):
+    """swa and average_checkpoints leave no parameter as it happens to be."""
+    step = pipe(loss_fn, grad(), apply(), swa(start=1), stop_when(max_epochs(3)))
+    paths, seen = [], []
+    for state, _ in run(step, of_kinds(), [torch.ones(4, 3), torch.zeros(4, 3)]):
+        if state.progress.batch == 0:
+            paths.append(save(state, tmp_path / str(state.progress.step)))
+            seen.append(exact(state))
+    mean = {name: sum(each[name] for each in seen) / 3 for name in seen[0]}
+    for name, value in state.memory["swa"]["weights"].items():
+        torch.testing.assert_close(value, mean[name].to(value.dtype), rtol=1e-5, atol=1e-6)
+    soup = average_checkpoints(of_kinds(), [str(p) for p in paths])
+    for name, p in soup.params.items():
+        torch.testing.assert_close(p.to(mean[name].dtype), mean[name].to(p.dtype).to(mean[name].dtype), rtol=0, atol=1e-6)
+    assert soup.store.module.tied.weight is soup.store.module.plain.weight

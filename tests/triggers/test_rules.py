@@ -5,10 +5,13 @@ from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from fnlight.errors import ConfigError, MonitorError
+import fnlight as fl
+from fnlight.errors import ConfigError, MonitorError, StepError
 from fnlight.state import History, Progress, Record
 from fnlight.triggers import diverged, max_epochs, max_steps, max_time, min_epochs, min_steps, nonfinite, patience, reached
 
@@ -105,6 +108,45 @@ def test_the_first_reason_counts():
     assert rule(after(step=7)) == "5 steps done"
     assert (sunday | max_epochs(1))(after(step=7)) == "it is Sunday"
     assert (sunday & max_steps(5))(after(step=7)) == "it is Sunday and 5 steps done"
+
+
+def seven_steps(state):
+    """A rule that answers with a bool."""
+    return state.progress.step >= 7
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        (seven_steps, "seven_steps"),
+        (~fl.triggers.stop_rule(lambda state: state.progress.step < 7), "~<lambda>"),
+        (seven_steps | max_steps(9), "seven_steps"),
+        (max_steps(9) | seven_steps, "seven_steps"),
+        (max_steps(7) & seven_steps, "7 steps done and seven_steps"),
+    ],
+)
+def test_false_continues_and_true_stops_for_the_name_of_the_rule(rule, reason):
+    """A rule that answers with a bool stops a run at the step where it is True, in whatever it is joined."""
+    task = fl.Task(nn.Linear(1, 1), lambda model, batch: model(batch).sum(), configure_optimizers=lambda m: torch.optim.SGD(m.parameters()))
+    state = fl.fit(fl.TrainState.create(task), [torch.ones(2, 1)], fl.FitConfig(stop=rule, max_epochs=20, progress=False))
+    assert (state.progress.step, state.stopped) == (7, reason)
+
+
+@pytest.mark.parametrize("answer", [0, "", torch.tensor(False), [], 0.5], ids=repr)
+def test_an_answer_that_is_no_reason_names_the_rule(answer):
+    """What is neither None, a bool nor a reason is a mistake: the error names the rule and where it is."""
+
+    def mine(state):
+        return answer
+
+    step = fl.pipe(lambda state, batch: (state, {}), fl.stop_when(mine))
+    state = fl.TrainState.create(fl.Task(nn.Identity(), lambda model, batch: batch))
+    with pytest.raises(
+        StepError, match=r"the stop rule .*mine \(.*test_rules.py:\d+\) must answer None or False to continue.*but answered"
+    ):
+        next(fl.run(step, state, [torch.ones(1)]))
+    with pytest.raises(StepError, match=r"the stop rule mine .*must answer"):
+        (mine | max_steps(3))(after())
 
 
 def test_a_rule_prints_as_its_source_text():
