@@ -65,8 +65,8 @@ SMOKE = (
 TOO_LONG = (
     "checkpoint/test_round_trip.py::test_a_new_process_reads_the_same",
     "data/test_permutation.py::test_every_sample_is_as_likely_anywhere",
-    "sinks/test_jsonl.py::test_a_disk_that_fills_up_within_a_line_leaves_whole_lines",
-    "sinks/test_jsonl.py::test_a_killed_run_leaves_lines_that_the_next_one_continues",
+    "sinks/test_jsonl.py::test_a_disk_that_fills_up_within_a_line_leaves_complete_lines",
+    "sinks/test_jsonl.py::test_the_next_run_continues_the_log_of_a_killed_run",
     "tensors/test_tree.py::test_any_tree_equals_its_copy",
 )
 """Those of these files that take seconds each."""

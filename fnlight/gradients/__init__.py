@@ -1,4 +1,4 @@
-"""What wraps a loss or a gradient: forward and backward, accumulation, clipping, noise, micro-batches, frozen parts, composed losses.
+"""Combinators around a loss or its gradients: backward pass, accumulation, clipping, noise, micro-batches, freezing, composed losses.
 
 Read `grad` first.
 """

@@ -1,4 +1,4 @@
-"""Gradient accumulation: one step of several batches."""
+"""Gradient accumulation: one optimizer step for several batches."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,19 +11,19 @@ from fnlight.protocols import Gradients
 
 
 def accumulate(n: int | Mapping[int, int]) -> Combinator:
-    """Make one step of n batches: gradients are summed over them and divided by their summed weight.
+    """Take one optimizer step per n batches: gradients are summed and divided by the sum of the weights.
 
-    A state never stands inside a group; the last group of an epoch may be shorter and is divided by its own size. Each plain loss and
-    each plain metric counts once in a step; in means over an epoch it counts with the samples of its batch.
+    No step ends inside a group of batches. The last group of an epoch may be shorter; it is divided by its own weight. Each plain loss and
+    each plain metric has the weight 1 in a step; in means over an epoch it is weighted by the number of samples of its batch.
 
     Args:
-        n: Batches a step; or a mapping from the epoch at which it starts to batches, as in ``{0: 1, 5: 4}``.
+        n: Batches per step; or a mapping from start epochs to batches per step, as in ``{0: 1, 5: 4}``.
 
     Returns:
-        A combinator from `GradFn` (of one batch) to `GradFn` (of a group); it stands directly behind `grad`.
+        A combinator from `GradFn` (of one batch) to `GradFn` (of a group). Place it directly after `grad`.
 
     Raises:
-        ConfigError: If a number is below 1, or a mapping says nothing about epoch 0.
+        ConfigError: If a number is below 1, or a mapping has no epoch 0.
 
     Example:
         >>> from fnlight.gradients import grad
@@ -33,9 +33,9 @@ def accumulate(n: int | Mapping[int, int]) -> Combinator:
     """
     numbers = n.values() if isinstance(n, Mapping) else (n,)
     if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in numbers):
-        raise ConfigError(f"accumulate must be a number of batches >= 1, or epochs to such numbers, but got {n!r}")
+        raise ConfigError(f"accumulate must be a number of batches >= 1, or a mapping from epochs to such numbers, but got {n!r}")
     if isinstance(n, Mapping) and 0 not in n:
-        raise ConfigError(f"accumulate as a mapping must say what holds from epoch 0 on, but got {dict(n)!r}; add 0: 1")
+        raise ConfigError(f"accumulate as a mapping must have a value for epoch 0, but got {dict(n)!r}; add 0: 1")
     return Combinator("accumulate", mean_of_group if n == 1 else _counting, "grad_sum", "grad", args=str(n), batches_per_step=n)
 
 

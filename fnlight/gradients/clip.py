@@ -1,4 +1,4 @@
-"""Gradients kept within bounds: combinators between `accumulate` and `apply`, by foreach kernels."""
+"""Gradient clipping: combinators between `accumulate` and `apply`, with foreach kernels."""
 
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -26,13 +26,13 @@ from fnlight.tensors import (
 
 
 def clip_norm(max_norm: float) -> Combinator:
-    """Scale the gradients down so that their joint 2-norm is at most `max_norm`; the norm before is the metric ``grad_norm``.
+    """Scale the gradients so that their joint 2-norm is at most `max_norm`; the norm before clipping is the metric ``grad_norm``.
 
     Args:
-        max_norm: The largest norm let through.
+        max_norm: The largest allowed norm.
 
     Returns:
-        A combinator from `GradFn` to `GradFn`; it sees true gradients, after accumulation.
+        A combinator from `GradFn` to `GradFn`. It gets the accumulated, unscaled gradients.
 
     Raises:
         ConfigError: If the norm is not above 0.
@@ -62,10 +62,10 @@ def clip_norm(max_norm: float) -> Combinator:
 
 
 def clip_value(max_value: float) -> Combinator:
-    """Clamp every entry of the gradients to between ``-max_value`` and ``max_value``.
+    """Clamp every entry of the gradients to the range from ``-max_value`` to ``max_value``.
 
     Args:
-        max_value: The largest absolute value let through.
+        max_value: The largest allowed absolute value.
 
     Returns:
         A combinator from `GradFn` to `GradFn`.
@@ -96,20 +96,20 @@ def clip_value(max_value: float) -> Combinator:
 
 def _joint_norm(store: StoreView, held: list[Tensor]) -> Tensor:
     if not held and store.place is None:
-        return torch.zeros((), device=store.device)  # torch's own would be on the CPU
+        return torch.zeros((), device=store.device)  # the result of torch would be on the CPU
     return torch.nn.utils.get_total_norm(held) if store.place is None else store.place.norm(held)
 
 
 def _positive(name: str, value: Any) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0 or math.isinf(value):
-        raise ConfigError(f"{name} must be a finite number above 0, but got {value!r}; leave it out to switch it off")
+        raise ConfigError(f"{name} must be a finite number above 0, but got {value!r}; leave it out for no clipping")
 
 
 def clip_each(max_norm: float) -> Combinator:
-    """Scale each parameter's gradient down so that its own 2-norm is at most `max_norm`.
+    """Scale the gradient of each parameter so that its own 2-norm is at most `max_norm`.
 
     Args:
-        max_norm: The largest norm of one gradient that is let through.
+        max_norm: The largest allowed norm of one gradient.
 
     Returns:
         A combinator from `GradFn` to `GradFn`.
@@ -136,20 +136,20 @@ def clip_each(max_norm: float) -> Combinator:
 
 
 def _norms(held: list[Tensor]) -> list[Tensor]:
-    """The 2-norm of each tensor; in one tensor, shape [tensors], where they are of one kind: few large kernels instead of many small ones."""
+    """The 2-norm of each tensor; if device and dtype are the same, as one tensor of shape [tensors], which needs fewer kernels."""
     norms = foreach_norm(held)
     return [torch.stack(list(norms))] if len({(n.device, n.dtype) for n in norms}) == 1 else list(norms)
 
 
 def clip_adaptive(clipping: float = 0.01, eps: float = 1e-3, exclude: Sequence[str] = ()) -> Combinator:
-    """Scale the gradient of each unit down to a fraction of the norm of the unit's weights (AGC).
+    """Clip the gradient norm of each unit to a fraction of the norm of its weights (adaptive gradient clipping, AGC).
 
     A unit is a row of a matrix or an output channel of a convolution; a vector is one unit.
 
     Args:
         clipping: The largest ratio of the gradient's norm to the weights' norm.
-        eps: The least norm of weights that is assumed, so that zeros can grow.
-        exclude: Patterns of parameter names that are left alone, such as ``"head.*"``; the paper leaves out the last layer.
+        eps: The smallest weight norm that is used, so that weights of 0 can change.
+        exclude: Patterns of parameter names that are not clipped, such as ``"head.*"``; the paper excludes the last layer.
 
     Returns:
         A combinator from `GradFn` to `GradFn`.
@@ -200,18 +200,18 @@ def clip_adaptive(clipping: float = 0.01, eps: float = 1e-3, exclude: Sequence[s
 
 
 def _unit_norms(tensor: Tensor) -> Tensor:
-    """The 2-norm of each unit, in a shape that multiplies the tensor."""
+    """The 2-norm of each unit, in a shape that broadcasts to the tensor."""
     if tensor.dim() <= 1:
         return torch.linalg.vector_norm(tensor)
     return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.dim())), keepdim=True)
 
 
 def clip_quantile(quantile: float = 0.1, window: int = 1000) -> Combinator:
-    """Clip the joint norm at a quantile of the norms so far (AutoClip); the norm before is the metric ``grad_norm``.
+    """Clip the joint norm at a quantile of the norms so far (AutoClip); the norm before clipping is the metric ``grad_norm``.
 
     Args:
-        quantile: Which share of the norms lies below the limit, in 0..1.
-        window: How many of the last norms are kept; norms that are NaN or infinite are not.
+        quantile: The fraction of the norms below the limit, in 0..1.
+        window: How many of the last norms are used; norms that are NaN or infinite do not count.
 
     Returns:
         A combinator from `GradFn` to `GradFn`.
@@ -240,7 +240,7 @@ def clip_quantile(quantile: float = 0.1, window: int = 1000) -> Combinator:
             found = grad_fn(store, batches, key)
             (values, held), tree = entries(found.values), store.memory["clip_quantile"]
             norm = _joint_norm(store, held)
-            if isinstance(tree["seen"], int):  # of a state that was saved when the count was a number
+            if isinstance(tree["seen"], int):  # a state saved by an older version, in which the count was a number
                 tree["seen"] = torch.tensor([tree["seen"]], device=store.device)
             tree["norms"].scatter_(0, tree["seen"] % window, torch.where(torch.isfinite(norm), norm, torch.nan)[None])
             tree["seen"] += 1
@@ -257,7 +257,7 @@ def clip_quantile(quantile: float = 0.1, window: int = 1000) -> Combinator:
 
 
 def _changed(change: Callable[[StoreView, Sequence[Tensor | None]], None]) -> Callable[[GradFn], GradFn]:
-    """What wraps a `GradFn` into one whose gradients are changed in place."""
+    """A wrapper of a `GradFn` that changes its gradients in place."""
 
     def wrap(grad_fn: GradFn) -> GradFn:
         def changed(store: StoreView, batches: Any, key: int) -> Gradients:

@@ -1,7 +1,7 @@
-"""Parts of a model that are not trained, always or until some epoch.
+"""Freezing: parts of a model that are not trained, always or until some epoch.
 
-A frozen parameter gets no gradient, so its optimizer passes it over: it has no memory, no weight decay, and no backward pass of its own.
-What is frozen at a step is a function of the completed epochs; before and after a step every parameter is as the task made it.
+A frozen parameter gets no gradient, so its optimizer skips it: it has no optimizer state, no weight decay and no backward pass. The frozen
+parameters of a step follow from the completed epochs. Before and after a step ``requires_grad`` of every parameter is as the task set it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,47 +19,47 @@ from fnlight.state import Store, TrainState
 
 
 def freeze(*patterns: str, eval_mode: bool = False, name: str = "freeze") -> Combinator:
-    """Do not train the parameters of some names.
+    """Freeze parameters by name.
 
     Args:
-        *patterns: Beginnings of names in whole parts, which may hold ``*``: ``"backbone"``, ``"layers.*.norm"``.
-        eval_mode: True also keeps the modules of these names in eval mode while training: BatchNorm uses its statistics and leaves them
-            alone, dropout is off.
-        name: Its own name in a pipe, where it occurs twice.
+        *patterns: The first parts of qualified names, with ``*`` as a wildcard: ``"backbone"``, ``"layers.*.norm"``.
+        eval_mode: True also keeps these modules in eval mode while training: BatchNorm uses its running statistics and does not update
+            them, and dropout is off.
+        name: The name of this combinator in a pipe, needed if the pipe has it twice.
 
     Returns:
         A combinator from `Step` to `Step`.
 
     Raises:
-        ConfigError: If there is no pattern; and in a run, if one means no parameter.
+        ConfigError: If there is no pattern; at the start of a run, if a pattern matches no parameter.
 
     Example:
         >>> print(freeze("backbone", eval_mode=True))
         freeze('backbone', eval_mode=True)
     """
     if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
-        raise ConfigError(f"freeze takes patterns of names, as in freeze('backbone'), but got {patterns!r}")
+        raise ConfigError(f"freeze takes name patterns, as in freeze('backbone'), but got {patterns!r}")
     return _freezing("freeze", name, dict.fromkeys(patterns), eval_mode=eval_mode, label=", ".join(map(repr, patterns)))
 
 
 def unfreeze_at(epochs: Mapping[str, int], eval_mode: bool = False, *, name: str = "unfreeze_at") -> Combinator:
-    """Train the parameters of some names only from an epoch on: gradual unfreezing.
+    """Unfreeze parameters at given epochs (gradual unfreezing).
 
-    The optimizer holds them from the beginning, with the learning rate of their group, and its memory of them begins when they do. A schedule
-    counts from the beginning of training; one of their own group may begin later. Where several patterns mean a parameter, the latest counts.
-    What the task itself has frozen, with ``requires_grad=False``, stays so.
+    The optimizer must hold these parameters from the start. Optimizer state is created when a parameter is unfrozen. The learning rate
+    schedule counts from the start of training; give the parameters their own group for another schedule. If several patterns match a
+    parameter, the latest epoch is used. Parameters that the task itself has frozen with ``requires_grad=False`` stay frozen.
 
     Args:
-        epochs: Patterns, as those of `freeze`, to the number of completed epochs from which on they are trained.
-        eval_mode: True also keeps the modules of these names in eval mode until then.
-        name: Its own name in a pipe, where it occurs twice.
+        epochs: Maps patterns, as for `freeze`, to the number of completed epochs after which the parameters are trained.
+        eval_mode: True also keeps these modules in eval mode until then.
+        name: The name of this combinator in a pipe, needed if the pipe has it twice.
 
     Returns:
         A combinator from `Step` to `Step`.
 
     Raises:
-        ConfigError: If an epoch is not a whole number of at least 0; and in a run, if a pattern means no parameter.
-        OptimizerError: In a run, if the optimizer does not hold a parameter that is to be trained later.
+        ConfigError: If an epoch is not a whole number of at least 0; at the start of a run, if a pattern matches no parameter.
+        OptimizerError: At the start of a run, if the optimizer does not hold a parameter that is trained later.
 
     Example:
         >>> print(unfreeze_at({"layer4": 2, "layer3": 4}))
@@ -69,18 +69,16 @@ def unfreeze_at(epochs: Mapping[str, int], eval_mode: bool = False, *, name: str
         Howard and Ruder, "Universal language model fine-tuning for text classification" (2018).
     """
     if not isinstance(epochs, Mapping) or not epochs:
-        raise ConfigError(f"unfreeze_at takes patterns of names with epochs, as in {{'layer4': 2}}, but got {epochs!r}")
+        raise ConfigError(f"unfreeze_at takes a mapping from name patterns to epochs, as in {{'layer4': 2}}, but got {epochs!r}")
     for pattern, epoch in epochs.items():
         if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0:
-            raise ConfigError(
-                f"unfreeze_at({{{pattern!r}: ...}}) must be completed epochs, a whole number of at least 0, but got {epoch!r}"
-            )
+            raise ConfigError(f"unfreeze_at({{{pattern!r}: ...}}) must be a number of completed epochs, at least 0, but got {epoch!r}")
     return _freezing("unfreeze_at", name, epochs, eval_mode=eval_mode, label=repr(dict(epochs)))
 
 
 @attrs.frozen(eq=False, repr=False)
 class _Rows:
-    """Which parameters patterns mean in the model of a store, with the epoch from which on they are trained, None for never."""
+    """Pairs of the first epoch in which parameters are trained (None: never) and their names, for the model of one store."""
 
     rows: Sequence[tuple[int | None, tuple[str, ...]]]
 
@@ -131,13 +129,13 @@ def _check(state: TrainState, name: str, until: Mapping[str, int | None]) -> Non
         mine = [n for n in names if store.named[n].requires_grad]
         if not mine and epoch is not None and store.params:
             raise ConfigError(
-                f"{name} means {pattern!r}, but the task has frozen all of that itself, with requires_grad=False; leave one out"
+                f"{name} has the pattern {pattern!r}, but the task has already frozen all these parameters with requires_grad=False; remove one of the two"
             )
         left = [n for n in mine if epoch is not None and id(store.named[n]) not in held]
         if left:
             raise OptimizerError(
                 f"{name} trains {pattern!r} from epoch {epoch} on, but the optimizer does not hold {', '.join(left[:5])}; "
-                "give all parameters to it in configure_optimizers: those that are frozen are passed over"
+                "give all parameters to the optimizer in configure_optimizers; it skips the frozen ones"
             )
 
 
@@ -160,7 +158,7 @@ def _frozen(store: Store, names: Iterable[str]) -> Iterator[None]:
 
 @contextmanager
 def _in_eval_mode(module: nn.Module, patterns: list[str]) -> Iterator[None]:
-    """Modules of these names, or that have parameters of these names of their own, in eval mode."""
+    """Put modules in eval mode that match a pattern, or that directly hold a parameter that matches one."""
     meant = [m for n, m in module.named_modules() if any(matches(n, p) or fnmatchcase(f"{n}.", p) for p in patterns)] if patterns else []
     before = [(m, m.training) for m in meant]
     for m in meant:

@@ -1,4 +1,4 @@
-"""Losses of several parts: named ones with weights, those over a whole group of batches, and those that carry something along."""
+"""Composed losses: weighted named losses, a loss over several batches, and a state carried from batch to batch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,18 +18,18 @@ Weight = float | Callable[[int], float]
 
 
 def weighted(weights: Mapping[str, Weight]) -> Combinator:
-    """Let `train_step` return several losses by name; their weighted sum is trained on, and each is logged under its name.
+    """Train on the weighted sum of named losses from `train_step`; each loss is logged under its name.
 
-    `train_step` returns ``losses`` or ``(losses, metrics)``, where ``losses`` is a dict of scalars, or of `Mean`s with one weight in common.
+    `train_step` returns ``losses`` or ``(losses, metrics)``, where ``losses`` is a dict of scalars, or of `Mean`s with the same weight.
 
     Args:
         weights: The weight of each loss: a number, or a function of completed steps.
 
     Returns:
-        A combinator of gradients of a batch; it stands directly behind `grad`.
+        A combinator of gradients of one batch. Place it directly after `grad`.
 
     Raises:
-        ConfigError: If there is no loss, or a weight is neither.
+        ConfigError: If there is no loss, or a weight is not a number or function.
         StepError: In a step, if `train_step` returns other names.
 
     Example:
@@ -37,12 +37,12 @@ def weighted(weights: Mapping[str, Weight]) -> Combinator:
         weighted(reconstruction=1.0, kl=0.1)
     """
     if not isinstance(weights, Mapping) or not weights:
-        raise ConfigError(f"weighted takes weights by name, as in {{'reconstruction': 1.0}}, but got {weights!r}")
+        raise ConfigError(f"weighted takes a mapping from loss names to weights, as in {{'reconstruction': 1.0}}, but got {weights!r}")
     for name, weight in weights.items():
         if not callable(weight) and (not isinstance(weight, int | float) or isinstance(weight, bool)):
             raise ConfigError(f"the weight of {name!r} must be a number or a function of completed steps, but got {weight!r}")
     if "loss" in weights:
-        raise ConfigError("weighted calls a loss 'loss', which is the name of their sum; call it something else")
+        raise ConfigError("weighted has a loss with the name 'loss', which is the name of the sum; rename it")
 
     def wrap(grad_fn: GradFn) -> GradFn:
         def weighing(store: StoreView, batch: Any, key: int) -> Gradients:
@@ -78,8 +78,8 @@ def _sum(losses: Mapping[str, Any], weights: Mapping[str, float]) -> Any:
     common = means[0].weight
     if len(means) < len(losses) or any(m.weight is not common and not _same_number(m.weight, common) for m in means):
         raise StepError(
-            f"weighted adds losses {sorted(losses)} of which some are fl.Mean and some are not, or which have other weights; give all of them one "
-            "and the same weight, as in fl.Mean(a, n), fl.Mean(b, n)"
+            f"weighted cannot add the losses {sorted(losses)}: some are fl.Mean and some are not, or their weights differ; give all of them the "
+            "same weight, as in fl.Mean(a, n), fl.Mean(b, n)"
         )
     return Mean(sum(weights[name] * value.total for name, value in losses.items()), common)
 
@@ -89,29 +89,29 @@ def _same_number(a: Any, b: Any) -> bool:
 
 
 _ONE_PROCESS = (
-    "grad_cache takes the loss of all samples of a step at once, but here each rank holds a part of them, and its loss would be another one; "
-    "train in one process, or give a train_step that gathers the embeddings itself"
+    "grad_cache computes one loss over all samples of a step, but here each rank has only a part of them, so the loss would be wrong; "
+    "train in one process, or use a train_step that gathers the embeddings itself"
 )
 
 
 def grad_cache(loss_fn: Callable[[Any], Any], n: int) -> Combinator:
-    """Train on a loss over the samples of n batches at once, such as a contrastive one, with the memory of a single batch.
+    """Train on one loss over the samples of n batches, such as a contrastive loss, with the memory use of one batch.
 
-    In the place of a `train_step` stands ``embed(model, batch)``, which gives a tensor of shape [samples, ...], or a tree of such. All batches are
-    embedded without a graph; the loss of all embeddings gives their gradients; and each batch is embedded once more, with the random
-    numbers of the first time, to take them through the model. The result is the gradient of the n batches as one. What couples the samples
-    of a batch within the model, as BatchNorm does, sees those of its own batch.
+    It takes ``embed(model, batch)`` instead of a `train_step`; ``embed`` returns a tensor of shape [samples, ...], or a tree of them. First
+    all batches are embedded without a graph. The loss of all embeddings gives the gradients of the embeddings. Then each batch is embedded
+    again with the same random numbers, and these gradients go backward through the model. The result is the gradient of one large batch.
+    Layers that mix samples, such as BatchNorm, use the samples of each small batch only.
 
     Args:
-        loss_fn: Maps the embeddings of all batches, joined along the first dimension, to ``loss`` or ``(loss, metrics)``.
-        n: Batches a step.
+        loss_fn: Maps the embeddings of all batches, concatenated along the first dimension, to ``loss`` or ``(loss, metrics)``.
+        n: Batches per step.
 
     Returns:
-        A combinator from ``embed`` to `GradFn` (of a group); it stands in the place of `grad` and `accumulate`.
+        A combinator from ``embed`` to `GradFn` (of a group). Use it instead of `grad` and `accumulate`.
 
     Raises:
         ConfigError: If n is below 1.
-        StepError: In a step, if the loss is no scalar with a graph.
+        StepError: In a step, if the loss is not a scalar that depends on the embeddings.
 
     Example:
         >>> print(grad_cache(lambda found: found.square().mean(), 4))
@@ -151,13 +151,13 @@ def grad_cache(loss_fn: Callable[[Any], Any], n: int) -> Combinator:
 
 
 def _embedded(embed: Any, store: StoreView, batches: Sequence[Any], keys: Sequence[int]) -> list[Any]:
-    """Embeddings without a graph; buffers are put back, for the second pass writes them."""
+    """Embeddings without a graph; buffers are restored, because the second pass writes them."""
     before = [(b, b.clone()) for b in store.module.buffers()]
     found: list[Any] = []
     with torch.no_grad():
         for batch, key in zip(batches, keys, strict=True):
             if batch.__class__ is Part:
-                raise StepError("grad_cache takes whole batches: it keeps no more than one at a time in memory; leave microbatch out")
+                raise StepError("grad_cache takes whole batches and keeps only one at a time in memory; leave microbatch out")
             store.seed(key)
             found.append(embed(store.module, batch))
         for buffer, values in before:
@@ -179,20 +179,20 @@ def _scalar(out: Any) -> tuple[Tensor, Mapping[str, Any]]:
 
 
 def carry(init: Callable[[Any, Any], Any]) -> Combinator:
-    """Carry something from batch to batch, such as the hidden state of a recurrent net: truncated back-propagation through time.
+    """Carry a state from batch to batch, such as the hidden state of an RNN (truncated back-propagation through time).
 
-    `train_step` is given ``(batch, carried)`` in the place of the batch, and returns ``(loss, metrics, carried)``. What is carried is detached,
-    so gradients flow through one batch; it lies in the memory, so it is saved; and it begins anew with every epoch. Where a sequence ends
-    within an epoch, `train_step` sets the rows of that sequence to what they begin with.
+    `train_step` gets ``(batch, carried)`` instead of the batch, and returns ``(loss, metrics, carried)``. The carried value is detached, so
+    gradients flow through one batch only. It is kept in `state.memory`, so it is saved, and it is reset at the start of every epoch. If a
+    sequence ends within an epoch, `train_step` must reset the rows of that sequence itself.
 
     Args:
-        init: Maps model and batch to what is carried into the first batch of an epoch: any tree of tensors.
+        init: Maps model and batch to the carried value for the first batch of an epoch: any tree of tensors.
 
     Returns:
-        A combinator of gradients of a batch; it stands directly behind `grad`.
+        A combinator of gradients of one batch. Place it directly after `grad`.
 
     Raises:
-        StepError: In a step, if `train_step` returns no third value, or the batch is a part of one.
+        StepError: In a step, if `train_step` does not return three values, or the batch is a micro-batch.
 
     Example:
         >>> print(carry(lambda model, batch: torch.zeros(len(batch), 8)))
@@ -207,24 +207,24 @@ def carry(init: Callable[[Any, Any], Any]) -> Combinator:
         def carrying(store: StoreView, batch: Any, key: int) -> Gradients:
             if batch.__class__ is Part:
                 raise StepError(
-                    "carry goes from one batch to the next, but microbatch has parted this one by its samples; leave microbatch out"
+                    "carry passes a value from one batch to the next, but microbatch has split this batch by samples; leave microbatch out"
                 )
             if store.place is not None:
                 raise ParallelError(
-                    "carry keeps what belongs to the samples of one process, and a checkpoint holds that of one rank only; train in one"
+                    "carry keeps a value for the samples of each process, but a checkpoint stores that of one rank only; train in one process"
                 )
-            store.host.only_if(store, _goes_on)
+            store.host.only_if(store, _same_epoch)
             epoch = store.memory["carry"]["epoch"] if store.host.traced else store.step.progress.epoch
             return grad_fn(store, Around(batch, lambda loss_fn: _carried(loss_fn, init, store.memory["carry"], epoch)), key)
 
         return carrying
 
-    empty: Callable[[Store], Any] = lambda store: {"epoch": None, "value": None}  # noqa: E731  # too short for a name
+    empty: Callable[[Store], Any] = lambda store: {"epoch": None, "value": None}  # noqa: E731  # short enough for one line
     return Combinator("carry", wrap, "grad_sum", "grad_sum", args=getattr(init, "__name__", repr(init)), init=empty)
 
 
-def _goes_on(store: Store) -> bool:
-    """Whether what is carried belongs to the epoch that is under way."""
+def _same_epoch(store: Store) -> bool:
+    """Whether the carried value belongs to the current epoch."""
     return store.memory["carry"]["epoch"] == store.step.progress.epoch
 
 
@@ -236,9 +236,7 @@ def _carried(loss_fn: Any, init: Any, tree: dict[str, Any], epoch: int) -> Any:
         out = loss_fn(model, (batch, tree["value"]))
         if not isinstance(out, tuple) or len(out) != 3:
             got = f"{len(out)} values" if isinstance(out, tuple) else type(out).__name__
-            raise StepError(
-                f"under carry, train_step is given (batch, carried) and must return (loss, metrics, carried), but returned {got}"
-            )
+            raise StepError(f"with carry, train_step gets (batch, carried) and must return (loss, metrics, carried), but returned {got}")
         tree["value"] = map_tensors(lambda t: t.detach(), out[2])
         return out[0], out[1]
 

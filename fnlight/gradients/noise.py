@@ -1,4 +1,4 @@
-"""Noise in the gradients, from the keys of the run: a combinator between `accumulate` and `apply`."""
+"""Gradient noise from the random keys of the run: a combinator between `accumulate` and `apply`."""
 
 import math
 from typing import Any
@@ -13,14 +13,14 @@ from fnlight.tensors import NOISE, fold_in, foreach_add_, foreach_mul_, is_shard
 
 
 def grad_noise(eta: float = 0.3, gamma: float = 0.55) -> Combinator:
-    """Add noise to the gradients that is annealed: Gaussian, of variance ``eta / (1 + t) ** gamma`` where t steps are completed.
+    """Add Gaussian noise of variance ``eta / (1 + t) ** gamma`` to the gradients, where t is the number of completed steps.
 
     Args:
-        eta: The variance at first, above 0.
-        gamma: How fast it falls, at least 0.
+        eta: The variance at the first step, above 0.
+        gamma: How fast the variance falls, at least 0.
 
     Returns:
-        A combinator from `GradFn` to `GradFn`; its random numbers follow from the seed and the step.
+        A combinator from `GradFn` to `GradFn`; its random numbers depend on the seed and the step.
 
     Raises:
         ConfigError: If a number is out of its range.
@@ -33,7 +33,7 @@ def grad_noise(eta: float = 0.3, gamma: float = 0.55) -> Combinator:
         Neelakantan et al., "Adding gradient noise improves learning for very deep networks" (2015).
     """
     if not isinstance(eta, int | float) or isinstance(eta, bool) or not 0 < eta < math.inf:
-        raise ConfigError(f"grad_noise must be a finite number above 0, but got {eta!r}; leave it out to switch it off")
+        raise ConfigError(f"grad_noise must be a finite number above 0, but got {eta!r}; leave it out for no noise")
     if not isinstance(gamma, int | float) or isinstance(gamma, bool) or not 0 <= gamma < math.inf:
         raise ConfigError(f"grad_noise(gamma=...) must be a finite number of at least 0, but got {gamma!r}")
 
@@ -61,7 +61,7 @@ def grad_noise(eta: float = 0.3, gamma: float = 0.55) -> Combinator:
 
 
 def _drawn(like: Tensor) -> Tensor:
-    """Noise for the part of a gradient that lies here, cut from that of the whole, so that it is the same however it is cut."""
+    """Noise for the local part of a gradient, taken from noise for the whole, so it does not depend on the sharding."""
     if not is_sharded(like):
         return torch.randn_like(like)
     return own_part(torch.randn(like.shape, dtype=like.dtype, device=like.device), like)

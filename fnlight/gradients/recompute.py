@@ -1,4 +1,4 @@
-"""Activations that are computed again in the backward pass rather than kept: memory for time."""
+"""Activation checkpointing: activations are computed again in the backward pass, which saves memory and costs time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,22 +21,22 @@ _ABSENT: Any = object()
 
 
 def recompute(*patterns: str) -> Combinator:
-    """Keep of some modules only what goes in, and run them once more when the backward pass comes to them.
+    """Keep only the inputs of some modules, and compute their activations again in the backward pass.
 
-    Loss, gradients and buffers are bitwise what they are without: the second pass draws the random numbers of the first, sees the buffers as
-    the first one saw them, and writes none. (Numbers that a module draws from ``random`` or NumPy in its forward pass are not drawn again.)
-    Names of parameters stay, so checkpoints do too. It costs at most one more forward pass of these modules. Of modules that lie within each
-    other the outermost is meant; a container that is only iterated over, such as ``nn.ModuleList``, means what it holds.
+    Loss, gradients and buffers are bit-identical to those without it. The second pass draws the same random numbers, reads the same buffer
+    values and writes no buffers. (Numbers that a module draws from ``random`` or NumPy in its forward pass are not repeated.) Parameter
+    names do not change, so checkpoints stay compatible. The cost is at most one more forward pass of these modules. If a pattern matches
+    nested modules, the outermost is used; for a container without ``forward``, such as ``nn.ModuleList``, its modules are used.
 
     Args:
-        *patterns: Beginnings of names of modules in whole parts, which may hold ``*``: ``"blocks"``, ``"encoder.layers.*"``.
+        *patterns: The first parts of qualified module names, with ``*`` as a wildcard: ``"blocks"``, ``"encoder.layers.*"``.
 
     Returns:
-        A combinator from `LossFn` to `LossFn`; it stands in front of `grad`.
+        A combinator from `LossFn` to `LossFn`. Place it before `grad`.
 
     Raises:
-        ConfigError: If there is no pattern; and in a run, if one means no module.
-        StepError: In a step, if the model calls none of the modules.
+        ConfigError: If there is no pattern; at the start of a run, if a pattern matches no module.
+        StepError: In a step, if the model calls none of these modules.
 
     Example:
         >>> print(recompute("encoder.layers"))
@@ -46,10 +46,10 @@ def recompute(*patterns: str) -> Combinator:
         Chen et al., "Training deep nets with sublinear memory cost" (2016).
     """
     if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
-        raise ConfigError(f"recompute takes patterns of names of modules, as in recompute('blocks'), but got {patterns!r}")
+        raise ConfigError(f"recompute takes patterns of module names, as in recompute('blocks'), but got {patterns!r}")
 
     def wrap(loss_fn: Any) -> Any:
-        known: WeakKeyDictionary[nn.Module, list[_Part]] = WeakKeyDictionary()  # of a pure function: what a model was found to hold
+        known: WeakKeyDictionary[nn.Module, list[_Part]] = WeakKeyDictionary()  # a cache: the matching modules of each model
 
         def recomputing(model: Any, batch: Any) -> Any:
             if not torch.is_grad_enabled():
@@ -62,7 +62,7 @@ def recompute(*patterns: str) -> Combinator:
                 out = loss_fn(model, batch)
             if first and not called:
                 raise StepError(
-                    f"{combinator} means {', '.join(part.name for part in parts[:5])}, but the model calls none of them, so nothing is saved; "
+                    f"{combinator} matches {', '.join(part.name for part in parts[:5])}, but the model calls none of them, so no memory is saved; "
                     "name modules whose forward() is called"
                 )
             return out
@@ -79,7 +79,7 @@ def recompute(*patterns: str) -> Combinator:
 
 @attrs.frozen(eq=False, repr=False)
 class _Part:
-    """A module that is run again, with the modules in it that have buffers."""
+    """A module to recompute, and its submodules that have buffers."""
 
     name: str
     module: nn.Module
@@ -91,14 +91,14 @@ def _parts(model: nn.Module, patterns: Sequence[str]) -> list[_Part]:
         if not any(True for _ in _meant(model, (pattern,), "")):
             names = [name for name, _ in model.named_modules() if name]
             near = get_close_matches(pattern, names, n=4, cutoff=0.5) or names[:4]
-            says = f"near to it are {near}" if near else "it has no modules within it at all"
-            raise ConfigError(f"recompute means {pattern!r}, but the model has no such module; {says}")
+            says = f"the closest names are {near}" if near else "it has no submodules"
+            raise ConfigError(f"recompute has the pattern {pattern!r}, but no module of the model matches it; {says}")
     found = {id(m): _Part(name, m, [h for h in m.modules() if buffers_of(h)]) for name, m in _meant(model, patterns, "")}
     return list(found.values())
 
 
 def _meant(module: nn.Module, patterns: Sequence[str], prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules of these names that can be called."""
+    """The outermost matching modules that have a ``forward``."""
     for leaf, child in module.named_children():
         name = prefix + leaf
         if type(child).forward is not nn.Module.forward and any(matches(name, pattern) for pattern in patterns):
@@ -109,10 +109,10 @@ def _meant(module: nn.Module, patterns: Sequence[str], prefix: str) -> Iterator[
 
 @contextmanager
 def _patched(parts: Sequence[_Part], called: list[int]) -> Iterator[None]:
-    """The forward functions of some modules, replaced by ones that keep nothing; `called` counts."""
+    """Replace the forward functions of the modules by checkpointed ones; `called` collects the calls."""
     inside, before = list[bool](), [vars(part.module).get("forward", _ABSENT) for part in parts]
     for i, part in enumerate(parts):
-        vars(part.module)["forward"] = _kept_small(part, inside, called, i)
+        vars(part.module)["forward"] = _checkpointed(part, inside, called, i)
     try:
         yield
     finally:
@@ -123,11 +123,11 @@ def _patched(parts: Sequence[_Part], called: list[int]) -> Iterator[None]:
                 vars(part.module)["forward"] = forward
 
 
-def _kept_small(part: _Part, inside: list[bool], called: list[int], number: int) -> Callable[..., Any]:
+def _checkpointed(part: _Part, inside: list[bool], called: list[int], number: int) -> Callable[..., Any]:
     forward = part.module.forward
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if inside or not torch.is_grad_enabled():  # a shared module may lie within another one, which is run again as a whole
+        if inside or not torch.is_grad_enabled():  # a shared module inside another one, which is recomputed as a whole
             return forward(*args, **kwargs)
         called.append(number)
         inside.append(True)
@@ -146,17 +146,17 @@ def _contexts(part: _Part) -> Any:
 
 @contextmanager
 def _watching(part: _Part, changed: list[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
-    """Note the buffers that the first pass writes, as they were before."""
+    """Record the buffers that the first pass writes, with their values before it."""
     held = [(m, name, b, version_of(b), b.clone()) for m in part.holders for name, b in buffers_of(m).items() if b is not None]
     yield
     for m, name, b, version, copy in held:
-        if buffers_of(m)[name] is not b or version_of(b) != version or isinstance(m, NORMS):  # norms leave the version
+        if buffers_of(m)[name] is not b or version_of(b) != version or isinstance(m, NORMS):  # norms keep the version
             changed.append((m, name, copy))
 
 
 @attrs.frozen(eq=False, repr=False)
 class _AsBefore:
-    """The buffers as the first pass found them, for a second one whose writes are dropped."""
+    """Give the second pass the buffers from before the first one, and drop its writes."""
 
     changed: list[tuple[nn.Module, str, Tensor]]
     _now: list[Tensor | None] = attrs.field(factory=list, init=False)

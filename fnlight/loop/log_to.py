@@ -8,7 +8,7 @@ import attrs
 from fnlight.errors import ConfigError
 from fnlight.metrics import Tally, read_all
 from fnlight.pipe import Combinator
-from fnlight.sinks import deliver, let_go
+from fnlight.sinks import close_sinks, deliver
 from fnlight.state import Record, TrainState
 from fnlight.triggers import Tick, condition, steps
 
@@ -94,7 +94,7 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
     label = ", ".join(getattr(s, "__name__", repr(s)) for s in sinks)
     return Combinator(
         "log_to", wrap, "step", "step", args=f"{label}, every={every}{', wall_time=True' if wall_time else ''}", key=name, init=lambda store: Tally(),
-        phase="log", start=start, finish=finish, close=lambda: let_go(sinks),
+        phase="log", start=start, finish=finish, close=lambda: close_sinks(sinks),
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""Optimizers: what `configure_optimizers` may return, checked against its model, with memory by qualified parameter name.
+"""Optimizers: checks of what `configure_optimizers` returns, parameter groups, schedules, and optimizer state by parameter name.
 
-An optimizer keeps memory in ``state`` and, some of them, in ``param_groups``; both are saved. What the user configured is kept
-beside it (`Optim.configured`), so that a value that was changed in the code wins over the one in a checkpoint.
+An optimizer keeps its state in ``state``, and some optimizers also in ``param_groups``; both are saved. The options that the user
+configured are kept separately (`Optim.configured`), so that a value changed in the code wins over the one in a checkpoint.
 """
 
 from fnlight.optim.conditional_step import buffers_before, step_where

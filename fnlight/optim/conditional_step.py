@@ -1,4 +1,4 @@
-"""Updates that are left out: an optimizer that steps only where the device says so, and metrics of a step that do not count."""
+"""Conditional steps: an optimizer step that the device can skip, and buffers that are restored after a skipped step."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,16 +12,16 @@ from fnlight.tensors import NORMS, leaves
 
 
 def step_where(optimizer: Any, finite: Tensor | bool, memo: dict[str, Any] | None = None, *, blind: bool = False) -> None:
-    """Let an optimizer step if `finite` is True, and else leave parameters and memory as they are.
+    """Take an optimizer step if `finite` is True; otherwise parameters and optimizer state do not change.
 
-    A fused optimizer of torch decides on the device, in its kernel, as it does for ``torch.amp.GradScaler``; so does no other, and
-    SGD with momentum starts wrongly there if its first step is left out: for these the host waits for the answer.
+    A fused optimizer of torch decides in its kernel on the device, as with ``torch.amp.GradScaler``. Other optimizers cannot do this, and
+    fused SGD with momentum starts with wrong values if its first step is skipped; for these the host waits for the value.
 
     Args:
-        optimizer: Any ``torch.optim.Optimizer``; its parameters have their gradients.
+        optimizer: Any ``torch.optim.Optimizer`` whose parameters have gradients.
         finite: A bool tensor, shape [], or a bool.
-        memo: Passed on to `fnlight.optim.take_step`.
-        blind: True never asks the host, as in a graph: an optimizer that cannot decide in its kernel steps, and its step is taken back.
+        memo: Passed to `fnlight.optim.take_step`.
+        blind: True never waits on the host, as in a graph: an optimizer that cannot decide in its kernel takes the step, which is then undone.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(1))
@@ -30,7 +30,7 @@ def step_where(optimizer: Any, finite: Tensor | bool, memo: dict[str, Any] | Non
         [1.0]
     """
     if blind and not (masks(optimizer) and all(group.get("fused") for group in optimizer.param_groups)):
-        _step_and_take_back(optimizer, torch.as_tensor(finite))
+        _step_and_undo(optimizer, torch.as_tensor(finite))
         return
     if not masks(optimizer):
         if finite:
@@ -45,8 +45,8 @@ def step_where(optimizer: Any, finite: Tensor | bool, memo: dict[str, Any] | Non
 
 
 @torch.no_grad()
-def _step_and_take_back(optimizer: Any, finite: Tensor) -> None:
-    """A step whose results are put aside, on the device, where they do not count."""
+def _step_and_undo(optimizer: Any, finite: Tensor) -> None:
+    """Take a step, and undo it on the device if `finite` is False."""
 
     def held() -> dict[str, Tensor]:
         params = {f"{i}/{j}": p for i, group in enumerate(optimizer.param_groups) for j, p in enumerate(group["params"])}
@@ -60,7 +60,7 @@ def _step_and_take_back(optimizer: Any, finite: Tensor) -> None:
 
 
 def masks(optimizer: Any) -> bool:
-    """Say whether an optimizer can leave out a step without the host knowing.
+    """Whether an optimizer can skip a step on the device, without the host.
 
     Args:
         optimizer: Any ``torch.optim.Optimizer``.
@@ -78,11 +78,11 @@ def masks(optimizer: Any) -> bool:
 
 @attrs.frozen(eq=False, repr=False)
 class Buffers:
-    """Buffers as they stood before a step that may be left out; made by `buffers_before`.
+    """Copies of buffers from before a step that may be skipped; made by `buffers_before`.
 
     Args:
-        module: Whose buffers they are.
-        held: Names to the buffer and a copy of it.
+        module: The module of the buffers.
+        held: Maps names to the buffer and its copy.
 
     Example:
         >>> buffers_before(nn.BatchNorm1d(1), ["running_mean"]).changing()
@@ -93,7 +93,7 @@ class Buffers:
     held: Mapping[str, tuple[Tensor, Tensor]]
 
     def changing(self) -> list[str]:
-        """The names of those that were written to since, and of those that norms write to in train mode."""
+        """The names of the buffers that changed since the copy, and of those that norms change in train mode."""
         norms = {
             f"{name}.{leaf}".removeprefix(".")
             for name, m in self.module.named_modules()
@@ -103,7 +103,7 @@ class Buffers:
         return [name for name, (buffer, copy) in self.held.items() if name in norms or not torch.equal(buffer, copy)]
 
     def put_back(self, finite: Tensor | bool = False) -> None:
-        """Write the copies back, unless `finite`: a bool tensor, shape [], or a bool."""
+        """Write the copies back, unless `finite` (a bool tensor of shape [], or a bool) is True."""
         for buffer, copy in self.held.values():
             if finite is not True:
                 buffer.copy_(torch.where(finite, buffer, copy) if isinstance(finite, Tensor) else copy)
@@ -114,10 +114,10 @@ def buffers_before(module: nn.Module, names: Iterable[str] | None) -> Buffers:
 
     Args:
         module: The module.
-        names: Those that change, as `Buffers.changing` found them; None copies them all.
+        names: The buffers that change, as returned by `Buffers.changing`; None copies all.
 
     Returns:
-        The copies, with where they belong.
+        The copies with their buffers.
 
     Example:
         >>> norm = nn.BatchNorm1d(1)

@@ -1,4 +1,4 @@
-"""Parameter groups by rule: each rule says which parameters it means and what holds for them; groups follow from that."""
+"""Parameter groups by rule: each rule matches parameters and sets options for them; the groups follow from the rules."""
 
 import difflib
 import re
@@ -17,12 +17,12 @@ Options = Mapping[str, Any]
 
 @attrs.frozen
 class GroupRule:
-    """What holds for some parameters; made by `no_decay`, `layer_decay` and `frozen`.
+    """Options for some parameters; made by `no_decay`, `layer_decay` and `frozen`.
 
     Args:
         text: The code that makes it.
-        find: Maps a module and the names of its trainable parameters to the group name and the options of those that it means.
-        freezes: Whether those that it means are not trained at all.
+        find: Maps a module and the names of its trainable parameters to the group name and the options of the matching ones.
+        freezes: Whether the matching parameters are frozen.
 
     Example:
         >>> no_decay()
@@ -38,23 +38,24 @@ class GroupRule:
 
 
 def param_groups(model: nn.Module, *rules: GroupRule | Mapping[str, Options], **options: Any) -> list[dict[str, Any]]:
-    """The parameter groups of a model, by rule: every trainable parameter is in one group, and every group has a name.
+    """Make the parameter groups of a model by rules: every trainable parameter is in one group, and every group has a name.
 
-    Parameters for which the same rules hold make a group; its name says which: ``"backbone/no_decay"``; ``"rest"`` if none does.
-    Rules are gone through in order: what a later one sets wins, and `layer_decay` multiplies the learning rate that it finds.
+    Parameters with the same rules are in the same group. The group has the names of the rules, such as ``"backbone/no_decay"``, or
+    ``"rest"`` without a rule. Rules are applied in order: a later rule overrides an earlier one, and `layer_decay` multiplies the
+    learning rate that is set so far.
 
     Args:
         model: The model that `configure_optimizers` was given.
         *rules: `no_decay`, `layer_decay`, `frozen`, or a mapping from patterns of names to options, such as
-            ``{"backbone": {"lr": 1e-4}}``; ``"name"`` among the options is what the group is called. A pattern is the beginning of
-            a qualified name, in whole parts, and may hold ``*``.
-        **options: What holds for all parameters that no rule says otherwise, such as ``lr`` and ``weight_decay``.
+            ``{"backbone": {"lr": 1e-4}}``; the option ``"name"`` sets the name of the group. A pattern is the first parts of a
+            qualified name, with ``*`` as a wildcard.
+        **options: The options of all parameters unless a rule overrides them, such as ``lr`` and ``weight_decay``.
 
     Returns:
         The groups, for any optimizer: ``torch.optim.AdamW(groups)``.
 
     Raises:
-        OptimizerError: If a pattern means no parameter, two patterns of a mapping mean the same one, or none is left to train.
+        OptimizerError: If a pattern matches no parameter, two patterns of a mapping match the same one, or no parameter is left to train.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 1))
@@ -81,7 +82,9 @@ def param_groups(model: nn.Module, *rules: GroupRule | Mapping[str, Options], **
             held[name] |= {key: _value(key, value, held[name], name=name, rule=rule) for key, value in given.items()}
             labels[name] += [label] if label else []
     if not held:
-        raise OptimizerError(f"nothing is left to train: {', '.join(map(repr, rules)) or 'no rule'} leaves no trainable parameter")
+        raise OptimizerError(
+            f"no parameter is left to train (rules: {', '.join(map(repr, rules)) or 'none'}); leave some parameters of the model trainable"
+        )
     groups = _grouped(named, held, labels)
     for p in left_out.values():
         p.requires_grad_(False)
@@ -92,7 +95,7 @@ def _rule(rule: Any) -> GroupRule:
     if not isinstance(rule, GroupRule):
         raise OptimizerError(
             f"a rule must be no_decay(...), layer_decay(...), frozen(...) or a mapping of patterns to options, but got {rule!r:.80}; "
-            "options of all groups are given by name, as in lr=1e-3"
+            "pass options of all groups as keywords, as in lr=1e-3"
         )
     return rule
 
@@ -102,7 +105,7 @@ def _value(key: str, value: Any, held: Options, name: str, rule: Any) -> Any:
         return value
     if not isinstance(held.get(key), int | float):
         raise OptimizerError(
-            f"{rule} multiplies {key!r}, but for {name!r} it is {held.get(key)!r}; give it, as in param_groups(..., {key}=1e-3)"
+            f"{rule} multiplies {key!r}, but for {name!r} it is {held.get(key)!r}; set it, as in param_groups(..., {key}=1e-3)"
         )
     return held[key] * value.factor
 
@@ -114,27 +117,27 @@ def _grouped(named: Mapping[str, Tensor], held: Mapping[str, Options], labels: M
         label = "/".join(labels[name]) or "rest"
         group = groups.setdefault(label, {"params": [], "name": label, **own})
         if {key: value for key, value in group.items() if key not in ("params", "name")} != own:
-            raise OptimizerError(f"two groups are called {label!r}, but hold other options; give one another name, at {name!r}")
+            raise OptimizerError(f"two groups have the name {label!r}, but different options; rename the group of {name!r}")
         group["params"].append(named[name])
     return list(groups.values())
 
 
 @attrs.frozen(repr=False)
 class _Scaled:
-    """A factor of what an option was before."""
+    """A factor for the value that an option has so far."""
 
     factor: float
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Say whether a pattern means a qualified name: it is the name's beginning, in whole parts, and may hold ``*``.
+    """Whether a pattern matches a qualified name: it must match the first parts of the name; ``*`` is a wildcard.
 
     Args:
         name: A qualified name.
-        pattern: Such as ``"backbone"`` or ``"layers.*.norm"``.
+        pattern: A pattern such as ``"backbone"`` or ``"layers.*.norm"``.
 
     Returns:
-        Whether it does.
+        True if it matches.
 
     Example:
         >>> matches("backbone.0.weight", "backbone"), matches("backbone2.weight", "backbone")
@@ -145,18 +148,18 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def meant(pattern: str, model: nn.Module, where: str) -> list[str]:
-    """The parameters that a pattern means, at least one.
+    """The parameters that a pattern matches; an error if there are none.
 
     Args:
         pattern: As for `matches`.
-        model: Whose parameters.
-        where: What the error calls the place of the pattern.
+        model: The model with the parameters.
+        where: The name of the function with the pattern, for the error.
 
     Returns:
         Their names.
 
     Raises:
-        OptimizerError: If it means none.
+        OptimizerError: If the pattern matches no parameter.
 
     Example:
         >>> meant("0", nn.Sequential(nn.Linear(1, 1), nn.ReLU()), "freeze")
@@ -164,15 +167,15 @@ def meant(pattern: str, model: nn.Module, where: str) -> list[str]:
     """
     found = [name for name, _ in model.named_parameters() if matches(name, pattern)]
     if not found:
-        raise _means_nothing(pattern, model, where)
+        raise _no_match(pattern, model, where)
     return found
 
 
-def _means_nothing(pattern: str, model: nn.Module, where: str) -> OptimizerError:
+def _no_match(pattern: str, model: nn.Module, where: str) -> OptimizerError:
     names = [name for name, _ in model.named_parameters()]
     parts = dict.fromkeys(".".join(name.split(".")[:i]) for name in names for i in range(1, name.count(".") + 2))
     near = difflib.get_close_matches(pattern, list(parts), n=4, cutoff=0.5) or names[:4]
-    return OptimizerError(f"{pattern!r} of {where} means no parameter; near to it are {near}")
+    return OptimizerError(f"{pattern!r} of {where} matches no parameter; the closest names are {near}")
 
 
 def _by_pattern(given: Mapping[str, Options]) -> GroupRule:
@@ -184,13 +187,11 @@ def _by_pattern(given: Mapping[str, Options]) -> GroupRule:
                 raise OptimizerError(f"{pattern!r} must map to options, as in {{'lr': 1e-4}}, but maps to {options!r:.60}")
             members = [name for name in meant(pattern, model, "param_groups") if name in names]
             if not members:
-                raise OptimizerError(
-                    f"{pattern!r} of param_groups means frozen parameters only, for which no option can hold; leave it out"
-                )
+                raise OptimizerError(f"{pattern!r} of param_groups matches frozen parameters only, which have no options; leave it out")
             both = [name for name in members if name in owner]
             if both:
                 raise OptimizerError(
-                    f"{both[0]!r} is meant by two patterns, {owner[both[0]]!r} and {pattern!r} ({len(both)} in all); let them differ"
+                    f"{both[0]!r} matches two patterns, {owner[both[0]]!r} and {pattern!r} ({len(both)} in all); change one of them"
                 )
             owner |= dict.fromkeys(members, pattern)
             label = str(options.get("name", pattern.strip(".*") or pattern))
@@ -203,17 +204,17 @@ def _by_pattern(given: Mapping[str, Options]) -> GroupRule:
 def no_decay(*also: str | type[nn.Module]) -> GroupRule:
     """No weight decay for biases and for all parameters of norms.
 
-    A norm is known by its type: the batch, layer, group, instance and RMS norms of torch, and any module whose class is called
-    a norm, such as ``LlamaRMSNorm``. A bias is known by the last part of its name: ``bias``, ``in_proj_bias``, ``bias_ih_l0``.
+    Norms are detected by type: the batch, layer, group, instance and RMS norms of torch, and any module whose class name ends with
+    ``Norm``, such as ``LlamaRMSNorm``. A bias is detected by the last part of its name: ``bias``, ``in_proj_bias``, ``bias_ih_l0``.
 
     Args:
-        *also: Further patterns of names, or types of modules, such as ``nn.Embedding``.
+        *also: More name patterns, or module types such as ``nn.Embedding``.
 
     Returns:
         A rule for `param_groups`; its group is called ``no_decay``.
 
     Raises:
-        OptimizerError: If a pattern means no parameter, or is neither a text nor a type.
+        OptimizerError: If a pattern matches no parameter, or is neither a string nor a type.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
@@ -222,7 +223,7 @@ def no_decay(*also: str | type[nn.Module]) -> GroupRule:
     """
     wrong = [one for one in also if not isinstance(one, str) and not (isinstance(one, type) and issubclass(one, nn.Module))]
     if wrong:
-        raise OptimizerError(f"no_decay takes patterns of names and types of modules, but got {wrong[0]!r}")
+        raise OptimizerError(f"no_decay takes name patterns and module types, but got {wrong[0]!r}")
     kinds = tuple(one for one in also if isinstance(one, type))
     patterns = [one for one in also if isinstance(one, str)]
 
@@ -251,18 +252,18 @@ def _is_bias(name: str) -> bool:
 
 
 def layer_decay(rate: float, *layers: str | tuple[str, ...]) -> GroupRule:
-    """Learning rates that shrink from the output to the input: the last layer has the full one, each before it `rate` times the next.
+    """Layer-wise learning rate decay: the last layer has the full rate, each earlier layer `rate` times the rate of the next.
 
     Args:
-        rate: What a layer's learning rate is of the next one's, above 0 and at most 1.
-        *layers: Patterns from the input to the output, which together mean every parameter. One with ``*`` in the place of a number,
-            such as ``"blocks.*"``, stands for as many layers as there are numbers; a tuple of patterns is one layer.
+        rate: The ratio of a layer's learning rate to that of the next layer, above 0 and at most 1.
+        *layers: Patterns from the input to the output, which together match every parameter. A pattern with ``*`` for a number, such as
+            ``"blocks.*"``, is one layer per number; a tuple of patterns is one layer.
 
     Returns:
         A rule for `param_groups`; its groups are called ``layer0``, ``layer1``, ..., from the input on.
 
     Raises:
-        OptimizerError: If the rate is out of its range, a pattern means no parameter, or a parameter is meant by no layer or by two.
+        OptimizerError: If the rate is out of its range, a pattern matches no parameter, or a parameter is in no layer or in two.
 
     Example:
         >>> model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "blocks": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))})
@@ -280,7 +281,7 @@ def layer_decay(rate: float, *layers: str | tuple[str, ...]) -> GroupRule:
             'layer_decay needs the layers from the input to the output, as in layer_decay(0.8, "embed", "blocks.*", "head")'
         )
     for layer in layers:
-        check_type("layer_decay(rate, *layers)", layer, str | tuple, "a pattern of names, or a tuple of them for one layer")
+        check_type("layer_decay(rate, *layers)", layer, str | tuple, "a name pattern, or a tuple of them for one layer")
     text = f"layer_decay({rate}, {', '.join(map(repr, layers))})"
 
     def find(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, Options]]:
@@ -290,13 +291,13 @@ def layer_decay(rate: float, *layers: str | tuple[str, ...]) -> GroupRule:
             found = _layers(layer, model, text)
             both = [name for name in found if name in number]
             if both:
-                raise OptimizerError(f"{both[0]!r} is meant by two layers of {text} ({len(both)} in all); let them differ")
-            number |= {name: depth + place for name, place in found.items()}
+                raise OptimizerError(f"{both[0]!r} is in two layers of {text} ({len(both)} in all); change one of the patterns")
+            number |= {name: depth + position for name, position in found.items()}
             depth += max(found.values()) + 1
         missed = [name for name in names if name not in number]
         if missed:
             raise OptimizerError(
-                f"{text} says nothing about {missed[:8]} ({len(missed)} in all); name their layer, from the input to the output"
+                f"{text} has no layer for {missed[:8]} ({len(missed)} in all); add patterns for them, in the order from the input to the output"
             )
         return {name: (f"layer{number[name]}", {"lr": _Scaled(rate ** (depth - 1 - number[name]))}) for name in names}
 
@@ -304,31 +305,31 @@ def layer_decay(rate: float, *layers: str | tuple[str, ...]) -> GroupRule:
 
 
 def _layers(layer: str | tuple[str, ...], model: nn.Module, where: str) -> dict[str, int]:
-    """By name, the layer that a pattern means it to be in, counted from 0; frozen layers count as well."""
+    """Map parameter names to layer numbers within this pattern, counted from 0; frozen layers count, too."""
     if isinstance(layer, tuple) or "*" not in layer:
         patterns = layer if isinstance(layer, tuple) else (layer,)
         return dict.fromkeys((name for pattern in patterns for name in meant(pattern, model, where)), 0)
     shape = re.compile(re.escape(layer.removesuffix(".")).replace(r"\*", r"(\d+)", 1) + r"(\.|$)")
     found = {name: int(hit[1]) for name, _ in model.named_parameters() if (hit := shape.match(name))}
     if not found:
-        raise _means_nothing(layer, model, where)
-    order = {number: place for place, number in enumerate(sorted(set(found.values())))}
+        raise _no_match(layer, model, where)
+    order = {number: position for position, number in enumerate(sorted(set(found.values())))}
     return {name: order[number] for name, number in found.items()}
 
 
 def frozen(*patterns: str) -> GroupRule:
-    """Parameters that are not trained: they are in no group, and their gradients are switched off.
+    """Freeze parameters: they are in no group, and their ``requires_grad`` is set to False.
 
-    This is the one thing that `param_groups` changes in the model that it is given: ``requires_grad`` of these becomes False.
+    This is the only change that `param_groups` makes to its model.
 
     Args:
-        *patterns: Patterns of names, such as ``"backbone"``.
+        *patterns: Name patterns such as ``"backbone"``.
 
     Returns:
         A rule for `param_groups`.
 
     Raises:
-        OptimizerError: If there is no pattern, or one means no parameter.
+        OptimizerError: If there is no pattern, or one matches no parameter.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
@@ -337,7 +338,7 @@ def frozen(*patterns: str) -> GroupRule:
         (2, False)
     """
     if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
-        raise OptimizerError(f"frozen takes patterns of names, as in frozen('backbone'), but got {patterns!r}")
+        raise OptimizerError(f"frozen takes name patterns, as in frozen('backbone'), but got {patterns!r}")
     text = f"frozen({', '.join(map(repr, patterns))})"
 
     def find(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, Options]]:

@@ -1,4 +1,4 @@
-"""How an optimizer computes: which of torch's kernels it uses, and its step."""
+"""The choice of torch's fused optimizer kernels, and the call of an optimizer step."""
 
 from typing import Any
 
@@ -15,17 +15,17 @@ _FUSED = {
     torch.optim.SGD: ("cpu", "cuda"),
     torch.optim.Adagrad: ("cpu",),
 }
-"""Optimizers that have a fused form, and the devices on which it is chosen."""
+"""Optimizers with a fused form, and the devices on which it is used."""
 
 
 def leaves_open(optimizer: Optimizer) -> bool:
-    """Say whether the user left it to fnlight which kernels an optimizer uses.
+    """Whether fnlight may choose the kernels of an optimizer.
 
     Args:
         optimizer: Any optimizer, as the user made it.
 
     Returns:
-        False where there is nothing to choose, or he chose.
+        False if there is no choice, or the user has made it.
 
     Example:
         >>> weight = nn.Parameter(torch.ones(1))
@@ -39,11 +39,11 @@ def leaves_open(optimizer: Optimizer) -> bool:
 
 
 def choose_fused(optimizer: Optimizer, module: nn.Module) -> None:
-    """Switch the fused form of a torch optimizer on where its parameters allow it, and off where they do not.
+    """Switch the fused form of a torch optimizer on if its parameters allow it, and off if they do not.
 
     Args:
-        optimizer: One that `leaves_open` what it uses; changed in place.
-        module: The module whose parameters it holds.
+        optimizer: An optimizer for which `leaves_open` is True; changed in place.
+        module: The module with its parameters.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -62,22 +62,22 @@ def _can_fuse(optimizer: Optimizer, module: nn.Module) -> bool:
     if any(isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse for m in module.modules()):
         return False  # fused kernels refuse sparse gradients
     if type(optimizer) is torch.optim.SGD and any(group["momentum"] for group in optimizer.param_groups):
-        return False  # torch's fused kernel fails where a parameter gets its first gradient later than others
+        return False  # torch's fused kernel fails if a parameter gets its first gradient later than others
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if not all(p.is_floating_point() and (type(p) is nn.Parameter or is_sharded(p)) for p in params):
         return False
-    places = {p.device.type for p in params}
-    return len(places) == 1 and places <= set(_FUSED[type(optimizer)])
+    devices = {p.device.type for p in params}
+    return len(devices) == 1 and devices <= set(_FUSED[type(optimizer)])
 
 
 def take_step(optimizer: Any, memo: dict[str, Any] | None = None) -> None:
-    """Let an optimizer step; where nobody listens, without the wrapper that torch puts around a step for profilers and hooks.
+    """Take an optimizer step, without torch's wrapper for profilers and hooks if there are none.
 
-    The wrapper costs a small model a tenth of its step; what a fused optimizer looks up before it computes, another fifth.
+    For a small model, the wrapper costs a tenth of the step, and the lookups of a fused optimizer another fifth.
 
     Args:
-        optimizer: Any ``torch.optim.Optimizer``; its parameters have their gradients.
-        memo: Where what a fused optimizer has looked up is kept from one step to the next; None keeps nothing.
+        optimizer: Any ``torch.optim.Optimizer`` whose parameters have gradients.
+        memo: A cache for the lookups of a fused optimizer, kept from step to step; None: no cache.
 
     Example:
         >>> weight = nn.Parameter(torch.ones(1))

@@ -10,22 +10,22 @@ from torch.optim import Optimizer
 from fnlight.errors import OptimizerError
 from fnlight.tensors import foreach_copy_, foreach_lerp_
 
-SLOW = "slow"  # the slot of a parameter that holds its slow weight
+SLOW = "slow"  # the key of a parameter's slow weight in the optimizer state
 
 
 class Lookahead(Optimizer):
-    """An optimizer around another one: every `k` steps its slow weights go a part of the way to the fast ones, which begin again from there.
+    """A wrapper of an optimizer: every `k` steps its slow weights move towards the fast ones, which continue from there.
 
-    Groups and memory are those of the optimizer inside, with the slow weight of each parameter beside its slots and a counter beside
-    the options, so that all of it is saved by parameter name.
+    Groups and state are those of the inner optimizer. The slow weight of each parameter is a part of its state, and a counter is a part of
+    the groups, so everything is saved by parameter name.
 
     Args:
-        base: The optimizer inside, which nobody else steps.
-        k: Steps of the fast weights from one synchronisation to the next.
-        alpha: What part of the way the slow weights go, above 0 and at most 1.
+        base: The inner optimizer; do not step it directly.
+        k: Number of steps of the fast weights between two synchronisations.
+        alpha: The fraction of the distance that the slow weights move, above 0 and at most 1.
 
     Raises:
-        OptimizerError: If `base` is no optimizer, or an argument is out of its range.
+        OptimizerError: If `base` is not an optimizer, or an argument is out of its range.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([8.0]))
@@ -49,15 +49,15 @@ class Lookahead(Optimizer):
             raise OptimizerError(f"Lookahead(alpha) must be a number above 0 and at most 1, but got {alpha!r}")
         Optimizer.__init__(self, [{"params": group["params"]} for group in base.param_groups], {})
         self.base, self.k, self.alpha = base, k, alpha
-        self.param_groups, self.state, self.defaults = base.param_groups, base.state, base.defaults  # one and the same
+        self.param_groups, self.state, self.defaults = base.param_groups, base.state, base.defaults  # the same objects
         for group in self.param_groups:
             group["lookahead_step"] = 0
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Let the optimizer inside step; at every k-th time bring slow and fast weights together."""
+        """Step the inner optimizer; at every k-th step synchronise slow and fast weights."""
         params: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
-        slow = [self.state.get(p, {}).pop(SLOW, None) for p in params]  # optimizers take an empty memory for the first step
+        slow = [self.state.get(p, {}).pop(SLOW, None) for p in params]  # optimizers treat an empty state as the first step
         slow = [p.clone() if held is None else held for p, held in zip(params, slow, strict=True)]
         loss = self.base.step(closure) if closure is not None else self.base.step()
         count = self.param_groups[0]["lookahead_step"] + 1

@@ -1,4 +1,4 @@
-"""The memory of an optimizer by qualified parameter name, and where it lives."""
+"""Optimizer state by qualified parameter name, and its device."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,18 +9,18 @@ from torch.optim import Optimizer
 from fnlight.optim.host import HOST
 from fnlight.optim.spec import Optim, copy_optimizer
 
-OTHER = "*"  # the name under which memory lies that belongs to no parameter
+OTHER = "*"  # the name for state that belongs to no parameter
 
 
 def named_state(optim: Optim, module: nn.Module) -> dict[str, dict[str, Any]]:
-    """The memory of an optimizer by qualified parameter name.
+    """The state of an optimizer by qualified parameter name.
 
     Args:
         optim: The prepared optimizer.
         module: Its module.
 
     Returns:
-        Names to the slots of that parameter; what belongs to no parameter stands under ``"*"``.
+        Parameter names to their state; state that belongs to no parameter is under ``"*"``.
 
     Example:
         >>> import torch
@@ -44,14 +44,14 @@ def named_state(optim: Optim, module: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def named_groups(optim: Optim, module: nn.Module) -> list[dict[str, Any]]:
-    """The parameter groups with names in the place of parameters.
+    """The parameter groups with names instead of parameters.
 
     Args:
         optim: The prepared optimizer.
         module: Its module.
 
     Returns:
-        One dict a group.
+        One dict per group.
 
     Example:
         >>> import torch
@@ -67,14 +67,14 @@ def named_groups(optim: Optim, module: nn.Module) -> list[dict[str, Any]]:
 
 
 def place_slot(slot: str, value: Any, param: Tensor, group: Mapping[str, Any], offload: bool = False) -> Any:
-    """Put a slot's tensor where the optimizer wants it: step counts stay on the CPU unless the kernel is fused or captured.
+    """Move a state tensor to the device that the optimizer expects: step counts stay on the CPU unless the kernel is fused or captured.
 
     Args:
-        slot: The slot's name, such as ``exp_avg``.
-        value: The slot's value.
+        slot: The name in the optimizer state, such as ``exp_avg``.
+        value: Its value.
         param: The parameter it belongs to.
         group: The parameter's group.
-        offload: Whether the optimizer keeps its memory on the host.
+        offload: Whether the optimizer state is on the host.
 
     Returns:
         The value on its device.
@@ -92,10 +92,10 @@ def place_slot(slot: str, value: Any, param: Tensor, group: Mapping[str, Any], o
 
 
 def to_device(optim: Optim) -> None:
-    """Move the memory of an optimizer to where its parameters are now, or to the host, in place.
+    """Move optimizer state to the device of the parameters, or to the host, in place.
 
     Args:
-        optim: A prepared optimizer, or none.
+        optim: A prepared optimizer, or ``Optim(None)``.
 
     Example:
         >>> to_device(Optim(None))
@@ -111,13 +111,13 @@ def to_device(optim: Optim) -> None:
 
 
 def class_name(optimizer: Any) -> str:
-    """The class of an optimizer, and of the one inside it, if any: whose memory it is.
+    """The class name of an optimizer, with that of its inner optimizer, if any.
 
     Args:
         optimizer: Any optimizer, or None.
 
     Returns:
-        Such as ``"torch.optim.adamw.AdamW"``; ``"none"`` for None.
+        A name such as ``"torch.optim.adamw.AdamW"``; ``"none"`` for None.
 
     Example:
         >>> import torch
@@ -131,17 +131,17 @@ def class_name(optimizer: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}" + "".join(f"[{name}]" for name in inner)
 
 
-RAW = "raw"  # the slot of a checkpoint that holds the weight that is trained, where the one to use is another
+RAW = "raw"  # the key in a checkpoint of the trained weight, if another weight is used for evaluation
 
 
 def weights_to_use(optims: Iterable[Optim], module: nn.Module) -> dict[str, Tensor]:
-    """The weights to evaluate and to keep, where an optimizer trains others: those of schedule-free optimizers in their mode ``eval``.
+    """The weights for evaluation and export of schedule-free optimizers: those of their mode ``eval``.
 
-    They are computed on a copy, because going to and fro between the modes would change the last bits of what is trained.
+    They are computed on a copy, because switching between the modes would change the last bits of the trained weights.
 
     Args:
         optims: The prepared optimizers.
-        module: Its module; it stays as it is.
+        module: The module; it is not changed.
 
     Returns:
         Names to averaged tensors; empty for all other optimizers.
@@ -157,8 +157,8 @@ def weights_to_use(optims: Iterable[Optim], module: nn.Module) -> dict[str, Tens
     for optim in optims:
         if callable(getattr(optim.optimizer, "eval", None)):
             memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in module.parameters()}
-            twin = copy_optimizer(optim.optimizer, memo)
-            twin.eval()
-            held = {id(p) for group in twin.param_groups for p in group["params"]}
+            copied = copy_optimizer(optim.optimizer, memo)
+            copied.eval()
+            held = {id(p) for group in copied.param_groups for p in group["params"]}
             found |= {name: memo[id(p)].detach() for name, p in module.named_parameters() if id(memo[id(p)]) in held}
     return found

@@ -1,4 +1,4 @@
-"""Optimizers by name: every class of torch and of torch_optimizer, and of the packages that are installed besides."""
+"""Optimizers by name: every class of torch, torch_optimizer and the optional packages that are installed."""
 
 import difflib
 import importlib
@@ -14,29 +14,29 @@ from fnlight.optim.lookahead import Lookahead
 from fnlight.optim.needs import UNFIT, public_name
 
 SOURCES = ("torch.optim", "torch_optimizer", "schedulefree", "pytorch_optimizer")
-"""Where a name is looked for, in this order; the last two are optional packages."""
+"""The packages that are searched for a name, in this order; the last two are optional."""
 
 _OURS = {"torch.optim": {}, "torch_optimizer": {"lookahead": Lookahead}, "schedulefree": {}, "pytorch_optimizer": {"lookahead": Lookahead}}
 
 
 def optimizer(name: str, params: Any, **options: Any) -> Any:
-    """An optimizer by its name: ``optimizer("adamw", model, lr=3e-4)``.
+    """Make an optimizer by name: ``optimizer("adamw", model, lr=3e-4)``.
 
-    Large and small letters, ``-`` and ``_`` make no difference. A name is looked for in ``torch.optim``, ``torch_optimizer``,
-    ``schedulefree`` and ``pytorch_optimizer``, in this order; ``"torch_optimizer.RAdam"`` names the package too. ``"lookahead"`` is
-    `Lookahead` and takes the name of the optimizer that it wraps as ``base``.
+    Case, ``-`` and ``_`` are ignored. The name is searched in ``torch.optim``, ``torch_optimizer``, ``schedulefree`` and
+    ``pytorch_optimizer``, in this order; ``"torch_optimizer.RAdam"`` chooses the package. ``"lookahead"`` is `Lookahead` and takes the
+    name of the inner optimizer as ``base``.
 
     Args:
-        name: Such as ``"adamw"``, ``"SGD"``, ``"torch_optimizer.Yogi"`` or ``"AdamWScheduleFree"``.
-        params: The model that `configure_optimizers` was given, of which all trainable parameters are taken; or what `param_groups`
-            gave; or any parameters.
-        **options: What the optimizer takes.
+        name: A name such as ``"adamw"``, ``"SGD"``, ``"torch_optimizer.Yogi"`` or ``"AdamWScheduleFree"``.
+        params: The model that `configure_optimizers` gets, for all of its trainable parameters; or the result of `param_groups`; or any
+            parameters.
+        **options: The options of the optimizer.
 
     Returns:
         The optimizer.
 
     Raises:
-        OptimizerError: If there is no optimizer of that name, it does not take an option, or groups share a parameter.
+        OptimizerError: If there is no optimizer with that name, it does not have an option, or groups share a parameter.
 
     Example:
         >>> import torch
@@ -55,7 +55,7 @@ def optimizer(name: str, params: Any, **options: Any) -> Any:
     known = inspect.signature(kind).parameters
     foreign = [key for key in options if key not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values())]
     if foreign:
-        raise OptimizerError(f"{name!r} takes no {', '.join(foreign)}; it takes {', '.join(list(known)[1:])}")
+        raise OptimizerError(f"{name!r} has no option {', '.join(foreign)}; it has {', '.join(list(known)[1:])}")
     try:
         return kind(given, **options)
     except (TypeError, ValueError, ImportError, AttributeError, RuntimeError) as error:
@@ -78,23 +78,23 @@ def _params(params: Any) -> Any:
             label = group.get("name", i)
             if id(p) in owner:
                 raise OptimizerError(
-                    f"the groups {owner[id(p)]!r} and {label!r} share a parameter of shape {list(p.shape)}; every parameter belongs to one group"
+                    f"the groups {owner[id(p)]!r} and {label!r} share a parameter of shape {list(p.shape)}; put every parameter into one group only"
                 )
             owner[id(p)] = label
     return groups
 
 
 def optimizer_class(name: str) -> Any:
-    """The class of optimizers that a name means.
+    """The optimizer class for a name.
 
     Args:
-        name: As `optimizer` takes it.
+        name: The name, as for `optimizer`.
 
     Returns:
         The class.
 
     Raises:
-        OptimizerError: If there is none; the closest names are said.
+        OptimizerError: If there is no such class; the error lists the closest names.
 
     Example:
         >>> optimizer_class("adamw"), optimizer_class("torch_optimizer.radam")
@@ -104,7 +104,7 @@ def optimizer_class(name: str) -> Any:
         raise OptimizerError(f"optimizer(name, ...) takes a name such as 'adamw', but got {type(name).__name__}: {name!r:.60}")
     source, _, bare = name.rpartition(".")
     if source and source not in SOURCES:
-        raise OptimizerError(f"there is no source {source!r} of optimizers; there are {', '.join(SOURCES)}")
+        raise OptimizerError(f"fnlight does not search the package {source!r} for optimizers; it searches {', '.join(SOURCES)}")
     sources = (source,) if source else SOURCES
     wanted = _plain(bare)
     known: dict[str, str] = {}
@@ -120,13 +120,13 @@ def optimizer_class(name: str) -> Any:
 
 
 def optimizer_classes(source: str) -> dict[str, Any]:
-    """Every class of optimizers in a package, found by looking into it.
+    """Every optimizer class of a package.
 
     Args:
         source: One of `SOURCES`.
 
     Returns:
-        Names to classes; none where the package is not installed.
+        Names to classes; an empty dict if the package is not installed.
 
     Example:
         >>> "AdamW" in optimizer_classes("torch.optim"), len(optimizer_classes("torch_optimizer"))

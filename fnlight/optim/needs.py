@@ -1,4 +1,4 @@
-"""What a class of optimizers needs of a step, and which classes do not fit."""
+"""The needs of optimizer classes (closure, second-order gradients), and the classes that are not supported."""
 
 import inspect
 from collections.abc import Mapping
@@ -7,11 +7,11 @@ from typing import Any
 from torch.optim import Optimizer
 
 _SECOND_ORDER = ("torch_optimizer.Adahessian", "pytorch_optimizer.AdaHessian", "pytorch_optimizer.SophiaH")
-_CLOSURES = ("pytorch_optimizer.AliG",)  # those that a signature does not give away
+_CLOSURES = ("pytorch_optimizer.AliG",)  # need a closure, although their signature does not show it
 
 
 def is_second_order(optimizer: Any) -> bool:
-    """Say whether an optimizer differentiates the gradients once more.
+    """Whether an optimizer differentiates the gradients.
 
     Args:
         optimizer: Any optimizer.
@@ -28,13 +28,13 @@ def is_second_order(optimizer: Any) -> bool:
 
 
 def wants_closure(optimizer: Any) -> bool:
-    """Say whether an optimizer computes the loss itself: its step cannot be called without a closure.
+    """Whether an optimizer computes the loss itself, so that its step needs a closure.
 
     Args:
         optimizer: Any optimizer.
 
     Returns:
-        True for LBFGS and whatever else demands a closure.
+        True for LBFGS and all others whose ``step`` requires a closure.
 
     Example:
         >>> import torch
@@ -47,13 +47,13 @@ def wants_closure(optimizer: Any) -> bool:
 
 
 def by_itself(optim: Any) -> bool:
-    """Say whether an optimizer treats each parameter by itself: updating them one by one is updating them all.
+    """Whether an optimizer updates each parameter independently, so that parameters can be updated one by one.
 
     Args:
         optim: A prepared `Optim`.
 
     Returns:
-        True for the classes of torch.optim but LBFGS; others may keep what parameters share, such as a count, in their groups.
+        True for the classes of torch.optim except LBFGS; others may share state, such as a step count, between parameters.
 
     Example:
         >>> import torch
@@ -66,13 +66,13 @@ def by_itself(optim: Any) -> bool:
 
 
 def public_name(kind: type) -> str:
-    """The name of a class of optimizers, without the module inside its package.
+    """The name of an optimizer class with its package, without the module.
 
     Args:
         kind: The class.
 
     Returns:
-        Such as ``"pytorch_optimizer.SOAP"``.
+        A name such as ``"pytorch_optimizer.SOAP"``.
 
     Example:
         >>> import torch
@@ -83,17 +83,17 @@ def public_name(kind: type) -> str:
     return f"{root}.{kind.__name__}"
 
 
-_WRAPPER = "wraps another optimizer, whose memory it keeps apart"
+_WRAPPER = "wraps another optimizer and hides its state"
 UNFIT: Mapping[str, str] = {
-    "torch_optimizer.Lookahead": 'wraps another optimizer, and its own state_dict() fails; take fl.optimizer("lookahead", model, base="adamw")',
-    "pytorch_optimizer.Lookahead": 'wraps another optimizer; take fl.optimizer("lookahead", model, base="adamw")',
-    "pytorch_optimizer.AdaShift": "keeps a queue as its memory, which is no data for a checkpoint",
-    "pytorch_optimizer.Conda": "keeps objects of its own as its memory, which are no data for a checkpoint",
-    "pytorch_optimizer.ScalableShampoo": "keeps objects of its own as its memory, which are no data for a checkpoint",
-    "pytorch_optimizer.Magma": "keeps a part of its memory outside of its state, so it cannot be resumed",
-    "pytorch_optimizer.Ranger21": "keeps a part of its memory outside of its state, so it cannot be resumed",
-    "pytorch_optimizer.StableSPAM": "keeps a part of its memory outside of its state, so it cannot be resumed",
-    "pytorch_optimizer.BSAM": "wants gradients to be there before it computes the loss itself",
+    "torch_optimizer.Lookahead": 'wraps another optimizer, and its own state_dict() fails; use fl.optimizer("lookahead", model, base="adamw")',
+    "pytorch_optimizer.Lookahead": 'wraps another optimizer; use fl.optimizer("lookahead", model, base="adamw")',
+    "pytorch_optimizer.AdaShift": "keeps its state in a queue, which a checkpoint cannot store",
+    "pytorch_optimizer.Conda": "keeps its state in objects of its own, which a checkpoint cannot store",
+    "pytorch_optimizer.ScalableShampoo": "keeps its state in objects of its own, which a checkpoint cannot store",
+    "pytorch_optimizer.Magma": "keeps a part of its state outside of `state`, so it cannot be resumed",
+    "pytorch_optimizer.Ranger21": "keeps a part of its state outside of `state`, so it cannot be resumed",
+    "pytorch_optimizer.StableSPAM": "keeps a part of its state outside of `state`, so it cannot be resumed",
+    "pytorch_optimizer.BSAM": "needs gradients before it computes the loss itself",
     "pytorch_optimizer.LOMO": "updates the weights during the backward pass and has no step",
     "pytorch_optimizer.AdaLOMO": "updates the weights during the backward pass and has no step",
     "pytorch_optimizer.DeMo": "is for several processes, and exchanges gradients itself",
@@ -109,11 +109,11 @@ UNFIT: Mapping[str, str] = {
     "pytorch_optimizer.LookSAM": _WRAPPER,
     "pytorch_optimizer.FriendlySAM": _WRAPPER,
 }
-"""Classes that cannot train, be copied or be resumed as values, each with the reason; they are refused before any work."""
+"""Classes that cannot be trained, copied or resumed, each with the reason; they are refused before any work."""
 
 
 def why_unfit(optimizer: Any) -> str | None:
-    """Say why an optimizer could not be copied, saved and resumed, if it could not.
+    """The reason why an optimizer cannot be copied, saved or resumed.
 
     Args:
         optimizer: Any optimizer.
@@ -129,5 +129,5 @@ def why_unfit(optimizer: Any) -> str | None:
     known = UNFIT.get(public_name(type(optimizer)))
     if known is not None:
         return known
-    apart = [type(held).__name__ for held in vars(optimizer).values() if isinstance(held, Optimizer) and held.state is not optimizer.state]
-    return f"wraps another optimizer, {apart[0]}, whose memory it keeps apart" if apart else None
+    hidden = [type(held).__name__ for held in vars(optimizer).values() if isinstance(held, Optimizer) and held.state is not optimizer.state]
+    return f"wraps another optimizer, {hidden[0]}, and hides its state" if hidden else None

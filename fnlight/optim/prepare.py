@@ -1,4 +1,4 @@
-"""What `configure_optimizers` returned, checked against its model and completed."""
+"""Checks of what `configure_optimizers` returned against the model, and the completed `Optim`."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -17,19 +17,19 @@ from fnlight.tensors import has_scheduler
 
 
 def prepare(made: Any, module: nn.Module) -> Optim:
-    """Check what `configure_optimizers` returned against the module, and complete it.
+    """Check the result of `configure_optimizers` against the module, and complete it.
 
-    The fused form of a torch optimizer is switched on where it has one, all parameters allow it and the user did not choose.
+    The fused form of a torch optimizer is switched on if it exists, all parameters allow it, and the user did not choose.
 
     Args:
-        made: An optimizer, an `Optim`, or None where nothing is trainable.
+        made: An optimizer, an `Optim`, or None if nothing is trainable.
         module: The module whose parameters it must hold.
 
     Returns:
         An `Optim` whose groups have ``initial_lr`` and whose `configured` is filled.
 
     Raises:
-        OptimizerError: If it is no optimizer, holds parameters of another model, or has a torch scheduler on it.
+        OptimizerError: If it is not an optimizer, holds parameters of another model, or a torch scheduler was made for it.
 
     Example:
         >>> import torch
@@ -54,9 +54,9 @@ def prepare_each(made: Any, phases: Sequence[str], module: nn.Module) -> dict[st
     """Check the optimizers of a task with several phases, and complete them.
 
     Args:
-        made: What `configure_optimizers` returned: a mapping of phases to optimizers or `Optim`s.
+        made: The result of `configure_optimizers`: a mapping of phases to optimizers or `Optim`s.
         phases: The names of the phases that the task has.
-        module: The module whose parameters they must hold; one parameter may be held by several.
+        module: The module whose parameters they must hold; several optimizers may hold the same parameter.
 
     Returns:
         Prepared optimizers by phase, in the order of the phases.
@@ -73,7 +73,7 @@ def prepare_each(made: Any, phases: Sequence[str], module: nn.Module) -> dict[st
     """
     if not isinstance(made, Mapping):
         raise OptimizerError(
-            f"this task has the phases {', '.join(phases)}, so configure_optimizers must return a dict of an optimizer for each, "
+            f"this task has the phases {', '.join(phases)}, so configure_optimizers must return a dict with an optimizer for each, "
             f"but returned {_describe(made)}"
         )
     if set(made) != set(phases):
@@ -88,7 +88,7 @@ def prepare_each(made: Any, phases: Sequence[str], module: nn.Module) -> dict[st
         if optim.optimizer is None or (isinstance(optim.optimizer, Optimizer) and not any(p.requires_grad for p in held)):
             raise OptimizerError(
                 f"the phase {name!r} has no parameters to train: its optimizer holds none that requires a gradient; "
-                "give it some, or leave the phase out"
+                "give it trainable parameters, or leave the phase out"
             )
         found[name] = _completed(optim, module)
     _check_all_held([optim.optimizer for optim in found.values()], module)
@@ -103,12 +103,12 @@ def _completed(optim: Optim, module: nn.Module) -> Optim:
         )
     if has_scheduler(optim.optimizer):
         raise OptimizerError(
-            f"a torch scheduler was made on this {type(optim.optimizer).__name__}, and nobody would step it; "
+            f"a torch scheduler was made for this {type(optim.optimizer).__name__}, but fnlight would never step it; "
             "return fl.Optim(optimizer, schedule=fl.from_torch(lambda optimizer: Scheduler(optimizer, ...))) instead"
         )
     unfit = why_unfit(optim.optimizer)
     if unfit is not None:
-        raise OptimizerError(f"{public_name(type(optim.optimizer))} {unfit}; take another one, or a combinator of your own")
+        raise OptimizerError(f"{public_name(type(optim.optimizer))} {unfit}; use another optimizer, or a combinator of your own")
     _check_own(optim.optimizer, module)
     chooses = leaves_open(optim.optimizer)
     if chooses:
@@ -116,17 +116,19 @@ def _completed(optim: Optim, module: nn.Module) -> Optim:
     _check_groups(optim.optimizer)
     train = getattr(optim.optimizer, "train", None)
     if callable(train):
-        train()  # a schedule-free optimizer rests in the mode in which it trains
+        train()  # a schedule-free optimizer stays in train mode between steps
     for group in optim.optimizer.param_groups:
         if optim.schedule is not None and group.get("lr") is None:
-            raise OptimizerError(f"a schedule multiplies a learning rate, but {type(optim.optimizer).__name__} has lr=None; give it one")
+            raise OptimizerError(
+                f"a schedule multiplies the learning rate, but {type(optim.optimizer).__name__} has lr=None; give it a learning rate"
+            )
         group.setdefault("initial_lr", _plain(group.get("lr")))
     configured = [{k: copy.deepcopy(v) for k, v in g.items() if k != "params"} for g in optim.optimizer.param_groups]
     graph = is_second_order(optim.optimizer) if optim.create_graph is None else optim.create_graph
     closure = wants_closure(optim.optimizer) if optim.closure is None else optim.closure
     if optim.offload and (closure or graph or callable(train)):
         raise OptimizerError(
-            f"{public_name(type(optim.optimizer))} cannot step on the host: it {_wants(closure, graph)}; leave offload=True out, or take another one"
+            f"{public_name(type(optim.optimizer))} cannot step on the host: it {_wants(closure, graph)}; leave offload=True out, or use another optimizer"
         )
     optim = attrs.evolve(optim, configured=configured, create_graph=graph, closure=closure, chooses=chooses)
     return attrs.evolve(optim, courses=courses_of(optim))
@@ -134,8 +136,8 @@ def _completed(optim: Optim, module: nn.Module) -> Optim:
 
 def _wants(closure: bool, graph: bool) -> str:
     if closure or graph:
-        return "computes the loss itself" if closure else "differentiates the gradients once more"
-    return "keeps other weights beside those that are trained"
+        return "computes the loss itself" if closure else "differentiates the gradients"
+    return "keeps other weights in addition to the trained ones"
 
 
 def _check_groups(optimizer: Optimizer) -> None:
@@ -143,7 +145,7 @@ def _check_groups(optimizer: Optimizer) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise OptimizerError(
-            f"two groups of the optimizer are called {twice[0]!r}; give each a name of its own, or none; there are {names}"
+            f"two groups of the optimizer have the name {twice[0]!r}; give each group a unique name, or no name; the names are {names}"
         )
 
 
@@ -154,7 +156,7 @@ def _check_own(optimizer: Optimizer, module: nn.Module) -> None:
     if foreign:
         raise OptimizerError(
             f"configure_optimizers(model) must use the parameters of the model it is given, but {type(optimizer).__name__} holds "
-            f"{len(foreign)} of another one (shapes {foreign[:5]}); write model.parameters() of the argument, not of a model outside"
+            f"{len(foreign)} of another model (shapes {foreign[:5]}); use the parameters of the argument, not of a model outside of the function"
         )
 
 
@@ -163,7 +165,7 @@ def _check_all_held(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
     missing = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
     if missing:
         warn(
-            f"{' and '.join(type(optimizer).__name__ for optimizer in optimizers)} holds no {_some(missing)}, which require gradients but will never change; "
+            f"{' and '.join(type(optimizer).__name__ for optimizer in optimizers)} does not hold {_some(missing)}, which require gradients but will never change; "
             "give them to the optimizer, or freeze them with requires_grad_(False)",
             OptimizerWarning,
         )

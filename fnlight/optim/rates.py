@@ -1,4 +1,4 @@
-"""The learning rate and other options of the next step: a pure function of completed work and history."""
+"""The learning rate and other scheduled options of the next step, computed from progress and history."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,11 +10,13 @@ from fnlight.errors import MonitorError, OptimizerError
 from fnlight.optim.spec import Course, Optim
 from fnlight.schedules import Curve, Plateau, TorchSchedule
 
-REST = "*"  # the name under which a schedule is given for all groups that have none of their own
+REST = "*"  # the key of the schedule for all groups without their own one
 
 
 def set_lr(optim: Optim, progress: Any, history: tuple[Any, ...]) -> None:
-    """Give every group the learning rate of the next step, and what else is scheduled: a pure function of completed work and history.
+    """Set the learning rate and the other scheduled options of the next step in every group.
+
+    They are a pure function of progress and history.
 
     Args:
         optim: The prepared optimizer.
@@ -55,13 +57,13 @@ def _completed(optim: Optim, progress: Any) -> int:
 
 def _assign(group: dict[str, Any], key: str, value: Any) -> None:
     if isinstance(group[key], Tensor):
-        group[key].fill_(value)  # a tensor learning rate keeps its place, for compiled and captured steps
+        group[key].fill_(value)  # a tensor learning rate is filled, not replaced, for compiled and captured steps
     else:
         group[key] = value
 
 
 def _from_history(optim: Optim, history: tuple[Any, ...], fn: Callable[[list[float]], Any]) -> Any:
-    """A function of the monitored values, computed once a history and not once a step."""
+    """A function of the monitored values, computed once per history and not once per step."""
     memo = optim._memo
     if memo.get("history") is not history:
         memo.clear()
@@ -72,13 +74,13 @@ def _from_history(optim: Optim, history: tuple[Any, ...], fn: Callable[[list[flo
 
 
 def courses_of(optim: Optim) -> list[Course]:
-    """Say which option of which group follows which schedule, having checked that there are such groups and options.
+    """List which option of which group follows which schedule; checks that these groups and options exist.
 
     Args:
-        optim: Its `configured` is filled.
+        optim: An optimizer whose `configured` is filled.
 
     Returns:
-        The courses; none for a schedule of torch, which changes groups in its own way.
+        One `Course` per option and schedule; an empty list for a torch scheduler, which changes groups itself.
 
     Raises:
         OptimizerError: If a schedule is for a group or an option that does not exist, or gives no number.
@@ -98,7 +100,7 @@ def courses_of(optim: Optim) -> list[Course]:
         single = schedule if isinstance(schedule, Mapping) else {REST: schedule}
         unknown = [name for name in single if name != REST and name not in names]
         if unknown:
-            raise OptimizerError(f"the schedule of {key!r} is for the groups {unknown}, but the optimizer has {names}")
+            raise OptimizerError(f"the schedule of {key!r} is for the groups {unknown}, but the optimizer has the groups {names}")
         for name, fn in single.items():
             members = [i for i, own in enumerate(names) if own == name or (name == REST and own not in single)]
             bases = [(_option(key, optim.configured[i], names[i]), i) for i in members]
@@ -109,7 +111,7 @@ def courses_of(optim: Optim) -> list[Course]:
 
 
 def _option(key: str, group: Mapping[str, Any], name: str) -> tuple[str, Any]:
-    """The option of a group that a schedule is for, and its value."""
+    """The option of a group that a schedule changes, and its value."""
     if key == "momentum" and key not in group and isinstance(group.get("betas"), tuple):
         return "betas", group["betas"]
     value = group.get(key)
@@ -118,7 +120,9 @@ def _option(key: str, group: Mapping[str, Any], name: str) -> tuple[str, Any]:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return key, value
     known = sorted(k for k, v in group.items() if isinstance(v, float) and k != "initial_lr")
-    raise OptimizerError(f"a schedule multiplies {key!r}, but in group {name!r} of the optimizer it is {value!r}; numbers are {known}")
+    raise OptimizerError(
+        f"a schedule multiplies {key!r}, but in group {name!r} of the optimizer it is {value!r}; options with a number are {known}"
+    )
 
 
 def _checked(fn: Any, key: str) -> Any:
@@ -138,8 +142,8 @@ def ends(optim: Optim) -> list[tuple[str, Any, int, bool]]:
         optim: A prepared optimizer.
 
     Returns:
-        For each the option that it is for, itself, the count of its end, and whether it holds its last value from there on; a
-        scheduler of torch may fail instead.
+        For each: the option, the schedule, the count of its end, and whether it keeps its last value after the end; a torch scheduler may
+        raise an error instead.
 
     Example:
         >>> import torch
@@ -158,11 +162,11 @@ def ends(optim: Optim) -> list[tuple[str, Any, int, bool]]:
 
 
 def group_name(group: Mapping[str, Any], index: int) -> str:
-    """What a parameter group is called: its ``name``, or else its index.
+    """The name of a parameter group: its ``name``, or else its index.
 
     Args:
         group: A group of an optimizer.
-        index: Which one it is.
+        index: The index of the group.
 
     Returns:
         The name.
@@ -175,14 +179,14 @@ def group_name(group: Mapping[str, Any], index: int) -> str:
 
 
 def reported(optim: Optim, phase: str = "") -> dict[str, float]:
-    """The learning rate of each group, and what else is scheduled, as a log shows them.
+    """The learning rate of each group, and the other scheduled options, as metrics for a log.
 
     Args:
-        optim: A prepared optimizer, or one of None.
-        phase: What it is called, where there are several.
+        optim: A prepared optimizer, or ``Optim(None)``.
+        phase: The name of the phase, if there are several.
 
     Returns:
-        ``lr``, or ``lr/NAME`` for each of several groups, behind ``lr/PHASE`` of a phase; the same for other options with a schedule.
+        ``lr``, or ``lr/NAME`` for each of several groups; with a phase ``lr/PHASE`` or ``lr/PHASE/NAME``; the same for other scheduled options.
 
     Example:
         >>> import torch
@@ -208,13 +212,13 @@ def monitored(history: tuple[Any, ...], name: str) -> list[float]:
 
     Args:
         history: Records with ``metrics``.
-        name: Such as ``"val/loss"``.
+        name: A name such as ``"val/loss"``.
 
     Returns:
-        A list of floats, empty before the first record that could hold it.
+        A list of floats; empty before the first record of this kind.
 
     Raises:
-        MonitorError: If records of the same kind (``val/...``) exist but do not hold the name.
+        MonitorError: If there are records of the same kind (``val/...``) without the name.
 
     Example:
         >>> from types import SimpleNamespace
@@ -226,5 +230,5 @@ def monitored(history: tuple[Any, ...], name: str) -> list[float]:
         kind = name.split("/", maxsplit=1)[0] + "/"
         known = sorted({key for record in history for key in record.metrics})
         if any(key.startswith(kind) for key in known):
-            raise MonitorError(f"{name!r} is monitored, but no evaluation yields it; there are {known}")
+            raise MonitorError(f"{name!r} is monitored, but no evaluation has this metric; the metrics are {known}")
     return values

@@ -1,4 +1,4 @@
-"""`Optim`: an optimizer with the course of its learning rate, as `configure_optimizers` returns it."""
+"""`Optim`: an optimizer with its learning rate schedule, as `configure_optimizers` returns it."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,12 +20,12 @@ def _is_scheduled(optim: Any) -> bool:
 
 @attrs.frozen(eq=False)
 class Course:
-    """What one option of some groups does in the course of a training; made by `prepare`.
+    """One schedule for one option of some groups; made by `prepare`.
 
     Args:
-        key: The option, such as ``"lr"``.
+        key: The name of the option, such as ``"lr"``.
         schedule: Maps a count to a factor, or is a `Plateau`.
-        bases: By the index of a group, the value that is multiplied.
+        bases: Maps group indices to the base value that is multiplied.
 
     Example:
         >>> Course("weight_decay", lambda step: 0.5, {0: 0.1}).key
@@ -39,26 +39,26 @@ class Course:
 
 @attrs.frozen(eq=False)
 class Optim:
-    """An optimizer with the course of its learning rate, and of other options if need be.
+    """An optimizer with a learning rate schedule, and schedules of other options.
 
     Args:
-        optimizer: Any ``torch.optim.Optimizer``, made from the parameters of the model that was given.
+        optimizer: Any ``torch.optim.Optimizer`` with the parameters of the model that `configure_optimizers` gets.
         schedule: Maps completed steps (or epochs, or samples) to a factor of the learning rate; or `plateau`, or `from_torch`; or a
-            mapping of group names to such functions and `plateau`, with ``"*"`` for all other groups.
-        interval: What a schedule counts: ``"step"`` (optimizer steps), ``"epoch"`` or ``"samples"``.
-        monitor: For `plateau`: the name in the history that it watches, such as ``"val/loss"``.
-        frequency: How many of them count as one: with 10, a schedule of steps moves on every ten steps.
-        schedules: The same for other options, such as ``{"weight_decay": linear(1, 0, 1000)}``: factors of what the groups were
-            made with. ``"momentum"`` is the first of the ``betas`` where an optimizer has those.
-        create_graph: True computes gradients that can be differentiated again, as optimizers of second order need; None finds out.
-        offload: True keeps the optimizer's memory on the host and takes its step there; see `fnlight.optim.host`.
-        closure: True lets the optimizer compute the loss itself, several times a step, as LBFGS does; None finds out.
-        configured: The groups as `configure_optimizers` made them; filled by `prepare`.
-        courses: Which option of which group follows which schedule; filled by `prepare`.
-        chooses: Whether it is fnlight that chooses the kernels, on each device anew; filled by `prepare`.
+            mapping from group names to such functions or `plateau`, with ``"*"`` for all other groups.
+        interval: The unit of the count: ``"step"`` (optimizer steps), ``"epoch"`` or ``"samples"``.
+        monitor: The metric for `plateau`, such as ``"val/loss"``.
+        frequency: How many units count as one: with 10, a schedule of steps changes every 10 steps.
+        schedules: Schedules of other options, such as ``{"weight_decay": linear(1, 0, 1000)}``: factors of the configured values.
+            ``"momentum"`` is the first of the ``betas`` if the optimizer has these.
+        create_graph: True computes gradients that can be differentiated, as second-order optimizers need; None decides by the class.
+        offload: True keeps the optimizer state on the host and takes the step there; see `fnlight.optim.host`.
+        closure: True lets the optimizer compute the loss itself, several times per step, as LBFGS does; None decides by the class.
+        configured: The options of the groups from `configure_optimizers`; filled by `prepare`.
+        courses: The schedules by option and group; filled by `prepare`.
+        chooses: Whether fnlight chooses the kernels on each device; filled by `prepare`.
 
     Raises:
-        OptimizerError: If a schedule is a torch scheduler object or no function, or lacks or does not use its monitor.
+        OptimizerError: If a schedule is a torch scheduler object or not a function, or if `monitor` is missing or not used.
 
     Example:
         >>> import torch
@@ -80,8 +80,8 @@ class Optim:
     courses: Sequence[Course] = attrs.field(default=(), kw_only=True)
     chooses: bool = attrs.field(default=False, kw_only=True)
     scheduled: bool = attrs.field(init=False, default=attrs.Factory(_is_scheduled, takes_self=True))
-    _memo: dict[Any, Any] = attrs.field(factory=dict, init=False, repr=False)  # of a pure function: the last history and what was found
-    bound: dict[str, Any] = attrs.field(factory=dict, init=False, repr=False)  # what the optimizer works on, looked up once; never copied
+    _memo: dict[Any, Any] = attrs.field(factory=dict, init=False, repr=False)  # a cache for the last history
+    bound: dict[str, Any] = attrs.field(factory=dict, init=False, repr=False)  # a cache of the optimizer's tensors; never copied
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.frequency, int) or isinstance(self.frequency, bool) or self.frequency < 1:
@@ -91,7 +91,7 @@ class Optim:
         if not isinstance(self.schedules, Mapping):
             raise OptimizerError(f"schedules must map options to schedules, as in {{'weight_decay': fn}}, but got {self.schedules!r:.80}")
         if "lr" in self.schedules:
-            raise OptimizerError("schedules={'lr': ...} is for other options; give the schedule of the learning rate as schedule=...")
+            raise OptimizerError("schedules={...} is for other options than 'lr'; give the schedule of the learning rate as schedule=...")
         parts = list(_parts(self))
         for where, schedule in parts:
             _check_schedule(where, schedule, alone=schedule is self.schedule)
@@ -100,7 +100,7 @@ class Optim:
             parts[0] = ("schedule", self.schedule)
         watching = [s for _, s in parts if isinstance(s, Plateau) or (isinstance(s, TorchSchedule) and s.monitored)]
         if watching and self.monitor is None:
-            raise OptimizerError(f'{watching[0]} watches a metric: say which, as Optim(..., monitor="val/loss")')
+            raise OptimizerError(f'{watching[0]} needs the name of a metric: write Optim(..., monitor="val/loss")')
         if self.monitor is not None and not watching:
             raise OptimizerError(f"monitor={self.monitor!r} is for plateau schedules, but the schedule is {self.schedule!r}; leave it out")
 
@@ -110,7 +110,7 @@ class Optim:
 
 
 def _parts(optim: Optim) -> Iterator[tuple[str, Any]]:
-    """Every single schedule, with where it was written."""
+    """Every single schedule, with its name in the arguments."""
     found = {"schedule": optim.schedule, **{f"schedules[{key!r}]": s for key, s in optim.schedules.items()}}
     for where, given in found.items():
         if isinstance(given, Mapping):
@@ -123,11 +123,11 @@ def _check_schedule(where: str, schedule: Any, alone: bool) -> None:
     if isinstance(schedule, LRScheduler | ReduceLROnPlateau):
         name = type(schedule).__name__
         raise OptimizerError(
-            f"{where} must be a pure function, but got a torch scheduler, {name}, which counts for itself; "
+            f"{where} must be a pure function, but got a torch scheduler, {name}, which has its own count; "
             f"pass fl.from_torch(lambda optimizer: {name}(optimizer, ...)) instead"
         )
     if isinstance(schedule, TorchSchedule) and not alone:
-        raise OptimizerError(f"{where}={schedule} changes all groups and options by itself; give it as schedule=..., alone")
+        raise OptimizerError(f"{where}={schedule} changes all groups and options itself; pass it alone, as schedule=...")
     if not callable(schedule) and not isinstance(schedule, Plateau | TorchSchedule):
         raise OptimizerError(f"{where} must map completed steps to a factor, but got {schedule!r}")
 
@@ -137,13 +137,13 @@ def _has_lr(optimizer: Any) -> bool:
 
 
 def copy_optimizer(optimizer: Any, memo: dict[int, Any]) -> Any:
-    """Copy an optimizer with every attribute, bound to the parameters that `memo` maps its own ones to.
+    """Copy an optimizer with all attributes; the copy holds the copied parameters of `memo`.
 
-    ``copy.deepcopy`` would keep no more than state and groups, and lose what LBFGS or AdaBound hold as attributes.
+    ``copy.deepcopy`` would copy only state and groups, and lose the attributes of LBFGS or AdaBound.
 
     Args:
         optimizer: Any optimizer, or None.
-        memo: The memo of a ``deepcopy`` that has copied the module.
+        memo: The memo of the ``deepcopy`` that copied the module.
 
     Returns:
         A new optimizer.
@@ -152,17 +152,19 @@ def copy_optimizer(optimizer: Any, memo: dict[int, Any]) -> Any:
         >>> import torch
         >>> model, memo = torch.nn.Linear(2, 1), {}
         >>> optimizer = torch.optim.LBFGS(model.parameters())
-        >>> twin = copy.deepcopy(model, memo)
-        >>> copy_optimizer(optimizer, memo).param_groups[0]["params"][0] is twin.weight
+        >>> copied = copy.deepcopy(model, memo)
+        >>> copy_optimizer(optimizer, memo).param_groups[0]["params"][0] is copied.weight
         True
     """
     if optimizer is None:
         return None
-    twin = object.__new__(type(optimizer))
-    memo[id(optimizer)] = twin
+    copied = object.__new__(type(optimizer))
+    memo[id(optimizer)] = copied
     for inner in vars(optimizer).values():
         if isinstance(inner, Optimizer) and id(inner) not in memo:
             copy_optimizer(inner, memo)
-    held = {k: v for k, v in vars(optimizer).items() if k != "step"}  # a torch scheduler patches `step` with one bound to the original
-    twin.__dict__.update(copy.deepcopy(held, memo))
-    return twin
+    held = {
+        k: v for k, v in vars(optimizer).items() if k != "step"
+    }  # a torch scheduler replaces `step` by one that is bound to the original
+    copied.__dict__.update(copy.deepcopy(held, memo))
+    return copied

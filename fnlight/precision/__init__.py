@@ -1,4 +1,4 @@
-"""What numbers a step computes in: autocast and casts, loss scaling for fp16, and linear layers in fp8.
+"""Precision of a step: autocast and casts, loss scaling for fp16, and linear layers in fp8.
 
 Read `precision` first.
 """

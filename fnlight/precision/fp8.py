@@ -1,4 +1,4 @@
-"""Linear layers that compute in 8-bit floating point, through torchao, which is an extra."""
+"""Linear layers in 8-bit floating point, with the optional package torchao."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -12,26 +12,27 @@ from fnlight.optim import matches
 
 Recipe = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 
-_LEAST = (8, 9)  # the compute capability that brought matrix products in fp8
-_MULTIPLE = 16  # what both sides of a matrix must divide by
+_LEAST = (8, 9)  # the first compute capability with fp8 matrix products
+_MULTIPLE = 16  # both sizes of a weight matrix must be multiples of this
 _CONVERTED = "Float8Linear"
 
 
 def to_fp8(module: nn.Module, *, exclude: Iterable[str] = (), recipe: Recipe = "tensorwise", emulate: bool = False) -> nn.Module:
-    """Let the linear layers of a module compute in fp8, in place: their three matrix products, forward and backward.
+    """Convert the linear layers of a module to fp8 in place: their three matrix products, forward and backward.
 
-    Weights stay what they are, as do all names, so optimizers, checkpoints and averages know nothing of it; train with
-    ``autocast(torch.bfloat16)``. Layers whose sides are no multiples of 16 stay as they are. ``FitConfig(precision="fp8")`` does both.
+    Weights keep their dtype and their names, so optimizers, checkpoints and averages work as before. Train with
+    ``autocast(torch.bfloat16)``. Layers with a size that is not a multiple of 16 are not converted. ``FitConfig(precision="fp8")`` does
+    both.
 
     Args:
         module: The model, before a `Task` is made of it.
-        exclude: Patterns of names of layers that stay as they are, such as ``["head"]``.
-        recipe: How numbers are scaled before they are rounded, as torchao calls it: ``"tensorwise"`` (fastest), ``"rowwise"`` or
+        exclude: Name patterns of layers that are not converted, such as ``["head"]``.
+        recipe: How numbers are scaled before they are rounded, in the terms of torchao: ``"tensorwise"`` (fastest), ``"rowwise"`` or
             ``"rowwise_with_gw_hp"`` (most exact).
-        emulate: True rounds to fp8 and multiplies in the usual precision: slow, on any hardware, to see what a training makes of it.
+        emulate: True rounds to fp8 and multiplies in the usual precision. It is slow, but shows on any hardware how a model trains in fp8.
 
     Returns:
-        The module; another one if it is itself a linear layer.
+        The module; a new one if the module itself is a linear layer.
 
     Raises:
         ConfigError: If the hardware or the package is missing, or no layer can be converted.
@@ -63,13 +64,13 @@ def _check_hardware() -> None:
     if not torch.cuda.is_available():
         raise ConfigError(
             f"fp8 needs a GPU with fp8 matrix products (compute capability {_LEAST[0]}.{_LEAST[1]}: H100, L4, RTX 40, or newer), but there is none; "
-            "take bf16, or try what fp8 does to a training, slowly, with fl.to_fp8(model, emulate=True)"
+            "use bf16, or test fp8 slowly without such a GPU: fl.to_fp8(model, emulate=True)"
         )
     found = torch.cuda.get_device_capability()
     if torch.version.hip is None and found < _LEAST:
         raise ConfigError(
-            f"fp8 needs compute capability {_LEAST[0]}.{_LEAST[1]} or more, but {torch.cuda.get_device_name()} has {found[0]}.{found[1]}; take bf16, or "
-            "try what fp8 does to a training, slowly, with fl.to_fp8(model, emulate=True)"
+            f"fp8 needs compute capability {_LEAST[0]}.{_LEAST[1]} or more, but {torch.cuda.get_device_name()} has {found[0]}.{found[1]}; use bf16, or "
+            "test fp8 slowly without such a GPU: fl.to_fp8(model, emulate=True)"
         )
 
 
@@ -77,7 +78,7 @@ def _package() -> Any:
     try:
         from torchao import float8  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError as error:
-        raise ConfigError(f'fp8 needs the package torchao ({error}); pip install "fnlight[fp8]", or take bf16') from error
+        raise ConfigError(f'fp8 needs the package torchao ({error}); pip install "fnlight[fp8]", or use bf16') from error
     return float8
 
 
@@ -86,7 +87,7 @@ def _convertible(module: nn.Module, exclude: tuple[str, ...]) -> set[str]:
     for pattern in exclude:
         if not any(matches(name, pattern) for name in layers):
             raise ConfigError(
-                f"to_fp8(exclude=...) means {pattern!r}, but the model has no such linear layer; there are {list(layers)[:8]}"
+                f"to_fp8(exclude=...) has the pattern {pattern!r}, but no linear layer of the model matches it; there are {list(layers)[:8]}"
             )
     found = {
         name
@@ -96,6 +97,6 @@ def _convertible(module: nn.Module, exclude: tuple[str, ...]) -> set[str]:
     if not found:
         sides = [[m.out_features, m.in_features] for m in list(layers.values())[:8]]
         raise ConfigError(
-            f"no layer can compute in fp8: it needs linear layers whose sides are multiples of {_MULTIPLE}, but there are {sides}; take bf16"
+            f"no layer can compute in fp8: it needs linear layers whose sizes are multiples of {_MULTIPLE}, but the model has {sides}; use bf16"
         )
     return found

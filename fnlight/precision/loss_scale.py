@@ -1,4 +1,4 @@
-"""Loss scaling for fp16: gradients too small for sixteen bits are computed from a larger loss, and made small again."""
+"""Loss scaling for fp16: the loss is multiplied by a scale so that small gradients do not become 0, and the gradients are divided by it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -24,25 +24,26 @@ def loss_scale(
     max_consecutive: int = 100,
     min_scale: float = 2.0**-14,
 ) -> Combinator:
-    """Multiply the loss by a scale before it goes backward, and divide the gradients by it, in the semantics of ``torch.amp.GradScaler``.
+    """Multiply the loss by a scale before the backward pass and divide the gradients by it, as ``torch.amp.GradScaler`` does.
 
-    A step whose gradients are NaN or infinite is skipped: its batches are consumed, but there is no update, ``progress.step`` and the
-    schedule stay, ``progress.skipped`` counts it, and the scale backs off, to `min_scale` at the lowest. After `interval` good steps in a row it
-    grows. Skipped steps are counted until the scale grows, so skips that alternate with good steps end the training too. Nothing of a
-    skipped step remains: not in buffers, not in the means of the metrics. The metrics gain ``loss_scale`` and ``skipped``.
+    A step whose gradients are NaN or infinite is skipped: its batches are used up, but there is no update. ``progress.step`` and the
+    learning rate schedule do not advance, ``progress.skipped`` counts the step, and the scale is reduced, to `min_scale` at the lowest. After
+    `interval` good steps in a row the scale grows. Skipped steps are counted until the scale grows, so training also ends if skipped and good
+    steps alternate. A skipped step changes neither buffers nor the means of metrics. There are two more metrics: ``loss_scale``, ``skipped``.
 
-    Whether a step counts must be known before the next one, so one number a step is waited for, as ``GradScaler.step`` does.
+    The host must know before the next step whether this one was skipped, so it waits for one number per step, as ``GradScaler.step`` does.
 
     Args:
         init: The first scale.
-        growth: What the scale is multiplied by to grow, above 1.
-        backoff: What it is multiplied by to back off, in 0..1.
-        interval: Good steps in a row after which it grows.
-        max_consecutive: Skipped steps since the scale last grew after which training fails, for then it is not the scale.
+        growth: The multiplier of the scale when it grows, above 1.
+        backoff: The multiplier of the scale after a skipped step, in 0..1.
+        interval: Number of good steps in a row after which the scale grows.
+        max_consecutive: Number of skipped steps since the scale last grew after which an error is raised, because the scale is not the cause
+            then.
         min_scale: The smallest scale, above 0 and at most `init`; a scale of 0 would make every weight NaN.
 
     Returns:
-        A combinator from `GradFn` to `GradFn`; it stands before all others that see gradients, for they must see true ones.
+        A combinator from `GradFn` to `GradFn`. Place it before all others that use gradients, so that they get unscaled ones.
 
     Raises:
         ConfigError: If a number is out of its range.
@@ -59,7 +60,7 @@ def loss_scale(
 
     def wrap(grad_fn: GradFn) -> GradFn:
         def scaled(store: StoreView, batches: Any, key: int) -> Gradients:
-            store.host.refuse("loss_scale must know after every step whether it counts, which a graph does not say")
+            store.host.refuse("loss_scale must read after every step whether it was skipped, which a graph cannot do")
             tree, buffers = store.memory["loss_scale"], buffers_before(store.module, store.memory["loss_scale"]["buffers"])
             used = tree["scale"].clone()
             found, bad, skipped, good = _unscaled(partial(grad_fn, store, batches, key), store, tree, used)
@@ -119,7 +120,7 @@ def unscale(values: Sequence[Tensor], scale: Tensor) -> Tensor:
     """Divide gradients by a scale, in place.
 
     Args:
-        values: Tensors of any shapes, dtypes and devices; sparse ones too.
+        values: Tensors of any shape, dtype and device, dense or sparse.
         scale: A scalar tensor, shape [].
 
     Returns:
@@ -151,9 +152,8 @@ def _count(tree: dict[str, Any], most: int) -> None:
     tree["consecutive"] += 1
     if tree["consecutive"] >= most:
         raise NonFiniteError(
-            f"the gradients of {most} steps were NaN or infinite, and the loss scale, {tree['scale'].item():g} by now, has not grown in between: "
-            "it is not the scale; "
-            "look into the data, lower the learning rate, or train in bf16, whose range is that of fp32"
+            f"the gradients of {most} steps were NaN or infinite, and the loss scale, {tree['scale'].item():g} by now, has not grown in between, "
+            "so the scale is not the cause; check the data, lower the learning rate, or train in bf16, whose range is that of fp32"
         )
 
 
@@ -161,8 +161,8 @@ def _check_weights(state: TrainState) -> TrainState:
     half = [name for name, p in state.store.named.items() if p.requires_grad and p.dtype == torch.float16]
     if half:
         raise ConfigError(
-            f"loss_scale keeps weights in fp32 and only computes in fp16, but {half[:5]} are fp16 themselves; "
-            "make the model in fp32, and let autocast(torch.float16) choose what is computed in fp16"
+            f"loss_scale keeps weights in fp32 and only computes in fp16, but {half[:5]} are in fp16; "
+            "create the model in fp32: autocast(torch.float16) chooses the operations that run in fp16"
         )
     return state
 
@@ -170,15 +170,15 @@ def _check_weights(state: TrainState) -> TrainState:
 def _misplaced(combinators: tuple[Combinator, ...]) -> str | None:
     if not any(c.name == "autocast" and c.facts.get("dtype") == torch.float16 for c in combinators):
         return (
-            "loss_scale is for fp16, but this step computes in another precision, whose small gradients do not vanish; "
-            "put autocast(torch.float16) in front of grad(), or leave loss_scale out"
+            "loss_scale is for fp16, but this step computes in another precision, in which small gradients do not become 0; "
+            "put autocast(torch.float16) before grad(), or leave loss_scale out"
         )
     own = next(c for c in combinators if c.name == "loss_scale")
     first = next(c for c in combinators if c.takes == c.gives == "grad" and c.name != "microbatch")
     if first.name != "loss_scale":
-        return f"{first} stands in front of loss_scale and would see scaled gradients; move loss_scale in front of {first}"
+        return f"{first} comes before loss_scale and would get scaled gradients; move loss_scale before {first}"
     if any(c.name == "microbatch" for c in combinators[combinators.index(own) :]):
-        return "microbatch stands behind loss_scale, which would count every attempt; move microbatch in front of loss_scale"
+        return "microbatch comes after loss_scale, which would count every attempt; move microbatch before loss_scale"
     return None
 
 

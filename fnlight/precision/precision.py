@@ -1,4 +1,4 @@
-"""What numbers a step computes in: combinators that run a loss in another precision."""
+"""Precision of a step: combinators that run a loss in another dtype."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,19 +16,19 @@ _TRUE = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def autocast(dtype: torch.dtype = torch.bfloat16) -> Combinator:
-    """Run a `LossFn` (or an `EvalFn`) in mixed precision; weights and gradients stay as they are.
+    """Run a `LossFn` (or an `EvalFn`) in mixed precision; weights and gradients keep their dtype.
 
-    Weights are cast once a pass (the autocast cache is on), and afresh in the next one.
+    Each weight is cast once per forward pass (the autocast cache is on).
 
     Args:
-        dtype: What matrix products are computed in: ``torch.bfloat16``, or ``torch.float16``, which trains with `fnlight.precision.loss_scale`.
+        dtype: The dtype of matrix products: ``torch.bfloat16``, or ``torch.float16``, which needs `fnlight.precision.loss_scale`.
 
     Returns:
         A combinator from `LossFn` to `LossFn`.
 
     Raises:
         ConfigError: If the dtype is not supported.
-        SeamError: By `pipe`, if a step computes in fp16 without a loss scale.
+        SeamError: From `pipe`, if a step computes in fp16 without a loss scale.
 
     Example:
         >>> double = autocast(torch.bfloat16)(lambda model, batch: model(batch))
@@ -55,16 +55,16 @@ def _scaled(combinators: tuple[Combinator, ...]) -> str | None:
     if any(c.name == "loss_scale" for c in combinators):
         return None
     return (
-        "autocast(fp16) trains only with a loss scale, for gradients below 6e-8 vanish in fp16; put loss_scale() behind grad() "
-        "(and behind accumulate), or use autocast(torch.bfloat16)"
+        "autocast(fp16) needs a loss scale, because gradients below 6e-8 become 0 in fp16; put loss_scale() after grad() "
+        "(and after accumulate), or use autocast(torch.bfloat16)"
     )
 
 
 def cast(dtype: torch.dtype) -> Combinator:
-    """Train in one precision throughout: weights, buffers, optimizer memory, the floating-point tensors of a batch, and those that are made.
+    """Train in one dtype: weights, buffers, optimizer state, and the floating-point tensors of batches and of the step itself.
 
-    The weights of the state are cast when it first meets this combinator, and stay so when it is saved and loaded. Nothing is scaled, so
-    fp16 loses small gradients. An `EvalFn` is wrapped as well: ``cast(torch.bfloat16)(eval_step)``.
+    The weights of a state are cast before its first step, and keep the dtype when the state is saved and loaded. There is no loss scale,
+    so small gradients become 0 in fp16. An `EvalFn` can be wrapped, too: ``cast(torch.bfloat16)(eval_step)``.
 
     Args:
         dtype: ``torch.bfloat16``, ``torch.float16``, ``torch.float64`` or ``torch.float32``.
@@ -73,8 +73,8 @@ def cast(dtype: torch.dtype) -> Combinator:
         A combinator from `LossFn` to `LossFn`.
 
     Raises:
-        ConfigError: If the dtype is another one.
-        SeamError: By `pipe`, if there is an `autocast` as well.
+        ConfigError: If the dtype is not one of these.
+        SeamError: From `pipe`, if there is also an `autocast`.
 
     Example:
         >>> print(cast(torch.bfloat16))
@@ -89,7 +89,7 @@ def cast(dtype: torch.dtype) -> Combinator:
     def wrap(loss_fn: Any) -> Any:
         def casting(model: Any, batch: Any) -> Any:
             before = torch.get_default_dtype()
-            torch.set_default_dtype(dtype)  # what the function makes itself, such as noise, is of the same kind
+            torch.set_default_dtype(dtype)  # tensors that the function creates, such as noise, get the same dtype
             try:
                 return loss_fn(model, map_tensors(to, batch))
             finally:
@@ -115,17 +115,17 @@ def _alone(combinators: tuple[Combinator, ...]) -> str | None:
     both = next((c for c in combinators if c.name == "autocast"), None)
     if both is None:
         return None
-    return f"{both} keeps weights in fp32 and cast converts them: they contradict each other; leave one of them out"
+    return f"{both} keeps weights in fp32 and cast converts them, so they cannot be combined; leave one of them out"
 
 
 def casts(memory: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What `cast` remembers: one tree, or one for each phase of a task with several optimizers.
+    """The entries of `cast` in a memory: one, or one for each phase of a task with several optimizers.
 
     Args:
-        memory: That of a state.
+        memory: ``state.memory``.
 
     Returns:
-        Trees whose ``dtype`` is a name of `fnlight.tensors.DTYPES`; none for a state that was never cast.
+        Dicts whose ``dtype`` is a name in `fnlight.tensors.DTYPES`; an empty list if the state was never cast.
 
     Example:
         >>> casts({"cast": {"dtype": "bf16"}})
@@ -135,11 +135,11 @@ def casts(memory: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def to_dtype(state: TrainState, dtype: torch.dtype) -> TrainState:
-    """A copy of a state whose weights, buffers and optimizer memory are of another floating-point dtype.
+    """A copy of a state with weights, buffers and optimizer state in another floating-point dtype.
 
     Args:
-        state: It stays as it is.
-        dtype: Such as ``torch.float32``, to go on in fp32 from a run in bf16.
+        state: The state; it is not changed.
+        dtype: A dtype such as ``torch.float32``, to continue a bf16 run in fp32.
 
     Returns:
         The copy.
@@ -152,8 +152,8 @@ def to_dtype(state: TrainState, dtype: torch.dtype) -> TrainState:
     """
     check_type("to_dtype(state, ...)", state, TrainState, A_STATE)
     check_type("to_dtype(state, dtype)", dtype, torch.dtype, "a dtype such as torch.bfloat16")
-    twin = state.copy()
-    convert(twin.store.module, [optim.optimizer for optim in twin.store.optims.values()], dtype)
-    for tree in (twin.store.memory, *twin.store.memory.get("phases", {}).values()):
+    found = state.copy()
+    convert(found.store.module, [optim.optimizer for optim in found.store.optims.values()], dtype)
+    for tree in (found.store.memory, *found.store.memory.get("phases", {}).values()):
         tree.pop("cast", None)
-    return twin
+    return found

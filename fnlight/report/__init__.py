@@ -1,4 +1,4 @@
-"""Reports for people: what a model is made of (`summary`), what a step computes (`flops`), and where a run's time went (`wall_time`)."""
+"""Reports: the modules and parameters of a model (`summary`), the operations of a step (`flops`), and the time of a run by cause (`wall_time`)."""
 
 from fnlight.report.flops import PEAKS, Device, flops, peak_flops
 from fnlight.report.model import ModelSummary, ModuleRow, summary

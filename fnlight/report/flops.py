@@ -1,4 +1,4 @@
-"""Floating-point operations: how many a step makes, and how many a device can make at most."""
+"""Floating-point operations: the number per step, and the peak rate of a device."""
 
 import re
 from typing import Any
@@ -14,15 +14,15 @@ from fnlight.step import update
 
 @attrs.frozen
 class Device:
-    """What a device can do at most, in TFLOP/s (10^12 operations a second), without sparsity.
+    """The peak rates of a device, in TFLOP/s (10^12 operations per second), without sparsity.
 
     Args:
-        name: A regular expression that the name which torch gives holds, whatever the case.
-        fp32: In float32.
-        tf32: In float32 whose products may be rounded (``torch.set_float32_matmul_precision("high")``); None where it has none.
-        fp16: In float16, with sums in float32.
-        bf16: In bfloat16; None where it has none.
-        source: Where the figures are from. Where it gives those of sparse matrices, half of them is taken.
+        name: A regular expression that is searched in the device name of torch; case does not matter.
+        fp32: The rate in float32.
+        tf32: The rate in float32 with rounded products (``torch.set_float32_matmul_precision("high")``); None if the device has no tf32.
+        fp16: The rate in float16, with sums in float32.
+        bf16: The rate in bfloat16; None if the device has no bfloat16.
+        source: The datasheet. If it gives rates for sparse matrices, half of them is used.
 
     Example:
         >>> Device("L4", 30.3, 60, 121, 121, "a datasheet").bf16
@@ -52,23 +52,23 @@ PEAKS = (
     Device(r"\bT4\b", fp32=8.1, tf32=None, fp16=65, bf16=None, source="NVIDIA, T4 Tensor Core GPU datasheet"),
     Device(r"MI300X", fp32=163.4, tf32=653.7, fp16=1307.4, bf16=1307.4, source="AMD, Instinct MI300X data sheet"),
 )
-"""Devices whose peak is known; the first whose name fits counts. Of others nothing is claimed."""
+"""Devices with a known peak rate; the first matching name is used."""
 
 _PRECISIONS = {"fp32": "fp32", "tf32": "tf32", "bf16": "bf16", "bf16-true": "bf16", "fp16": "fp16", "fp16-true": "fp16"}
 
 
 def flops(state: TrainState, batch: Any) -> int:
-    """Count the floating-point operations of one step: those of matrix products, convolutions and attention, forward and backward.
+    """Count the floating-point operations of one step: matrix products, convolutions and attention, forward and backward.
 
-    The step is taken for real, on a copy of the state. A product and the sum that it goes into count as two. What is computed again
-    because activations were not kept counts as well.
+    One step is computed on a copy of the state. A multiplication and its addition count as two operations. Recomputed activations count,
+    too.
 
     Args:
-        state: Where training stands; it is left as it was.
-        batch: One batch, or an `Item`, as `fnlight.step.update` takes it.
+        state: The training state; it is not changed.
+        batch: One batch, or an `Item`, as for `fnlight.step.update`.
 
     Returns:
-        The number.
+        The number of operations.
 
     Example:
         >>> from fnlight.state import Task
@@ -84,14 +84,14 @@ def flops(state: TrainState, batch: Any) -> int:
 
 
 def peak_flops(device: torch.device | str, precision: str = "fp32") -> float | None:
-    """What a device can compute at most.
+    """The peak rate of a device.
 
     Args:
-        device: A device, or the name that torch gives it, such as ``"NVIDIA H100 80GB HBM3"``.
-        precision: As ``FitConfig(precision=...)``, or ``"tf32"``.
+        device: A device, or its name in torch, such as ``"NVIDIA H100 80GB HBM3"``.
+        precision: As in ``FitConfig(precision=...)``, or ``"tf32"``.
 
     Returns:
-        FLOP/s; None where it is not known, as for every CPU.
+        FLOP/s; None if it is not known, as for every CPU.
 
     Raises:
         ConfigError: If there is no such precision.
@@ -109,13 +109,13 @@ def peak_flops(device: torch.device | str, precision: str = "fp32") -> float | N
 
 
 def device_name(device: torch.device) -> str:
-    """What torch calls a device.
+    """The name of a device in torch.
 
     Args:
-        device: Any.
+        device: Any device.
 
     Returns:
-        The name of its model where torch knows it, else its type.
+        The name of a CUDA device's model; the device type for other devices.
 
     Example:
         >>> device_name(torch.device("cpu"))

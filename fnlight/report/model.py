@@ -1,4 +1,4 @@
-"""What a model is made of, as a table: names, types, parameters, output shapes and modes."""
+"""A table of the modules of a model: names, types, parameters, output shapes and modes."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -22,14 +22,14 @@ class ModuleRow:
     """One module of a `ModelSummary`.
 
     Args:
-        name: Its qualified name; empty for the model itself.
-        type: Its class.
-        trainable: Trainable parameters in it and below it that no row above counted elsewhere.
-        frozen: The same for parameters that are not trained.
-        shared: Parameters in it that are counted at another module, as they are tied to it.
+        name: The qualified name; empty for the model itself.
+        type: The name of the class.
+        trainable: Trainable parameters of the module and its submodules, without those that another module already counts.
+        frozen: The same for frozen parameters.
+        shared: Parameters that another module counts, because they are tied.
         training: True in train mode.
-        output: The shapes of what it returned; None where it was not called, or no batch was given.
-        lazy: True if it holds parameters that have no shape yet.
+        output: The shapes of the output; None if the module was not called, or no batch was given.
+        lazy: True if some parameters have no shape yet.
 
     Example:
         >>> summary(nn.Linear(2, 1)).rows[0].trainable
@@ -46,7 +46,7 @@ class ModuleRow:
     lazy: bool = False
 
     def cells(self) -> tuple[str, str, str, str, str]:
-        """Its row of the table, as text."""
+        """The cells of its row as text."""
         parts = [f"{self.trainable:,}"] if self.trainable or not self.frozen else []
         parts += [f"{self.frozen:,} frozen"] if self.frozen else []
         parts += [f"({self.shared:,} shared)"] if self.shared else []
@@ -56,15 +56,15 @@ class ModuleRow:
 
 @attrs.frozen
 class ModelSummary:
-    """What `summary` found; it prints as a table, and prettier with ``rich.print``.
+    """The result of `summary`; ``print`` shows a table, ``rich.print`` a formatted one.
 
     Args:
-        rows: One a module, down to the depth that was asked for; the model itself comes first.
-        trainable: Parameters that are trained; tied ones count once.
-        frozen: Parameters that are not.
-        buffers: Numbers in buffers.
+        rows: One row per module, down to the requested depth; the model itself comes first.
+        trainable: Number of trainable parameters; tied ones count once.
+        frozen: Number of frozen parameters.
+        buffers: Number of elements in buffers.
         num_bytes: Size of parameters and buffers in bytes.
-        ran: True if a batch went through the model, so that output shapes are known.
+        ran: True if the model ran on a batch, so that output shapes are known.
 
     Example:
         >>> print(summary(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), torch.zeros(2, 4)))
@@ -85,12 +85,12 @@ class ModelSummary:
 
     @property
     def parameters(self) -> int:
-        """All parameters."""
+        """Number of all parameters."""
         return self.trainable + self.frozen
 
     @property
     def megabytes(self) -> float:
-        """The size of parameters and buffers in MB, which are 1,000,000 bytes."""
+        """The size of parameters and buffers in MB (1,000,000 bytes)."""
         return self.num_bytes / 1e6
 
     def _totals(self) -> str:
@@ -113,7 +113,7 @@ class ModelSummary:
         return "\n".join([*(line.rstrip() for line in lines), "", self._totals()])
 
     def __rich__(self) -> Any:
-        from rich import box  # heavy, for rich.print only
+        from rich import box  # slow to import, needed by rich.print only
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
@@ -128,22 +128,22 @@ class ModelSummary:
 
 
 def summary(model: Task | TrainState | nn.Module, batch: Any = None, *, depth: int = 2) -> ModelSummary:
-    """Summarise a model: a row a module with its parameters and mode, and, given a batch, the shapes of its outputs.
+    """Summarise a model: one row per module with parameters and mode and, with a batch, output shapes.
 
-    The batch goes through a copy of the model in eval mode, without gradients: nothing of the caller's changes.
+    A copy of the model runs on the batch in eval mode, without gradients. The given model and batch do not change.
 
     Args:
         model: A task, a state or a module.
-        batch: None, or a batch: what the task's `predict_step` takes (or else its `eval_step`, or else its `train_step`); a module
-            is called with it.
-        depth: How many dots deep modules are listed; what lies deeper is counted in the last one listed. 0 lists the model alone.
+        batch: A batch for the first of `predict_step`, `eval_step` and `train_step` that the task has; a module is called with it.
+            None: no output shapes.
+        depth: The number of levels of submodules to list; deeper modules are counted in their listed parent. 0 lists only the model.
 
     Returns:
         The summary; ``print`` shows the table.
 
     Raises:
-        ConfigError: If the depth is no number of at least 0.
-        TypeError: If it is no task, state or module.
+        ConfigError: If the depth is not a whole number of at least 0.
+        TypeError: If `model` is not a task, state or module.
         DonatedStateError: If the state was given to a later step.
 
     Example:
@@ -163,7 +163,7 @@ def summary(model: Task | TrainState | nn.Module, batch: Any = None, *, depth: i
     outputs: dict[str, str] = {}
     if batch is not None:
         module, outputs = _shapes(module, name, forward, batch=batch, paths=modes)
-    seen: dict[int, str] = {}  # parameters by the module that counts them, outermost module first
+    seen: dict[int, str] = {}  # parameter id -> the module that counts it
     rows = [_row(path, module.get_submodule(path), modes[path], output=outputs.get(path), seen=seen) for path in modes]
     params = list(module.parameters())
     buffers = list(module.buffers())
@@ -178,7 +178,7 @@ def summary(model: Task | TrainState | nn.Module, batch: Any = None, *, depth: i
 
 
 def _parts(model: Any) -> tuple[nn.Module, str, Callable[[Any, Any], Any]]:
-    """The module, and the function of a module and a batch that uses it, with its name."""
+    """The module, the name of the function that uses it, and that function of a module and a batch."""
     if isinstance(model, nn.Module):
         return model, "the module", lambda module, batch: module(batch)
     if not isinstance(model, Task | TrainState):
@@ -202,7 +202,7 @@ def _count(tensors: Iterable[Tensor]) -> int:
 def _shapes(
     module: nn.Module, name: str, forward: Callable[[Any, Any], Any], batch: Any, paths: Iterable[str]
 ) -> tuple[nn.Module, dict[str, str]]:
-    """Run a copy of the module on a copy of the batch; give the copy and the shapes of what each part returned first."""
+    """Run a copy of the module on a copy of the batch; return the copy, and the shapes of each module's first output."""
     found: dict[str, str] = {}
     first = next((t for t in (*module.parameters(), *module.buffers())), None)
     device = torch.device("cpu") if first is None else first.device
@@ -210,19 +210,19 @@ def _shapes(
         module = copy.deepcopy(module).eval()
         batch = map_tensors(lambda t: t.detach().to(device, copy=True), batch)
         for path in paths:
-            handle = module.get_submodule(path).register_forward_hook(_noting(found, path))
+            handle = module.get_submodule(path).register_forward_hook(_recorder(found, path))
             hooks.callback(handle.remove)
         try:
             forward(module, batch)
         except Exception as error:
             error.add_note(
-                f"this happened when summary(...) ran {name} on the batch; leave the batch out for a table without output shapes"
+                f"this error occurred when summary(...) ran {name} on the batch; leave the batch out for a table without output shapes"
             )
             raise
     return module, found
 
 
-def _noting(found: dict[str, str], path: str) -> Callable[..., None]:
+def _recorder(found: dict[str, str], path: str) -> Callable[..., None]:
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
         found.setdefault(path, _shape(output))
 
@@ -249,7 +249,7 @@ def _row(path: str, module: nn.Module, training: bool, output: str | None, seen:
 
 
 def _counts(seen: dict[int, str], param: Tensor, path: str) -> bool:
-    """Say whether this module counts the parameter: it, or a module around it, came first."""
+    """Whether this module counts the parameter: it, or a parent module, was the first to have it."""
     counted = seen.get(id(param))
     if not counted or path.startswith(f"{counted}."):
         seen[id(param)] = path

@@ -1,4 +1,4 @@
-"""Where the time of a training went, as a table: throughput, time by cause, goodput, and the share of the device's peak."""
+"""The wall time of a training as a table: throughput, time by cause, goodput, and the fraction of the device's peak rate."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from fnlight.data import Item
 from fnlight.report.flops import device_name, flops, peak_flops
 from fnlight.state import TrainState
 
-_SAYS = {
+_LABELS = {
     "step": "steps",
     "start": "start-up",
     "data": "waiting for data",
@@ -22,17 +22,17 @@ _SAYS = {
 
 @attrs.frozen
 class RunReport:
-    """What `times` found; it prints as a table.
+    """The result of `wall_time`; ``print`` shows a table.
 
     Args:
-        steps: Completed steps.
-        samples: Samples seen.
-        runs: Runs that it took.
+        steps: Number of completed steps.
+        samples: Number of samples seen.
+        runs: Number of runs.
         seconds: Seconds of wall time by cause, the steps first.
-        flops: Floating-point operations a sample; None where no batch was given.
+        flops: Floating-point operations per sample; None if no batch was given.
         device: The name of the device.
-        precision: What was computed in, as the caller says.
-        peak: FLOP/s of the device at most; None where that is not known.
+        precision: The precision that the caller gave.
+        peak: The peak rate of the device in FLOP/s; None if it is not known.
 
     Example:
         >>> print(RunReport(100, 1000, 1, {"step": 8.0, "start": 2.0}, 5_000_000, "NVIDIA T4", "fp16", 65e12))
@@ -40,7 +40,7 @@ class RunReport:
         steps     8.0 s   80.0 %  (goodput)
         start-up  2.0 s   20.0 %
         <BLANKLINE>
-        5 MFLOP a sample, 625 MFLOP/s within steps: 0.00 % of the peak of NVIDIA T4 in fp16
+        5 MFLOP per sample, 625 MFLOP/s during steps: 0.00 % of the peak of NVIDIA T4 in fp16
     """
 
     steps: int
@@ -54,27 +54,27 @@ class RunReport:
 
     @property
     def total(self) -> float:
-        """Seconds of wall time."""
+        """Total wall time in seconds."""
         return sum(self.seconds.values())
 
     @property
     def goodput(self) -> float:
-        """The share of the time in which steps were made, in 0..1."""
+        """The fraction of the time that training steps took, in 0..1."""
         return self.seconds["step"] / self.total if self.total else 0.0
 
     @property
     def samples_per_second(self) -> float:
-        """Samples a second of all of the time."""
+        """Samples per second, over the total time."""
         return self.samples / self.total if self.total else 0.0
 
     @property
     def flops_per_second(self) -> float | None:
-        """FLOP/s within steps; None where no batch was given."""
+        """FLOP/s during steps; None if no batch was given."""
         return None if self.flops is None or not self.seconds["step"] else self.flops * self.samples / self.seconds["step"]
 
     @property
     def utilisation(self) -> float | None:
-        """The share of the device's peak that the model's operations come to within steps; None where either is not known."""
+        """The fraction of the device's peak rate that the model reached during steps; None if either is not known."""
         found = self.flops_per_second
         return None if found is None or self.peak is None else found / self.peak
 
@@ -83,7 +83,7 @@ class RunReport:
         head = (
             f"{self.steps:,} steps and {self.samples:,} samples in {self.total:,.1f} s of {runs}, {self.samples_per_second:,.0f} samples/s"
         )
-        shown = {_SAYS[cause]: taken for cause, taken in self.seconds.items() if taken or cause == "step"}
+        shown = {_LABELS[cause]: taken for cause, taken in self.seconds.items() if taken or cause == "step"}
         width, digits = max(map(len, shown)), max(len(f"{taken:,.1f}") for taken in shown.values())
         lines = [
             f"{name.ljust(width)}  {f'{taken:,.1f}'.rjust(digits)} s  {100 * taken / (self.total or 1):5.1f} %"
@@ -96,7 +96,7 @@ class RunReport:
         rate = self.flops_per_second
         if self.flops is None or rate is None:
             return []
-        text = f"{_short(self.flops)}FLOP a sample, {_short(rate)}FLOP/s within steps"
+        text = f"{_short(self.flops)}FLOP per sample, {_short(rate)}FLOP/s during steps"
         if self.utilisation is None:
             return ["", f"{text}; the peak of {self.device} in {self.precision} is not known"]
         return ["", f"{text}: {self.utilisation:.2%} of the peak of {self.device} in {self.precision}".replace("%", " %")]
@@ -110,12 +110,12 @@ def _short(number: float) -> str:
 
 
 def wall_time(state: TrainState, batch: Any = None, *, precision: str = "fp32") -> RunReport:
-    """Say where the time of a training went, over all runs that it took.
+    """Report the wall time of a training by cause, over all of its runs.
 
     Args:
-        state: Where training stands.
-        batch: One batch, of which the operations are counted; None leaves out what the model computes.
-        precision: What the run computed in: as ``FitConfig(precision=...)``, or ``"tf32"``; the device's peak depends on it.
+        state: The training state.
+        batch: One batch, whose operations are counted; None leaves the operations out.
+        precision: The precision of the run, as in ``FitConfig(precision=...)``, or ``"tf32"``; the device's peak rate depends on it.
 
     Returns:
         The report; ``print`` shows the table.

@@ -1,4 +1,4 @@
-"""The process around a training: signals that end a run, where the wall time went, and host callbacks around a compiled step.
+"""The process of a training: signals that end a run, wall time by cause, and host callbacks around a compiled step.
 
 Read `signals` first.
 """

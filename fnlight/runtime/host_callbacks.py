@@ -1,8 +1,8 @@
-"""The host's part of a step whose kernel may be one graph: what Python has to say before it, and what it looks at behind it.
+"""Host callbacks around a step that may be a compiled graph: numbers that Python computes before it, and checks that run after it.
 
-A stage that needs a number which changes from step to step, or that looks at a tensor, does so through `HostCallbacks`. In an eager step that
-happens on the spot. While a kernel is traced, another host stands in its place, which makes a number an input of the graph, and a look
-something that is done behind it.
+A stage uses `HostCallbacks` if it needs a number that changes from step to step, or if it reads a tensor. In an eager step the callback
+runs at once. While a kernel is traced, `fnlight.compile` replaces this class: a number becomes an input of the graph, and a check runs
+after the graph.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,10 @@ import attrs
 
 @attrs.frozen(eq=False, repr=False)
 class HostCallbacks:
-    """The host of eager steps; `fnlight.compile` puts its own there.
+    """The callbacks of eager steps; `fnlight.compile` replaces them while it traces.
 
     Args:
-        traced: Whether a kernel is being traced, so that no tensor has a value that Python could read.
+        traced: True while a kernel is traced; Python cannot read the values of tensors then.
 
     Example:
         >>> HostCallbacks().traced
@@ -26,14 +26,14 @@ class HostCallbacks:
     traced: bool = False
 
     def number(self, store: Any, fn: Callable[[Any], float]) -> Any:
-        """A number that may be another one at every step.
+        """A number that may change at every step.
 
         Args:
             store: The store that the kernel works on.
-            fn: Maps the live store, whose ``progress`` is that before the step, to a number.
+            fn: Maps the live store, with the ``progress`` before the step, to a number.
 
         Returns:
-            A float; in a graph, something to compute with that Python cannot look into.
+            A float; in a graph, a traced number whose value Python cannot read.
 
         Example:
             >>> from types import SimpleNamespace
@@ -43,16 +43,16 @@ class HostCallbacks:
         return fn(store)
 
     def later(self, store: Any, fn: Callable[[Any], None]) -> None:
-        """Look at what the kernel has made; behind a graph, once for each of its updates.
+        """Run a check after the kernel; with a graph of several updates, once for each update.
 
         Args:
             store: The store that the kernel works on.
-            fn: Called with the live store; it changes no tensors.
+            fn: Called with the live store; it must not change tensors.
         """
         fn(store)
 
     def only_if(self, store: Any, fn: Callable[[Any], bool]) -> None:
-        """Say when a graph of this kernel holds; where it does not, the step is taken without one.
+        """Add a condition for the graph of this kernel; if it is false, the step runs without the graph.
 
         Args:
             store: The store that the kernel works on.
@@ -60,8 +60,8 @@ class HostCallbacks:
         """
 
     def refuse(self, why: str) -> None:
-        """Say that this kernel cannot be one graph.
+        """Declare that this kernel cannot be compiled as one graph.
 
         Args:
-            why: The reason, as it completes a sentence.
+            why: The reason; it becomes a part of the error message.
         """

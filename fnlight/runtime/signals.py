@@ -1,6 +1,6 @@
-"""Signals: SIGTERM, SIGUSR1 and Ctrl-C end a run at a step boundary rather than in the middle of one.
+"""Signals: SIGTERM, SIGUSR1 and Ctrl-C end a run at a step boundary, not in the middle of a step.
 
-A handler only takes a note. `run`, `evaluate` and `predict` read it between two steps, and while they wait for a batch they are woken.
+A handler only records the signal. `run`, `evaluate` and `predict` check it between two steps. If they wait for a batch, the wait ends.
 """
 
 import os
@@ -16,7 +16,7 @@ from typing import Any, Self
 from fnlight.errors import ConfigError, Interrupted, LoaderError
 
 A_SIGNALS = "fl.Signals, open in a with block, or None"
-"""What the errors of those that listen say."""
+"""The expected value in type errors of functions that take signals."""
 
 _USUAL = ("SIGTERM", "SIGUSR1", "SIGINT")
 _PASSIVE = (signal.SIG_IGN, signal.SIG_DFL, signal.default_int_handler, None)
@@ -24,22 +24,22 @@ _HINT = b"\nSIGINT: the run ends after this step and saves; press Ctrl-C again t
 
 
 class _Wake(BaseException):
-    """Raised by a handler while nothing but a batch is waited for."""
+    """Raised by a handler while the process only waits for a batch."""
 
 
 class Signals:
-    """Listens for signals while it is open, as in ``with Signals() as signals:``, and remembers the first that came.
+    """Listens for signals while it is open, as in ``with Signals() as signals:``, and remembers the first signal.
 
-    Handlers that were installed before are called as well, and are back in place afterwards; a signal that was ignored stays ignored.
-    A second Ctrl-C raises ``KeyboardInterrupt`` at once. One that is opened within another begins with what that one has received.
+    Previous handlers are called, too, and are restored at the end. A signal that was ignored stays ignored. A second Ctrl-C raises
+    ``KeyboardInterrupt`` at once. A `Signals` that is opened inside another one starts with the signal that the outer one has received.
 
     Args:
-        *names: Names of signals; those that schedulers send, and Ctrl-C, if left out.
-        deadline: Seconds after the first signal at which the process is ended, whatever it does, as by ``kill -9`` but with a
-            message and the exit code of the signal; None waits as long as it takes.
+        *names: Names of signals; without names: SIGTERM and SIGUSR1, which job schedulers send, and SIGINT (Ctrl-C).
+        deadline: Seconds after the first signal until the process is ended, even in the middle of a step or a save, with a message and
+            the exit code of the signal; None: no limit.
 
     Raises:
-        ConfigError: If there is no such signal, or the deadline is no number above 0.
+        ConfigError: If there is no such signal, or the deadline is not a number above 0.
 
     Example:
         >>> with Signals() as signals:
@@ -55,12 +55,12 @@ class Signals:
             if name not in signal.Signals.__members__:
                 raise ConfigError(f"Signals({name!r}): there is no such signal on this system; give names such as {', '.join(_USUAL)}")
         if deadline is not None and not (isinstance(deadline, int | float) and 0 < deadline < float("inf")):
-            raise ConfigError(f"Signals(deadline=...) must be seconds above 0, or None to wait as long as it takes, but got {deadline!r}")
+            raise ConfigError(f"Signals(deadline=...) must be seconds above 0, or None for no limit, but got {deadline!r}")
         self.names = names or tuple(name for name in _USUAL if name in signal.Signals.__members__)
         self.deadline = deadline
         self.received: str | None = None
-        self.noted: str | None = None  # what this process has been sent; it is received once all that train together know of it
-        self.shared = False  # whether others train together with this process
+        self.noted: str | None = None  # the first signal sent to this process; it becomes `received` once all ranks know it
+        self.shared = False  # whether this process is one of several ranks
         self._previous: dict[int, Any] = {}
         self._waiting, self._pid = False, 0
         self._pipe: tuple[int, int] | None = None
@@ -73,11 +73,11 @@ class Signals:
     def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
             raise ConfigError(
-                f"signals reach the main thread only, but this is {threading.current_thread().name}; leave signals=True out here, and listen "
-                "in the main thread, as in `with fl.Signals() as signals:`"
+                f"signals reach the main thread only, but this is {threading.current_thread().name}; leave signals=True out here, and open them "
+                "in the main thread with `with fl.Signals() as signals:`"
             )
         if self._previous or self._pipe is not None:
-            raise ConfigError("this Signals is open already; open another one, which begins with what this one has received")
+            raise ConfigError("this Signals is open already; make another one, which starts with the signal that this one has received")
         self._pid, self.received, self.noted = os.getpid(), None, None
         if self.deadline is not None:
             self._watch(self.deadline)
@@ -87,7 +87,7 @@ class Signals:
             outer = getattr(previous, "__self__", None)
             if isinstance(outer, Signals):
                 self.received = self.noted = self.received or outer.received
-            if previous not in (signal.SIG_IGN, None):  # None: a handler that Python did not install and could not put back
+            if previous not in (signal.SIG_IGN, None):  # None: a handler that Python did not install and cannot restore
                 self._previous[number] = previous
                 signal.signal(number, self._note)
         return self
@@ -105,17 +105,17 @@ class Signals:
 
     @property
     def number(self) -> int:
-        """The number of the first signal that this process has had; 0 while there is none."""
+        """The number of the first signal sent to this process; 0 if there is none."""
         return 0 if self.noted is None else int(signal.Signals[self.noted])
 
     def agreed(self, number: int) -> None:
-        """Take note of what processes that train together have received: the number of a signal, or 0."""
+        """Record the signal that all ranks have agreed on: its number, or 0 for none."""
         if number and self.received is None:
             self.received = signal.Signals(number).name
 
     @contextmanager
     def together(self, others: bool) -> Iterator[None]:
-        """While it lasts, a signal counts once all that train together know of it, if there are others."""
+        """Inside this context, a signal is received only after all ranks know it, if there are others."""
         before, self.shared = self.shared, self.shared or others
         try:
             yield
@@ -123,7 +123,7 @@ class Signals:
             self.shared = before
 
     def alone(self) -> None:
-        """From here on this process listens for itself: what it has been sent it has received."""
+        """From now on this process does not wait for other ranks: a signal sent to it counts as received."""
         self.shared, self.received = False, self.received or self.noted
 
     def check(self) -> None:
@@ -132,11 +132,11 @@ class Signals:
             raise Interrupted(self.received)
 
     def until(self, items: Iterator[Any], single: bool = False) -> Iterator[Any]:
-        """The items, up to the moment at which a signal comes; the wait for an item ends at once then.
+        """Yield items until a signal arrives; a wait for the next item then ends at once.
 
         Args:
-            items: An iterator whose next item may take long, and which may be left in the middle of making one.
-            single: Of processes that train together, each may leave off by itself; False waits until all know of the signal.
+            items: An iterator that may be interrupted while it makes the next item.
+            single: True if each rank may stop by itself; False waits until all ranks know the signal.
         """
         while True:
             try:
@@ -189,7 +189,7 @@ class Signals:
             raise _Wake
 
     def _watch(self, deadline: float) -> None:
-        """Start the thread that ends the process; it learns of a signal through a pipe, into which a handler may write."""
+        """Start the thread that ends the process. Handlers tell it about a signal through a pipe, which is safe in a handler."""
         self._pipe = os.pipe()
         read, pid = self._pipe[0], self._pid
 
@@ -211,20 +211,20 @@ class Signals:
 
 def _too_late(name: str, deadline: float) -> bytes:
     return (
-        f"\n{name}: {deadline:g} s are over and the run has not ended: a save that was under way is abandoned; "
-        "the checkpoint before it stands, go on from it with resume=True\n"
+        f"\n{name}: the run did not end within {deadline:g} s, so the process ends now; an unfinished save is lost, "
+        "earlier checkpoints are not: resume from the last one with resume=True\n"
     ).encode("ascii")
 
 
 def _in_a_child(number: int) -> None:
-    """In a process that was forked off: its parent decides about Ctrl-C, but it can be terminated."""
+    """In a forked child: its parent handles Ctrl-C, but SIGTERM ends the child."""
     if number == signal.SIGTERM:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
 
 def listening() -> tuple[int, ...]:
-    """The signals for which a `Signals` listens in this process, by number.
+    """The numbers of the signals that a `Signals` listens for in this process.
 
     Returns:
         Numbers, ascending.
@@ -242,7 +242,7 @@ def listening() -> tuple[int, ...]:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Hold back the signals that are listened to while workers are started, which are sent them too; they unblock them when they are ready.
+    """Block these signals while workers start, because the workers get them, too; a worker unblocks them when it is ready.
 
     Example:
         >>> with Signals() as signals, held_back():
@@ -262,12 +262,12 @@ def held_back() -> Iterator[None]:
 
 
 def leave_to_parent(numbers: tuple[int, ...]) -> None:
-    """Let a worker process outlive signals that were sent to the whole group, for its parent ends it when it is no longer needed.
+    """Let a worker process survive signals that were sent to the whole process group; its parent ends it later.
 
-    Of SIGTERM only the first is survived: the second may be the parent's.
+    Only the first SIGTERM is ignored: a second one may come from the parent.
 
     Args:
-        numbers: What `listening` gave in the parent.
+        numbers: The result of `listening` in the parent.
 
     Example:
         >>> leave_to_parent(())
@@ -279,7 +279,7 @@ def leave_to_parent(numbers: tuple[int, ...]) -> None:
 
 
 def _after_the_first() -> Callable[[int, FrameType | None], None]:
-    """A handler of SIGTERM that lets the first one pass."""
+    """A handler of SIGTERM that ignores the first one and ends the process at the second."""
     seen: list[int] = []
 
     def ending(number: int, frame: FrameType | None) -> None:
@@ -291,17 +291,17 @@ def _after_the_first() -> Callable[[int, FrameType | None], None]:
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:
-    """A handler, rather than SIG_IGN, which programs started by the worker would inherit."""
+    """An empty handler. Programs that the worker starts would inherit SIG_IGN, but not this."""
 
 
 def exit_code(name: str) -> int:
-    """The exit code by which a process says that a signal ended it.
+    """The exit code of a process that a signal ended.
 
     Args:
-        name: Such as ``"SIGTERM"``.
+        name: The name of a signal, such as ``"SIGTERM"``.
 
     Returns:
-        128 and the number of the signal; 0 if it is none.
+        128 plus the number of the signal; 0 if the name is not a signal.
 
     Example:
         >>> exit_code("SIGTERM"), exit_code("SIGINT"), exit_code("3 epochs done")
@@ -312,13 +312,13 @@ def exit_code(name: str) -> int:
 
 
 def worker_death(error: BaseException) -> LoaderError | None:
-    """What an exception says of a dead worker. torch raises it in a signal's handler: in whatever happens to run.
+    """The error for a dead worker. torch raises it in a signal handler, so it can appear in any code.
 
     Args:
         error: Any exception.
 
     Returns:
-        The error that names it; None if the exception is about something else.
+        An error that names the worker; None if the exception is about something else.
 
     Example:
         >>> worker_death(ValueError("x")) is None
@@ -328,6 +328,6 @@ def worker_death(error: BaseException) -> LoaderError | None:
         return None
     why = str(error.__cause__).strip() if isinstance(error.__cause__, RuntimeError) else ""  # it may name the signal
     return LoaderError(
-        f"{(why or str(error).strip()).rstrip('.')}: this process read data for the run and died, most often for want of memory; use fewer "
-        "workers or smaller batches and resume: the order of the data does not depend on the number of workers"
+        f"{(why or str(error).strip()).rstrip('.')}: this worker process loaded data and died, most often because memory ran out; use fewer "
+        "workers or smaller batches and resume; the order of the data does not depend on the number of workers"
     )

@@ -1,7 +1,7 @@
-"""Where the time of a training went: seconds by cause, added up over all of its runs.
+"""The wall time of a training: seconds by cause, added up over all of its runs.
 
-A run notes what does not make the model better: starting, waiting for batches, evaluating, logging, saving. What is left is the steps.
-The seconds are those of the host: on a device that works behind it, a wait for the device falls to whatever on the host waits for it.
+A run measures start-up, waiting for batches, evaluation, logging and saving. The rest is the time of the steps. Time is measured on the
+host. On an asynchronous device, the wait for the device counts for the host operation that waits.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 
 CAUSES = ("start", "data", "evaluate", "log", "save", "stall", "lost")
-"""What takes time beside the steps, as fields of `WallTime`."""
+"""The causes other than steps, as fields of `WallTime`."""
 
 _NUMBERS = ("total", *CAUSES)
 
@@ -23,15 +23,15 @@ class WallTime:
     """Seconds of wall time by cause; changed in place by a run, and saved with its state.
 
     Args:
-        total: All of it; between two runs of which the first one ended in order, nothing is counted.
-        start: From the beginning of each run until its first step is done: reading a checkpoint, starting workers, compiling.
+        total: The total time. The time between two runs counts only if the first one did not end normally.
+        start: From the start of each run to the end of its first step: reading a checkpoint, starting workers, compiling.
         data: Waiting for batches.
         evaluate: Evaluations.
-        log: Sending records to sinks.
-        save: Saving, as far as the steps wait for it: copying, or writing in the foreground.
-        stall: Waiting for a save in the background that had not ended when the next was due.
-        lost: From the last save of a run that did not end in order until it went on: work that is done again, and the time in between.
-        runs: How many runs there were.
+        log: Giving records to sinks.
+        save: Saving while the steps wait: copying the state, or writing it in the foreground.
+        stall: Waiting for a background save that was not finished when the next one was due.
+        lost: After a run that did not end normally: from its last save to its resume. This includes the work that is repeated.
+        runs: Number of runs.
 
     Example:
         >>> times = iter([0.0, 1.0, 1.0, 5.0, 6.0])
@@ -55,18 +55,18 @@ class WallTime:
     lost: float = 0.0
     runs: int = 0
     clock: Callable[[], float] = attrs.field(default=time.perf_counter, init=False, repr=False)
-    _since: float | None = attrs.field(default=None, init=False, repr=False)  # up to when the total counts; None where no run is under way
-    _begun: tuple[float, float] | None = attrs.field(default=None, init=False, repr=False)  # of a run whose first step is not done
+    _since: float | None = attrs.field(default=None, init=False, repr=False)  # `total` counts up to here; None: no run is active
+    _begun: tuple[float, float] | None = attrs.field(default=None, init=False, repr=False)  # the start of a run before its first step
     _marks: dict[str, tuple[int, list[float]]] = attrs.field(factory=dict, init=False, repr=False)
 
     @property
     def step(self) -> float:
-        """What no cause took: the steps themselves, and whatever the loop's owner does between them."""
+        """The time of no other cause: the steps, and the user's code between them in a manual loop."""
         return max(0.0, self.total - self._others())
 
     @property
     def goodput(self) -> float:
-        """The steps' share of all, in 0..1; 0 where nothing was counted yet."""
+        """The fraction of the total that the steps took, in 0..1; 0 if the total is 0."""
         return self.step / self.total if self.total else 0.0
 
     def seconds(self) -> dict[str, float]:
@@ -78,11 +78,11 @@ class WallTime:
         return self.start + self.data + self.evaluate + self.log + self.save + self.stall + self.lost
 
     def begin(self, clock: Callable[[], float], at: float | None = None) -> None:
-        """A run begins; nothing happens where it has begun already.
+        """Start a run; does nothing if it has already started.
 
         Args:
-            clock: Gives seconds; whatever is timed in the run asks it.
-            at: When it began, in seconds of this clock; None is now.
+            clock: Returns the time in seconds; used for all measurements of the run.
+            at: The start time, in seconds of this clock; None is now.
         """
         if self._since is None:
             self.clock, self.runs = clock, self.runs + 1
@@ -91,27 +91,27 @@ class WallTime:
             self._marks.clear()
 
     def started(self) -> None:
-        """The first step of a run is done: what no other cause took until now was the start."""
+        """End the start-up of a run after its first step: all time without another cause counts as ``start``."""
         self.settle()
         if self._begun is not None and self._since is not None:
             (began, others), self._begun = self._begun, None
             self.start += max(0.0, self._since - began - (self._others() - others))
 
     def settle(self) -> None:
-        """Count the time up to now."""
+        """Add the time up to now to the total."""
         if self._since is not None:
             now = self.clock()
             self.total += max(0.0, now - self._since)
             self._since = now
 
     def end(self) -> None:
-        """A run ends."""
+        """End a run."""
         self.started()
         self._since = None
 
     @contextmanager
     def taken(self, cause: str) -> Iterator[None]:
-        """Count what happens inside as taken by a cause, where a run is under way.
+        """Count the time inside this context for a cause, if a run is active.
 
         Args:
             cause: A name in `CAUSES`.
@@ -124,24 +124,24 @@ class WallTime:
                 setattr(self, cause, getattr(self, cause) + max(0.0, self.clock() - began))
 
     def mark(self, name: str, samples: int) -> None:
-        """Begin a window.
+        """Start a window.
 
         Args:
-            name: Whose it is.
-            samples: Samples seen so far.
+            name: The name of the window.
+            samples: Number of samples seen so far.
         """
         self.settle()
         self._marks[name] = (samples, [getattr(self, each) for each in _NUMBERS])
 
     def window(self, name: str, samples: int) -> dict[str, float]:
-        """What a log shows of the time since the window began; it begins anew.
+        """Rates and fractions of time since the window started; the window is then restarted.
 
         Args:
-            name: Whose it is; what was never marked is counted from the beginning.
-            samples: Samples seen so far.
+            name: The name of the window; without a `mark` it started at 0.
+            samples: Number of samples seen so far.
 
         Returns:
-            ``samples/s``, and the shares ``time/step``, ``time/data`` and so on, which add up to 1.
+            ``samples/s``, and the fractions ``time/step``, ``time/data`` and so on, which add up to 1.
         """
         seen, before = self._marks.get(name, (0, [0.0] * len(_NUMBERS)))
         self.mark(name, samples)
@@ -151,36 +151,36 @@ class WallTime:
         return {"samples/s": (samples - seen) / passed if passed else 0.0, "time/step": max(0.0, 1.0 - sum(shares)), **found}
 
     def lose(self, seconds: float) -> None:
-        """A run did not end in order: so long after its last save, the next one goes on from there.
+        """Count the time between the last save of a run that did not end normally and its resume.
 
         Args:
-            seconds: From the save until now; below 0 counts as nothing.
+            seconds: From the save until now; a negative value counts as 0.
         """
         gap = max(0.0, seconds)
         self.lost, self.total = self.lost + gap, self.total + gap
 
     def copy(self) -> "WallTime":
-        """The same seconds, of which no run is under way."""
+        """A copy of the seconds, without an active run."""
         self.settle()
-        return attrs.evolve(self)  # which takes the arguments only
+        return attrs.evolve(self)  # copies the arguments only
 
     def to_json(self) -> dict[str, Any]:
-        """As a checkpoint holds it."""
+        """The form in which a checkpoint stores it."""
         self.settle()
         return {**{name: getattr(self, name) for name in _NUMBERS}, "runs": self.runs}
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> "WallTime":
-        """What `to_json` gave; an empty mapping is that of a checkpoint that knows nothing of it.
+        """Read the result of `to_json`; an older checkpoint has an empty mapping.
 
         Args:
-            found: Untrusted.
+            found: Untrusted data.
 
         Raises:
-            ValueError: If it is nothing that `to_json` gives.
+            ValueError: If `to_json` cannot have written it.
         """
         numbers = {name: found.get(name, 0.0) for name in _NUMBERS}
         runs = found.get("runs", 0)
         if type(runs) is not int or not all(type(n) in (int, float) and 0 <= n < math.inf for n in (*numbers.values(), runs)):
-            raise ValueError(f"the times of a run are {dict(found)!r:.80}")
+            raise ValueError(f"the wall times of a run must be finite seconds of at least 0, but are {dict(found)!r:.80}")
         return cls(**numbers, runs=runs)

@@ -1,9 +1,9 @@
 """Schedules: pure functions from completed steps (or epochs, or samples) to a factor of the base learning rate.
 
-A schedule counts nothing itself, so there is nothing to save and nothing that could drift: ``schedule(count)`` is the factor of the step
-that comes after `count` completed ones. Past its end a schedule holds its last value. Each prints as the code that makes it.
+A schedule has no state, so there is nothing to save: ``schedule(count)`` is the factor of the step that follows `count` completed steps.
+After its end a schedule keeps its last value. The ``repr`` of a schedule is the code that makes it.
 
-What depends on a metric, and any scheduler of ``torch.optim.lr_scheduler``, stands in `fnlight.schedules.replay`.
+Schedules that depend on a metric, and schedulers of ``torch.optim.lr_scheduler``, are in `fnlight.schedules.replay`.
 """
 
 from fnlight.schedules.curve import Curve

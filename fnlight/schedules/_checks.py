@@ -1,4 +1,4 @@
-"""What the schedules share: checks of their arguments, the name of a schedule, and half a cosine wave."""
+"""Shared by all schedules: checks of arguments, the text of a schedule, and half a cosine wave."""
 
 import math
 from typing import Any

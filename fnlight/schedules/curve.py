@@ -1,4 +1,4 @@
-"""What a schedule is: a function of a count that prints as the code that makes it."""
+"""The type of a schedule: a function of a count whose ``repr`` is the code that makes it."""
 
 from collections.abc import Callable
 
@@ -7,12 +7,12 @@ import attrs
 
 @attrs.frozen(eq=False, repr=False)
 class Curve:
-    """A schedule that prints as the code that makes it.
+    """A schedule whose ``repr`` is the code that makes it.
 
     Args:
         text: That code.
-        fn: Maps a count, 0 or more, to a factor.
-        total: The count from which on it holds its last value; None if it has no end.
+        fn: Maps a count (0 or more) to a factor.
+        total: The count from which the schedule keeps its last value; None if it has no end.
 
     Example:
         >>> Curve("halves()", lambda count: 0.5**count)

@@ -1,4 +1,4 @@
-"""Schedules that go up and down again."""
+"""Cyclic schedules, which rise and fall."""
 
 from collections.abc import Callable, Mapping
 from typing import Literal
@@ -11,20 +11,20 @@ from fnlight.schedules.curve import Curve
 def one_cycle(
     total: int, up_fraction: float = 0.3, start_div: float = 25.0, final_div: float = 1e4, anneal: Literal["cos", "linear"] = "cos"
 ) -> Curve:
-    """One cycle: up from a fraction of the base learning rate, which is the peak, and down to almost nothing.
+    """One cycle: a rise from a small factor to 1, the base learning rate, then a fall to almost 0.
 
     Args:
-        total: All steps of the cycle.
-        up_fraction: The part of them that goes up, in 0..1.
+        total: Total number of steps of the cycle.
+        up_fraction: The fraction of these steps that rises, in 0..1.
         start_div: The first factor is ``1 / start_div``.
         final_div: The last factor is ``1 / (start_div * final_div)``.
-        anneal: The form of both parts: ``"cos"`` or ``"linear"``.
+        anneal: The shape of both parts: ``"cos"`` or ``"linear"``.
 
     Returns:
         A schedule.
 
     Raises:
-        ConfigError: If there is no step, or an argument is out of its range.
+        ConfigError: If `total` is below 1, or an argument is out of its range.
 
     Example:
         >>> cycle = one_cycle(10, anneal="linear")
@@ -44,10 +44,10 @@ def one_cycle(
     first, final = 1.0 / start_div, 1.0 / start_div / final_div
 
     def cycle(count: int) -> float:
-        place = min(count, last)
-        if place <= peak and peak > 0:
-            return between(first, 1.0, place / peak)
-        return between(1.0, final, (place - peak) / (last - peak)) if last > peak else 1.0
+        position = min(count, last)
+        if position <= peak and peak > 0:
+            return between(first, 1.0, position / peak)
+        return between(1.0, final, (position - peak) / (last - peak)) if last > peak else 1.0
 
     return Curve(
         f"one_cycle({total}, up_fraction={up_fraction}, start_div={start_div}, final_div={final_div}, anneal={anneal!r})", cycle, last
@@ -61,21 +61,21 @@ def cyclic(
     mode: Literal["triangular", "triangular2", "exp_range"] = "triangular",
     gamma: float = 1.0,
 ) -> Curve:
-    """Cycles without end: from `low` up to 1, the base learning rate, and down to `low` again.
+    """Endless cycles: from `low` up to 1, the base learning rate, and down to `low` again.
 
     Args:
-        up: Steps of a rise.
-        down: Steps of a fall; as many as of a rise if left out.
-        low: The least factor.
-        mode: ``"triangular"``: all cycles are alike; ``"triangular2"``: each is half as high as the one before;
+        up: Number of steps of a rise.
+        down: Number of steps of a fall; None: the same as `up`.
+        low: The smallest factor.
+        mode: ``"triangular"``: all cycles are equal; ``"triangular2"``: each cycle is half as high as the previous one;
             ``"exp_range"``: the height shrinks as ``gamma ** count``.
-        gamma: For ``"exp_range"``, in 0..1.
+        gamma: The base of ``"exp_range"``, in 0..1.
 
     Returns:
         A schedule.
 
     Raises:
-        ConfigError: If a part has no step, an argument is out of its range, or `gamma` is given to another mode.
+        ConfigError: If `up` or `down` is below 1, an argument is out of its range, or `gamma` is given with another mode.
 
     Example:
         >>> wave = cyclic(2, low=0.5)
@@ -93,12 +93,12 @@ def cyclic(
     if mode not in _HEIGHTS:
         raise ConfigError(f"cyclic(mode) must be one of {sorted(_HEIGHTS)}, but got {mode!r}")
     if gamma != 1.0 and mode != "exp_range":
-        raise ConfigError(f'cyclic(gamma={gamma}) shrinks cycles of mode="exp_range", but the mode is {mode!r}; leave gamma out')
+        raise ConfigError(f'cyclic(gamma={gamma}) has an effect with mode="exp_range" only, but the mode is {mode!r}; leave gamma out')
     height = _HEIGHTS[mode]
 
     def cycle(count: int) -> float:
-        number, place = divmod(count, up + fall)
-        part = place / up if place <= up else (up + fall - place) / fall
+        number, position = divmod(count, up + fall)
+        part = position / up if position <= up else (up + fall - position) / fall
         return low + (1.0 - low) * part * height(number, count, gamma)
 
     return Curve(f"cyclic({up}, down={down}, low={low}, mode={mode!r}, gamma={gamma})", cycle)
@@ -112,18 +112,18 @@ _HEIGHTS: Mapping[str, Callable[[int, int, float], float]] = {
 
 
 def cosine_restarts(period: int, mult: int = 1, final: float = 0.0) -> Curve:
-    """Half a cosine wave from 1 down to `final`, again and again; a restart is a jump back to 1.
+    """Repeated half cosine waves from 1 down to `final`; each restart jumps back to 1.
 
     Args:
-        period: Steps of the first wave.
-        mult: How many times as long each wave is as the one before.
+        period: Number of steps until the first restart.
+        mult: Each wave is this many times as long as the previous one.
         final: The factor at the end of a wave.
 
     Returns:
         A schedule.
 
     Raises:
-        ConfigError: If there is no step, `mult` is below 1, or `final` is negative.
+        ConfigError: If `period` or `mult` is below 1, or `final` is negative.
 
     Example:
         >>> waves = cosine_restarts(2, mult=2)
@@ -138,10 +138,10 @@ def cosine_restarts(period: int, mult: int = 1, final: float = 0.0) -> Curve:
     check_real("cosine_restarts(final)", final)
 
     def wave(count: int) -> float:
-        place, length = (count % period, period) if mult == 1 else (count, period)
-        while place >= length:
-            place, length = place - length, length * mult
-        return anneal_cos(1.0, final, place / length)
+        position, length = (count % period, period) if mult == 1 else (count, period)
+        while position >= length:
+            position, length = position - length, length * mult
+        return anneal_cos(1.0, final, position / length)
 
     return Curve(f"cosine_restarts({period}, mult={mult}, final={final})", wave)
 

@@ -1,8 +1,8 @@
-"""Schedules by replay: what looks stateful, computed afresh from its whole input.
+"""Schedules by replay: stateful schedulers as pure functions of their whole input.
 
 `plateau` is a function of all values of a metric so far. `from_torch` turns any scheduler of ``torch.optim.lr_scheduler`` into a
-function of completed steps: the scheduler runs on a shadow optimizer, which has the same groups and does nothing. Neither has anything
-to save, and a resumed run cannot drift.
+function of completed steps: the scheduler runs on a shadow optimizer, which has the same groups and does nothing. Neither has state
+to save, and a resumed run gets the same learning rates.
 """
 
 import copy
@@ -21,15 +21,15 @@ from fnlight.errors import ConfigError, check_type
 
 @attrs.frozen(repr=False)
 class Plateau:
-    """A factor that shrinks whenever a metric stops getting better; made by `plateau`, with the same arguments.
+    """A factor that shrinks whenever a metric stops improving; made by `plateau`, with the same arguments.
 
     Args:
-        factor: What the learning rate is multiplied by.
-        patience: How many values in a row may be no better.
-        threshold: How much better a value must be to count.
+        factor: The multiplier of the learning rate.
+        patience: How many values in a row may show no improvement.
+        threshold: How much better a value must be to count as an improvement.
         mode: ``"min"`` or ``"max"``.
-        cooldown: How many values are let pass after a cut.
-        min_factor: The least factor.
+        cooldown: How many values after a reduction are ignored.
+        min_factor: The smallest factor.
         threshold_mode: ``"rel"`` or ``"abs"``.
 
     Raises:
@@ -64,10 +64,10 @@ class Plateau:
                 raise ConfigError(f"plateau({name}) must be one of {known}, but got {getattr(self, name)!r}")
 
     def over(self, values: Sequence[float]) -> float:
-        """The factor once these values have been seen, oldest first: a pure function, without memory.
+        """The factor after these values, oldest first: a pure function without state.
 
         Args:
-            values: All values of the metric so far; NaN is never better.
+            values: All values of the metric so far; NaN is never an improvement.
 
         Returns:
             The factor of the base learning rate, in `min_factor`..1.
@@ -102,17 +102,17 @@ def plateau(
     min_factor: float = 0.0,
     threshold_mode: Literal["rel", "abs"] = "rel",
 ) -> Plateau:
-    """Shrink the learning rate whenever a metric has stopped getting better; ``Optim(..., monitor=...)`` says which metric.
+    """Reduce the learning rate whenever a metric stops improving; ``Optim(..., monitor=...)`` names the metric.
 
-    It decides as ``torch.optim.lr_scheduler.ReduceLROnPlateau`` does, once for every value in the history.
+    It follows the rule of ``torch.optim.lr_scheduler.ReduceLROnPlateau``, once for every value in the history.
 
     Args:
-        factor: What the learning rate is multiplied by, in 0..1.
-        patience: How many values in a row may be no better.
-        threshold: How much better a value must be to count.
+        factor: The multiplier of the learning rate, in 0..1.
+        patience: How many values in a row may show no improvement.
+        threshold: How much better a value must be to count as an improvement.
         mode: ``"min"`` if smaller is better, else ``"max"``.
-        cooldown: How many values are let pass after a cut before bad ones count again.
-        min_factor: The least factor of the base learning rate.
+        cooldown: How many values after a reduction are ignored before bad values count again.
+        min_factor: The smallest factor of the base learning rate.
         threshold_mode: Whether `threshold` is relative to the best value (``"rel"``) or absolute (``"abs"``).
 
     Returns:
@@ -149,7 +149,7 @@ class _Shadow(Optimizer):
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What a group was configured with; ``initial_lr`` only where the user gave one, so that schedulers set it as they do elsewhere."""
+    """The configured options of a group; ``initial_lr`` only if the user gave one, so that the scheduler sets it as usual."""
     held = {k: _own(v) for k, v in group.items() if k != "params"}
     if "initial_lr" in held and held["initial_lr"] == held.get("lr"):
         del held["initial_lr"]
@@ -161,18 +161,18 @@ def _own(value: Any) -> Any:
 
 
 class _Replay:
-    """One scheduler on its shadow, somewhere on its way."""
+    """One scheduler and its shadow optimizer, after `count` steps."""
 
     def __init__(self, make: Callable[[Any], Any], configured: Sequence[Mapping[str, Any]]) -> None:
         self.configured, self.shadow = configured, _Shadow(configured)
         self.scheduler = _made(make, self.shadow)
-        self.shadow.step()  # torch warns of a scheduler that steps before its optimizer
-        self.count, self.seen = 0, list[float]()  # what it has stepped over; values only if it is monitored
+        self.shadow.step()  # torch warns if a scheduler steps before its optimizer
+        self.count, self.seen = 0, list[float]()  # the steps so far; their values only if it is monitored
         self.before = [{k: v for k, v in _options(g).items() if _plain(v)} for g in configured]
         self.changed = [{"lr"} for _ in configured]
         self._note()
 
-    def stands_before(self, configured: Sequence[Mapping[str, Any]], count: int, values: list[float] | None) -> bool:
+    def can_continue(self, configured: Sequence[Mapping[str, Any]], count: int, values: list[float] | None) -> bool:
         return self.configured is configured and self.count <= count and (values is None or values[: self.count] == self.seen)
 
     def forward(self, count: int, values: list[float] | None) -> list[dict[str, Any]]:
@@ -186,15 +186,15 @@ class _Replay:
         return [{k: _own(group[k]) for k in sorted(keys)} for group, keys in zip(self.shadow.param_groups, self.changed, strict=True)]
 
     def _note(self) -> None:
-        """Keep in mind what has ever been changed: it is given back even where it stands as it stood at first."""
+        """Remember every option that ever changed: it is returned even if it has its first value again."""
         for group, before, changed in zip(self.shadow.param_groups, self.before, self.changed, strict=True):
             changed.update(k for k, v in before.items() if group[k] is not v and group[k] != v)
 
 
 def _past_its_end(scheduler: Any, count: int, error: Exception) -> str:
     return (
-        f"{type(scheduler).__name__}, replayed by from_torch, refuses its step {count}: {error}; train no longer than it goes, make it longer "
-        "(fl.total_steps(config, loaders) counts the steps of a run), or use a schedule of fnlight, which holds its last value"
+        f"{type(scheduler).__name__}, replayed by from_torch, refuses its step {count}: {error}; train for fewer steps, make the scheduler longer "
+        "(fl.total_steps(config, loaders) counts the steps of a run), or use a schedule of fnlight, which keeps its last value"
     )
 
 
@@ -222,12 +222,12 @@ def _takes_metric(scheduler: Any) -> bool:
 class TorchSchedule:
     """Any scheduler of ``torch.optim.lr_scheduler`` as a pure function; made by `from_torch`.
 
-    What it computes follows from its arguments alone. The replay goes on from where the last one stood, if it can: that saves time,
-    and changes nothing.
+    The result depends on the arguments alone. If possible, a replay continues from the end of the previous one: that saves time and
+    does not change the result.
 
     Args:
         make: Maps an optimizer to a scheduler on it.
-        monitored: Whether the scheduler steps over the values of a metric, as ``ReduceLROnPlateau`` does, and not over a count.
+        monitored: Whether ``scheduler.step`` takes the value of a metric, as with ``ReduceLROnPlateau``.
 
     Example:
         >>> halve = TorchSchedule(lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
@@ -240,41 +240,41 @@ class TorchSchedule:
     _last: dict[str, _Replay] = attrs.field(factory=dict, init=False)
 
     def groups(self, configured: Sequence[Mapping[str, Any]], count: int, values: Sequence[float] | None = None) -> list[dict[str, Any]]:
-        """What each group holds after `count` steps of the scheduler, or after these values if it is monitored.
+        """The options of each group after `count` steps of the scheduler, or after these values if it is monitored.
 
         Args:
-            configured: The options of each group as they were at first; this very object again and again lets the replay go on.
+            configured: The options of each group at the start; pass the same object every time, so that a replay can continue.
             count: Completed steps (or epochs).
             values: All values of the metric so far, oldest first; for monitored schedules only.
 
         Returns:
-            One dict a group: ``lr``, and whatever else the scheduler has changed on its way, such as ``momentum``.
+            One dict per group: ``lr``, and every other option that the scheduler has changed, such as ``momentum``.
 
         Raises:
-            ConfigError: If `make` returns no scheduler, or one of another optimizer, or the scheduler has come to its end.
+            ConfigError: If `make` returns no scheduler, or one of another optimizer, or if the scheduler is past its end.
         """
         seen = list(values or ()) if self.monitored else None
         steps = count if seen is None else len(seen)
-        replay = self._last.pop("replay", None)  # nobody else has it now, in any thread; put back only if the scheduler did not fail
-        if replay is None or not replay.stands_before(configured, steps, seen):
+        replay = self._last.pop("replay", None)  # taken out, so no other thread uses it; put back only if the scheduler did not fail
+        if replay is None or not replay.can_continue(configured, steps, seen):
             replay = _Replay(self.make, configured)
         found = replay.forward(steps, seen)
         self._last["replay"] = replay
         return found
 
     def resolved(self, groups: Sequence[Mapping[str, Any]]) -> "TorchSchedule":
-        """This schedule with `monitored` set if the scheduler that it makes for these groups steps over a metric."""
+        """This schedule, with `monitored` set if the scheduler that it makes for these groups steps on a metric."""
         if self.monitored or not _takes_metric(_made(self.make, _Shadow(groups))):
             return self
         return attrs.evolve(self, monitored=True)
 
     def last(self, configured: Sequence[Mapping[str, Any]]) -> int | None:
-        """The last count that the scheduler has a value for, if it says so, as ``OneCycleLR`` does; None if it has no end."""
+        """The last count of a scheduler with an end, such as ``OneCycleLR``; None if it has no end."""
         total = getattr(_made(self.make, _Shadow(configured)), "total_steps", None)
         return total if isinstance(total, int) else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TorchSchedule":
-        return self  # nothing of it can be observed to change, and a copy goes on from the same replay
+        return self  # it behaves as if it were immutable, so a copy can share the replay
 
     def __repr__(self) -> str:
         return f"from_torch({getattr(self.make, '__name__', repr(self.make))}{', monitored=True' if self.monitored else ''})"
@@ -283,13 +283,14 @@ class TorchSchedule:
 def from_torch(make: Callable[[Any], Any], monitored: bool = False) -> TorchSchedule:
     """Use any scheduler of ``torch.optim.lr_scheduler``, or one written like them, as a pure schedule.
 
-    The scheduler may change the learning rate, the momentum, the betas or any other option, of each group in its own way. It never
-    sees the real optimizer: it is replayed on a shadow with the same groups. Going on costs one step of the scheduler; going back,
-    or resuming at step n, costs n of them, once.
+    The scheduler may change the learning rate, the momentum, the betas or any other option, differently for each group. It never
+    gets the real optimizer: it is replayed on a shadow optimizer with the same groups. The next count costs one step of the scheduler;
+    an earlier count, or resuming at step n, costs n steps once.
 
     Args:
         make: Maps an optimizer to a scheduler on it, as in ``lambda optimizer: StepLR(optimizer, 30)``.
-        monitored: Whether it steps over the values of a metric; found out by itself for ``ReduceLROnPlateau``.
+        monitored: Whether ``scheduler.step`` takes the value of a metric; detected automatically if its argument is required, as with
+            ``ReduceLROnPlateau``.
 
     Returns:
         A `TorchSchedule`, for ``Optim(optimizer, schedule=...)``.
@@ -298,5 +299,5 @@ def from_torch(make: Callable[[Any], Any], monitored: bool = False) -> TorchSche
         >>> from_torch(lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 30)).groups([{"lr": 1.0}], count=30)
         [{'lr': 0.1}]
     """
-    check_type("from_torch(make)", make, Callable, "a function of an optimizer that gives a scheduler of torch")
+    check_type("from_torch(make)", make, Callable, "a function of an optimizer that returns a scheduler")
     return TorchSchedule(make, monitored)

@@ -1,4 +1,4 @@
-"""Schedules that follow one another: a warm-up first, a decay last."""
+"""Sequences of schedules, such as a warm-up followed by a decay."""
 
 import itertools
 import math
@@ -13,19 +13,20 @@ from fnlight.schedules.shapes import constant, cosine
 
 
 def warmup(warmup: int, then: Callable[[int], float] | None = None) -> Curve:
-    """A rise to 1 over `warmup` steps, followed by another schedule, which counts from there.
+    """A warm-up to 1 over `warmup` steps, followed by another schedule, which counts from the end of the warm-up.
 
-    The first step already learns: the factors are 1/warmup, 2/warmup, ..., 1. For a first factor of 0 write ``linear(0, 1, total=warmup)``.
+    The factors are 1/warmup, 2/warmup, ..., 1, so the first step trains, too. For a first factor of 0 write
+    ``linear(0, 1, total=warmup)``.
 
     Args:
-        warmup: Steps of the rise; 0 for none.
-        then: What follows; a constant 1 if left out.
+        warmup: Number of warm-up steps; 0 for none.
+        then: The schedule that follows; None: a constant 1.
 
     Returns:
         A schedule.
 
     Raises:
-        ConfigError: If `warmup` is negative or `then` is no function.
+        ConfigError: If `warmup` is negative or `then` is not a function.
 
     Example:
         >>> rise = warmup(4)
@@ -43,7 +44,7 @@ def warmup(warmup: int, then: Callable[[int], float] | None = None) -> Curve:
 
 
 def _end(start: int, last: Callable[[int], float]) -> int | None:
-    """Where schedules that follow one another end: where the last one does."""
+    """The end of a sequence: the end of its last schedule."""
     total = last.total if isinstance(last, Curve) else None
     return None if total is None else start + total
 
@@ -53,24 +54,24 @@ def _rise(steps: int, after: Callable[[int], float]) -> Callable[[int], float]:
 
 
 def warmup_cosine(warmup: int, total: int, final: float = 0.0) -> Curve:
-    """A rise to 1 as `warmup` makes it, then half a cosine wave down to `final`.
+    """A warm-up to 1 as with `warmup`, then half a cosine wave down to `final`.
 
     Args:
-        warmup: Steps of the rise; 0 for none.
-        total: All steps, those of the rise among them.
+        warmup: Number of warm-up steps; 0 for none.
+        total: Total number of steps, including the warm-up.
         final: The last factor.
 
     Returns:
         A schedule.
 
     Raises:
-        ConfigError: If the rise does not end before `total`.
+        ConfigError: If the warm-up does not end before `total`.
 
     Example:
-        >>> course = warmup_cosine(warmup=2, total=6)
-        >>> course
+        >>> schedule = warmup_cosine(warmup=2, total=6)
+        >>> schedule
         warmup_cosine(warmup=2, total=6, final=0.0)
-        >>> [course(0), course(1), course(2), course(4)]
+        >>> [schedule(0), schedule(1), schedule(2), schedule(4)]
         [0.5, 1.0, 1.0, 0.5]
     """
     check_count("warmup_cosine(warmup)", warmup, least=0)
@@ -78,30 +79,30 @@ def warmup_cosine(warmup: int, total: int, final: float = 0.0) -> Curve:
     check_real("warmup_cosine(final)", final)
     if warmup >= total:
         raise ConfigError(
-            f"warmup_cosine(warmup, total): total counts all steps and must be above warmup, but got warmup={warmup}, total={total}"
+            f"warmup_cosine(warmup, total): total must be above warmup, as it includes the warmup, but got warmup={warmup}, total={total}"
         )
     return Curve(f"warmup_cosine(warmup={warmup}, total={total}, final={final})", _rise(warmup, cosine(total - warmup, final)), total)
 
 
 def wsd(warmup: int, total: int, decay: int, final: float = 0.0, shape: Literal["linear", "cos", "sqrt"] = "linear") -> Curve:
-    """Warm-up, stable, decay: a rise to 1 as `warmup` makes it, a plain of 1, and a fall to `final` over the last steps.
+    """Warm-up, stable, decay: a warm-up to 1 as with `warmup`, a constant 1, and a decay to `final` over the last steps.
 
     Args:
-        warmup: Steps of the rise; 0 for none.
-        total: All steps.
-        decay: Steps of the fall, the last of `total`.
+        warmup: Number of warm-up steps; 0 for none.
+        total: Total number of steps.
+        decay: Number of decay steps, at the end of `total`.
         final: The last factor.
-        shape: The form of the fall: ``"linear"``, ``"cos"``, or ``"sqrt"``, which is 1 minus the root of the part that is done.
+        shape: The shape of the decay: ``"linear"``, ``"cos"``, or ``"sqrt"``, which is 1 minus the square root of the completed fraction.
 
     Returns:
         A schedule.
 
     Raises:
-        ConfigError: If rise and fall do not fit into `total`, or an argument is out of its range.
+        ConfigError: If warm-up and decay do not fit into `total`, or an argument is out of its range.
 
     Example:
-        >>> course = wsd(warmup=2, total=8, decay=2)
-        >>> [course(count) for count in range(9)]
+        >>> schedule = wsd(warmup=2, total=8, decay=2)
+        >>> [schedule(count) for count in range(9)]
         [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.0]
 
     References:
@@ -113,17 +114,17 @@ def wsd(warmup: int, total: int, decay: int, final: float = 0.0, shape: Literal[
     check_real("wsd(final)", final)
     if warmup + decay > total:
         raise ConfigError(
-            f"wsd(warmup, total, decay): rise and fall must fit into total, but got warmup={warmup}, decay={decay}, total={total}"
+            f"wsd(warmup, total, decay): warmup + decay must be at most total, but got warmup={warmup}, decay={decay}, total={total}"
         )
     if shape not in _FALLS:
         raise ConfigError(f"wsd(shape) must be one of {sorted(_FALLS)}, but got {shape!r}")
     rest, start = _FALLS[shape], total - warmup - decay
 
-    def plain_and_fall(count: int) -> float:
+    def stable_and_decay(count: int) -> float:
         return final + (1.0 - final) * rest(min(max(count - start, 0), decay) / decay)
 
     text = f"wsd(warmup={warmup}, total={total}, decay={decay}, final={final}, shape={shape!r})"
-    return Curve(text, _rise(warmup, plain_and_fall), total)
+    return Curve(text, _rise(warmup, stable_and_decay), total)
 
 
 _FALLS: Mapping[str, Callable[[float], float]] = {
@@ -134,17 +135,17 @@ _FALLS: Mapping[str, Callable[[float], float]] = {
 
 
 def join(schedules: Sequence[Callable[[int], float]], boundaries: Sequence[int]) -> Curve:
-    """Several schedules one after the other; each later one counts from its boundary.
+    """Several schedules in a row; each later one counts from its boundary.
 
     Args:
-        schedules: At least one.
-        boundaries: The count at which each later one takes over, rising; one fewer than schedules.
+        schedules: One or more schedules.
+        boundaries: The count at which each later schedule starts, in increasing order; one fewer than schedules.
 
     Returns:
         A schedule.
 
     Raises:
-        ConfigError: If the numbers do not fit or the boundaries do not rise.
+        ConfigError: If the number of boundaries is wrong or the boundaries do not increase.
 
     Example:
         >>> from fnlight.schedules import linear
@@ -162,7 +163,7 @@ def join(schedules: Sequence[Callable[[int], float]], boundaries: Sequence[int])
     for before, start in itertools.pairwise(starts):
         check_count("join(boundaries)", start)
         if start <= before:
-            raise ConfigError(f"join(boundaries) must rise, but got {list(boundaries)}")
+            raise ConfigError(f"join(boundaries) must increase, but got {list(boundaries)}")
 
     def joined(count: int) -> float:
         i = bisect_right(starts, count) - 1

@@ -1,4 +1,4 @@
-"""Schedules of one shape: constant, straight, bent, or in stairs."""
+"""Schedules of one shape: constant, linear, cosine, step, exponential or polynomial."""
 
 from fnlight.schedules._checks import anneal_cos, check_count, check_real
 from fnlight.schedules.curve import Curve
@@ -30,13 +30,13 @@ def linear(start: float, end: float, total: int) -> Curve:
     Args:
         start: The first factor.
         end: The last factor.
-        total: How many steps it takes.
+        total: Number of steps from `start` to `end`.
 
     Returns:
         A schedule.
 
     Raises:
-        ConfigError: If a factor is negative or there is no step.
+        ConfigError: If a factor is negative or `total` is below 1.
 
     Example:
         >>> line = linear(1.0, 0.0, total=4)
@@ -53,14 +53,14 @@ def cosine(total: int, final: float = 0.0) -> Curve:
     """Half a cosine wave from 1 at count 0 down to `final` at count `total`.
 
     Args:
-        total: How many steps it takes.
+        total: Total number of steps.
         final: The last factor.
 
     Returns:
         A schedule.
 
     Raises:
-        ConfigError: If there is no step, or `final` is negative.
+        ConfigError: If `total` is below 1, or `final` is negative.
 
     Example:
         >>> cosine(10)(5)
@@ -75,17 +75,17 @@ def cosine(total: int, final: float = 0.0) -> Curve:
 
 
 def step_decay(period: int, factor: float = 0.1) -> Curve:
-    """A staircase: the learning rate is multiplied by `factor` every `period` steps.
+    """Step decay: the learning rate is multiplied by `factor` once every `period` steps.
 
     Args:
-        period: Steps of one stair.
-        factor: What one stair multiplies by.
+        period: Number of steps between two changes.
+        factor: The multiplier of each change.
 
     Returns:
         A schedule.
 
     Raises:
-        ConfigError: If a stair has no length, or the factor is negative.
+        ConfigError: If `period` is below 1, or `factor` is negative.
 
     Example:
         >>> stairs = step_decay(2, factor=0.5)
@@ -98,10 +98,10 @@ def step_decay(period: int, factor: float = 0.1) -> Curve:
 
 
 def exponential(rate: float) -> Curve:
-    """A decay by the same rate at every step: ``rate ** count``.
+    """Exponential decay: ``rate ** count``.
 
     Args:
-        rate: What each step multiplies by.
+        rate: The multiplier of each step.
 
     Returns:
         A schedule.
@@ -121,15 +121,15 @@ def polynomial(total: int, power: float = 1.0, final: float = 0.0) -> Curve:
     """A polynomial from 1 at count 0 down to `final` at count `total`.
 
     Args:
-        total: How many steps it takes.
-        power: 1 for a straight line; the larger, the faster at first.
+        total: Total number of steps.
+        power: 1 is a straight line; a larger power falls faster at first.
         final: The last factor.
 
     Returns:
         A schedule.
 
     Raises:
-        ConfigError: If there is no step, the power is not above 0, or `final` is negative.
+        ConfigError: If `total` is below 1, `power` is not above 0, or `final` is negative.
 
     Example:
         >>> polynomial(4, power=2)(2)

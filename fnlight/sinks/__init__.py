@@ -1,12 +1,12 @@
-"""Where records go: `JSONL` and `CSV` files, `TensorBoard` event files, the `Console`, and several of them at once.
+"""Sinks for records: `JSONL` and `CSV` files, `TensorBoard` event files, the `Console`, and `fan_out` for several of them.
 
-A sink is any function of a `Record`; these have ``flush()`` and ``close()`` besides. Nothing is opened before the first record, and
-the next record after ``close()`` opens again. A file sink then first drops what was written for the steps from that record on, so a
-resumed run leaves no duplicates. The text of a sink, such as ``JSONL('log.jsonl')``, is what a configuration keeps of it.
+A sink is any function of a `Record`. The sinks here also have ``flush()`` and ``close()``. Nothing is opened before the first record.
+The next record after ``close()`` opens the file again. A file sink then first drops what was written for that step and all later steps,
+so a resumed run leaves no duplicates. A configuration file stores a sink as its ``repr``, such as ``JSONL('log.jsonl')``.
 """
 
 from fnlight.sinks.console import Console
-from fnlight.sinks.deliver import deliver, let_go
+from fnlight.sinks.deliver import close_sinks, deliver
 from fnlight.sinks.fan_out import FanOut, fan_out
 from fnlight.sinks.jsonl import JSONL
 from fnlight.sinks.table import CSV

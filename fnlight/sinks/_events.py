@@ -1,8 +1,8 @@
 """TensorBoard's file format: events as protocol buffers, each with its length and checksums. TensorBoard is imported when a file is opened.
 
 TensorBoard's own writers start a thread that writes later: after ``kill -9``, 989 of 1,000 scalars were in the file of tensorboard 2.21, and
-all 1,000 in the file written here. They also load TensorFlow wherever it is installed. What is left to write by hand is the frame of an event, four
-lines; events and checksums are TensorBoard's. The import takes 0.25 s either way.
+all 1,000 in the file written here. They also load TensorFlow if it is installed. Only the frame of an event is written by hand, in four lines;
+events and checksums are TensorBoard's. The import takes 0.25 s either way.
 """
 
 import importlib
@@ -27,12 +27,12 @@ _GAP = 2  # pixels between the pictures of a grid
 
 
 def _proto(name: str) -> Any:
-    """A module of TensorBoard's protocol buffers, whose names no type checker can see; loaded late, as it is heavy."""
+    """A module of TensorBoard's protocol buffers. Type checkers cannot see their names. Imported late because it is slow to import."""
     return importlib.import_module(f"tensorboard.{name}_pb2")
 
 
 def file_name(folder: Path, seconds: float, host: str) -> str:
-    """The name of a new event file that sorts behind those in the folder, which is the order in which they are read."""
+    """The name of a new event file. It sorts after the files in the folder, because TensorBoard reads them in sorted order."""
     stamps = [
         int(match[1]) for path in folder.glob("events.out.tfevents.*") if (match := re.match(r"events\.out\.tfevents\.(\d+)", path.name))
     ]
@@ -41,7 +41,7 @@ def file_name(folder: Path, seconds: float, host: str) -> str:
 
 def framed(event: Any) -> bytes:
     """An event as the bytes of a file: length, checksum, data, checksum."""
-    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c  # heavy, for this sink only
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c  # slow to import, needed by this sink only
 
     data = event.SerializeToString()
     length = struct.pack("<Q", len(data))
@@ -49,7 +49,7 @@ def framed(event: Any) -> bytes:
 
 
 def head(seconds: float, step: int) -> bytes:
-    """What an event file begins with: its version, and the step from which on earlier files of the run no longer count."""
+    """The start of an event file: its version, and the step from which TensorBoard ignores the earlier files of the run."""
     proto = _proto("compat.proto.event")
     version = proto.Event(wall_time=seconds, step=step, file_version="brain.Event:2")
     restart = proto.Event(wall_time=seconds, step=step, session_log=proto.SessionLog(status=proto.SessionLog.START))
@@ -74,7 +74,7 @@ def _media(name: str, media: Any, step: int) -> dict[str, Any]:
             return {"histo": _histogram(media.data)}
         png = _figure(media.data) if isinstance(media, Figure) else _png(_picture(media))
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise StepError(f"{type(media).__name__} {name!r} at step {step} cannot be drawn: {error}") from error
+        raise StepError(f"{type(media).__name__} {name!r} at step {step} cannot be converted for TensorBoard: {error}") from error
     width, height = struct.unpack(">II", png[16:24])
     image = {"height": height, "width": width, "colorspace": _colorspace(png), "encoded_image_string": png}
     return {"image": _proto("compat.proto.summary").Summary.Image(**image)}
@@ -86,7 +86,7 @@ def _colorspace(png: bytes) -> int:
 
 def _text(text: Any) -> dict[str, Any]:
     if not isinstance(text, str):
-        raise TypeError(f"it must be text, but is {type(text).__name__}")
+        raise TypeError(f"it must be a str, but is {type(text).__name__}")
     tensor = _proto("compat.proto.tensor").TensorProto(dtype=_proto("compat.proto.types").DT_STRING, string_val=[text.encode()])
     tensor.tensor_shape.dim.add(size=1)
     metadata = _proto("compat.proto.summary").SummaryMetadata()
@@ -95,7 +95,7 @@ def _text(text: Any) -> dict[str, Any]:
 
 
 def _histogram(data: Any) -> Any:
-    """Equally wide bins over the finite values."""
+    """A histogram of the finite values, with bins of equal width."""
     import numpy as np  # comes with tensorboard
 
     values = torch.as_tensor(data).detach().cpu().double().flatten()
@@ -111,7 +111,7 @@ def _histogram(data: Any) -> Any:
 
 
 def _picture(image: Image) -> Tensor:
-    """The picture as bytes, shape [C, H, W]; several of them in a grid."""
+    """The picture as a uint8 tensor of shape [C, H, W]; a batch of pictures becomes a grid."""
     data = torch.as_tensor(image.data).detach().cpu()
     if data.dim() == 2:
         data = data[None]
@@ -153,7 +153,7 @@ def _figure(figure: Any) -> bytes:
 
 
 def hparams_begin(seconds: float, hparams: Mapping[str, Any]) -> bytes:
-    """What makes a run a row of the HParams tab; its last scalars are the row's metrics."""
+    """The event that makes a run a row of the HParams tab. The last value of each scalar is shown in that row."""
     data = _proto("plugins.hparams.plugin_data").HParamsPluginData(version=0)
     info = data.session_start_info
     info.start_time_secs = seconds
@@ -168,7 +168,7 @@ def hparams_begin(seconds: float, hparams: Mapping[str, Any]) -> bytes:
 
 
 def hparams_end(seconds: float) -> bytes:
-    """What marks such a run as ended."""
+    """The event that marks such a run as ended."""
     data = _proto("plugins.hparams.plugin_data").HParamsPluginData(version=0)
     data.session_end_info.status = _proto("plugins.hparams.api").STATUS_SUCCESS
     data.session_end_info.end_time_secs = seconds
@@ -180,6 +180,6 @@ def _hparams_event(seconds: float, name: str, data: Any) -> bytes:
     value = summary.value.add(tag=f"_hparams_/{name}")
     value.metadata.plugin_data.plugin_name = "hparams"
     value.metadata.plugin_data.content = data.SerializeToString()
-    value.tensor.dtype = _proto("compat.proto.types").DT_FLOAT  # an empty tensor: all there is to say stands in the metadata
+    value.tensor.dtype = _proto("compat.proto.types").DT_FLOAT  # an empty tensor: the metadata holds all values
     value.tensor.tensor_shape.dim.add(size=0)
     return framed(_proto("compat.proto.event").Event(wall_time=seconds, step=0, summary=summary))

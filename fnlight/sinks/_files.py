@@ -1,4 +1,4 @@
-"""What the sinks that write files share: local paths, clear errors, appends that are whole or not there, and where to cut a log."""
+"""Shared by the sinks that write files: checks of paths, clear errors, appends that write all or nothing, and where to cut a log."""
 
 import errno
 import os
@@ -20,20 +20,18 @@ _ADVICE = {
 
 
 def local_path(sink: str, path: Any) -> str:
-    """The path as text; an error for what is no local path."""
+    """The path as text; an error if it is not a local path."""
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else path
     if not isinstance(text, str) or not text:
         raise ConfigError(f"{sink}(path) must be the path of a file or directory to write to, but got {path!r}")
     if "://" in text:
-        raise ConfigError(
-            f"{sink} writes to local paths only, but got {text!r}; write to a local directory and copy it when the run is over"
-        )
+        raise ConfigError(f"{sink} writes to local paths only, but got {text!r}; write to a local directory and copy it after the run")
     return text
 
 
 @contextmanager
 def explained(sink: Any, path: str) -> Iterator[None]:
-    """Say in errors of the operating system which sink failed, where, and what to do."""
+    """Add to errors of the operating system which sink failed, at which path, and what to do."""
     try:
         yield
     except OSError as error:
@@ -42,13 +40,13 @@ def explained(sink: Any, path: str) -> Iterator[None]:
 
 
 def opened(path: str | Path) -> Any:
-    """A file to append to, without a buffer: nothing waits in memory, and a forked process repeats nothing."""
+    """A file to append to, without a buffer: no data waits in memory, and a forked process cannot write it twice."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return Path(path).open("ab", buffering=0)
 
 
 def append(file: Any, data: bytes) -> None:
-    """Append all of the data or, where that fails, nothing."""
+    """Append all of the data, or nothing if that fails."""
     before = os.fstat(file.fileno()).st_size
     try:
         done = file.write(data)
@@ -61,19 +59,19 @@ def append(file: Any, data: bytes) -> None:
 
 
 def sync(file: Any) -> None:
-    """Bring what was written to the disk itself; devices and pipes have none."""
+    """Write the data to the disk itself; devices and pipes have none."""
     with suppress(OSError):
         os.fsync(file.fileno())
 
 
 def kept(data: bytes, start: int, step: int, step_of: Callable[[bytes], int]) -> int:
-    """How many bytes of a log remain when its torn last line and its lines of steps from `step` on are dropped.
+    """How many bytes of a log remain after dropping its incomplete last line and the lines of step `step` and later.
 
     Args:
         data: The log; steps never decrease in it.
         start: Where its lines begin.
         step: The first step to drop.
-        step_of: The step of a line; raises ValueError for what is no line of a log.
+        step_of: The step of a line; raises ValueError if the line is not from a log.
 
     Returns:
         The end of the last line that stays.
@@ -88,14 +86,14 @@ def kept(data: bytes, start: int, step: int, step_of: Callable[[bytes], int]) ->
 
 
 def scalars(record: Any) -> dict[str, float]:
-    """The metrics of a record that are numbers, media left out; an error for what is neither."""
+    """The metrics of a record that are numbers, without media; an error for any other value."""
     found: dict[str, float] = {}
     for name, value in record.metrics.items():
         if isinstance(value, MEDIA):
             continue
         try:
             if isinstance(value, str):
-                raise TypeError  # a text of digits is no number
+                raise TypeError  # a string of digits is not a number
             found[name] = float(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise StepError(

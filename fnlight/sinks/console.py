@@ -1,4 +1,4 @@
-"""Progress for people: a bar on a terminal, plain lines elsewhere. It keeps its own time and starts no thread."""
+"""Progress display: a bar on a terminal, plain lines elsewhere. It measures time itself and starts no thread."""
 
 import math
 import os
@@ -14,15 +14,15 @@ import attrs
 from fnlight.errors import ConfigError
 from fnlight.sinks._files import scalars
 
-_BROKEN = (OSError, ValueError, AttributeError)  # what a stream raises that broke, was closed, or is None
-_FRAME = 0.1  # seconds between two drawings of the bar
+_BROKEN = (OSError, ValueError, AttributeError)  # errors of a stream that is broken, closed, or None
+_FRAME = 0.1  # seconds between two redraws of the bar
 _USUAL = ("train/loss", "val/loss")
-_OTHERS = 3  # further metrics that are shown if none were chosen
-_TRAINING = ("train/", "train_epoch/", "lr/", "time/", "samples/")  # any other name with a slash is that of an evaluation
+_OTHERS = 3  # how many other metrics are shown if none were chosen
+_TRAINING = ("train/", "train_epoch/", "lr/", "time/", "samples/")  # any other name with a slash belongs to an evaluation
 
 
 class _View(NamedTuple):
-    """What is shown at one moment."""
+    """The values of one display."""
 
     step: int
     total: int | None
@@ -56,7 +56,7 @@ def _short(rate: float) -> str:
 
 
 class _Stream:
-    """A stream that takes any text and never fails: once it is broken or closed, what is written to it is lost."""
+    """A stream that accepts any text and never fails: once it is broken or closed, the text is lost."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -92,17 +92,17 @@ class _Lines:
         self.stream.flush()
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to close."""
 
 
 class _Bar:
-    """A bar that is drawn by hand, so that nothing runs beside the training."""
+    """A bar that is redrawn only when a record arrives, so that no thread runs beside the training."""
 
     def __init__(self, stream: Any) -> None:
-        from rich.console import Console as Screen  # heavy, for terminals only
+        from rich.console import Console as Screen  # slow to import, needed on terminals only
         from rich.live import Live
 
-        shared = stream in (sys.stdout, sys.stderr)  # then prints that go to the terminal are put above the bar
+        shared = stream in (sys.stdout, sys.stderr)  # then the terminal shows printed text above the bar
         file: Any = _Stream(stream)
         self.live = Live(
             console=Screen(file=file, force_terminal=True),
@@ -112,7 +112,7 @@ class _Bar:
         )
         self.live.start()
 
-    def show(self, view: _View, own: dict[str, float]) -> None:  # noqa: ARG002  # a bar shows the newest value of each name
+    def show(self, view: _View, own: dict[str, float]) -> None:  # noqa: ARG002  # a bar shows the newest value of each metric
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -124,7 +124,7 @@ class _Bar:
             cells.insert(1, ProgressBar(total=max(view.total, 1), completed=view.step if view.total else 1))
         row = Table.grid(padding=(0, 1))
         for cell in cells:
-            is_bar = isinstance(cell, ProgressBar)  # the bar gives way first where the terminal is narrow
+            is_bar = isinstance(cell, ProgressBar)  # on a narrow terminal the bar shrinks first
             row.add_column(no_wrap=not is_bar, overflow="ellipsis", max_width=24 if is_bar else None)
         row.add_row(*cells)
         metrics = Text("  ".join(view.metrics()), no_wrap=True, overflow="ellipsis")
@@ -136,7 +136,7 @@ class _Bar:
 
 @attrs.define(eq=False, repr=False)
 class _Run:
-    """What the console knows between opening and closing."""
+    """The state of the console between opening and closing."""
 
     display: Any
     ends: Callable[[], Any]
@@ -144,15 +144,15 @@ class _Run:
     first_time: float
     step: int
     shown: float = -math.inf
-    late: Any = None  # a record that came too early to be shown
-    timed: float = 0.0  # seconds of which it is known what they went to
-    last: float = 0.0  # when a record came that knew
-    seen: float = 0.0  # samples in them
-    waited: float = 0.0  # seconds of them in which a step waited for data
+    late: Any = None  # the newest record that is not shown yet
+    timed: float = 0.0  # seconds that records with times cover
+    last: float = 0.0  # when the last record with times arrived
+    seen: float = 0.0  # samples in these seconds
+    waited: float = 0.0  # of these seconds, those in which a step waited for data
     values: dict[str, float | None] = attrs.Factory(dict)
 
     def count(self, own: dict[str, float], now: float) -> None:
-        """Note what a record says of the time since the one before."""
+        """Add the samples and the waiting time of a record to the totals."""
         if "samples/s" in own and "time/data" in own:
             passed = now - self.last
             self.timed, self.last = self.timed + passed, now
@@ -168,7 +168,7 @@ def _names(value: Any) -> tuple[str, ...] | None:
 
 def _total(_: Any, __: Any, value: Any) -> None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-        raise ConfigError(f"Console(total_steps=...) must be a number of steps, or None where it is unknown, but got {value!r}")
+        raise ConfigError(f"Console(total_steps=...) must be a number of steps, or None if it is unknown, but got {value!r}")
 
 
 def _interval(_: Any, __: Any, value: Any) -> None:
@@ -180,21 +180,21 @@ def _interval(_: Any, __: Any, value: Any) -> None:
 class Console:
     """A sink that shows progress: a bar on a terminal, else a line every few seconds and at every evaluation.
 
-    It shows steps, rate, elapsed and remaining time, the newest metrics and, where records tell, samples a second and how much of the time
-    steps waited for data. Rate and remaining time count the steps seen since it was
-    opened, so a resumed run is not flattered. A stream that breaks or is closed ends the display, never the training.
+    It shows steps, rate, elapsed and remaining time, and the newest metrics. If the records hold them, it also shows samples per second
+    and the share of the time that steps waited for data. Rate and remaining time count only the steps since the console was opened, so
+    they are right for a resumed run. A stream that breaks or is closed ends the display, never the training.
 
     Args:
-        total_steps: Steps at which the run ends; None where it is unknown, and then no remaining time is shown.
-        metrics: Names to show; None shows train/loss, val/loss and the first three others.
+        total_steps: The step at which the run ends; None if it is unknown: no remaining time is shown then.
+        metrics: Names of the metrics to show; None shows train/loss, val/loss and the first three others.
         interval: Seconds between two plain lines; records of evaluations are shown at once, and the last record always.
-        stream: Where to; None is ``sys.stderr`` as it is at the first record, so that a program's output stays its own.
-        clock: Gives the time in seconds.
-        force_terminal: True draws the bar on any stream, False writes lines on any; None asks the stream. A dumb terminal
+        stream: Where to write; None is ``sys.stderr`` at the first record, so that ``sys.stdout`` holds only the program's own output.
+        clock: Returns the time in seconds.
+        force_terminal: True draws the bar on any stream, False writes lines to any stream; None asks the stream. A dumb terminal
             (``TERM=dumb``) always gets lines.
 
     Raises:
-        ConfigError: If an argument cannot mean anything.
+        ConfigError: If an argument has a wrong type or value.
 
     Example:
         >>> import sys
@@ -216,7 +216,7 @@ class Console:
     _run: _Run | None = attrs.field(default=None, init=False, eq=False)
 
     def __call__(self, record: Any) -> None:
-        """Take a record; show it if it is time."""
+        """Take a record, and show it if it is due."""
         now, own = self.clock(), scalars(record)
         if self._run is None or record.step < self._run.step:
             self.close()
@@ -236,7 +236,7 @@ class Console:
         terminal = _is_terminal(stream) if self.force_terminal is None else self.force_terminal
         dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
         display: Any = _Bar(stream) if terminal and not dumb else _Lines(stream)
-        ends = weakref.finalize(self, display.close)  # a bar that nobody closes hides the cursor: close it at the latest at exit
+        ends = weakref.finalize(self, display.close)  # an open bar hides the cursor: close it at exit at the latest
         return _Run(
             display=display, ends=ends, first_step=step, first_time=now, step=step, last=now, values=dict.fromkeys(self.metrics or ())
         )
@@ -266,10 +266,10 @@ class Console:
         run.display.show(view, own)
 
     def flush(self) -> None:
-        """Nothing waits: what is shown is written at once."""
+        """Does nothing: every display is written at once."""
 
     def close(self) -> None:
-        """Show the last record if it was not, and end the bar; the next record begins another one."""
+        """Show the last record if it was not shown yet, and end the bar; the next record starts a new one."""
         run, self._run = self._run, None
         if run is None:
             return

@@ -1,4 +1,4 @@
-"""Records handed to sinks that may fail: training goes on, and the state says what was missed."""
+"""Hand records to sinks that may fail: training continues, and the state counts the missed records."""
 
 import re
 from collections.abc import Sequence
@@ -8,22 +8,22 @@ from fnlight.errors import FaultWarning, FnlightError, warn
 from fnlight.runtime import worker_death
 
 FAILED = "failed_sinks"
-"""Where the memory of a state says which sinks failed."""
+"""The key of `state.memory` that says which sinks failed."""
 
 
 def deliver(sinks: Sequence[Any], record: Any, memory: dict[str, Any], told: set[str]) -> None:
-    """Hand a record to every sink; one that fails keeps neither the others nor the training from going on.
+    """Hand a record to every sink; a sink that fails stops neither the other sinks nor the training.
 
-    A sink that failed is given the next record all the same, since a full disk or a lost connection may come back. The first failure of a run
-    is a `FaultWarning`; each one is counted in ``memory["failed_sinks"]``, which is saved with the state: the first and last step that was
-    missed, how many records, and the first error. What is not the sink's fault is raised: an error of fnlight's own, such as a metric that is
-    no number, and the death of a loader's worker, of which torch tells in whatever runs at that moment.
+    A sink that failed still gets the next record, because a full disk or a lost connection may recover. The first failure of a sink in a
+    run is a `FaultWarning`. Every failure is counted in ``memory["failed_sinks"]``, which is saved with the state: the first and last step
+    that was missed, the number of records, and the first error. Errors that are not the sink's fault are raised: an error of fnlight, such
+    as a metric that is not a number, and the death of a loader's worker, which torch raises in whatever code runs at that moment.
 
     Args:
         sinks: Functions of a record.
-        record: What they are given.
-        memory: The memory of the state.
-        told: The sinks that this run has warned of; changed in place.
+        record: The record.
+        memory: ``state.memory``; changed in place.
+        told: The sinks that this run has already warned about; changed in place.
 
     Example:
         >>> from fnlight.state import Record
@@ -38,7 +38,7 @@ def deliver(sinks: Sequence[Any], record: Any, memory: dict[str, Any], told: set
             sink(record)
         except FnlightError:
             raise
-        except Exception as error:  # whatever a sink of the user's raises, hours of training outweigh it
+        except Exception as error:  # an error of the user's sink must not end hours of training
             if worker_death(error) is not None:
                 raise
             name, text = name_of(sink), f"{type(error).__name__}: {error}"[:300]
@@ -48,38 +48,36 @@ def deliver(sinks: Sequence[Any], record: Any, memory: dict[str, Any], told: set
             if name not in told:
                 told.add(name)
                 _warn(
-                    f"the sink {name} failed at step {record.step} and misses that record: {text}. Training goes on, and the sink is given the next "
-                    f'record; what it misses is counted in state.memory["{FAILED}"]'
+                    f"the sink {name} failed at step {record.step} and missed that record: {text}. Training continues, and the sink gets the next "
+                    f'record. Missed records are counted in state.memory["{FAILED}"]'
                 )
 
 
-def let_go(sinks: Sequence[Any]) -> None:
-    """Flush and close every sink that can be; one that fails is a `FaultWarning`.
+def close_sinks(sinks: Sequence[Any]) -> None:
+    """Flush and close every sink that has these methods; a failure is a `FaultWarning`.
 
     Args:
         sinks: Functions of a record, with or without ``flush()`` and ``close()``.
 
     Example:
-        >>> let_go([print])
+        >>> close_sinks([print])
     """
     for sink in sinks:
         for method in ("flush", "close"):
             try:
                 getattr(sink, method, _nothing)()
             except Exception as error:  # noqa: BLE001  # as above
-                _warn(
-                    f"the sink {name_of(sink)} failed in {method}(): {type(error).__name__}: {error}; what it was given last may be missing"
-                )
+                _warn(f"the sink {name_of(sink)} failed in {method}(): {type(error).__name__}: {error}; its last records may be missing")
 
 
 def name_of(sink: Any) -> str:
-    """What a sink is called.
+    """The name of a sink.
 
     Args:
         sink: A function of a record.
 
     Returns:
-        Its name, or its text.
+        Its ``__name__``, or its ``repr``.
 
     Example:
         >>> name_of(print)

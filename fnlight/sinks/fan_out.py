@@ -23,15 +23,15 @@ class FanOut:
     sinks: tuple[Any, ...]
 
     def __call__(self, record: Any) -> None:
-        """Hand a record to every sink, in order; one that fails does not keep it from the others."""
+        """Hand a record to every sink, in order; if one fails, the others still get it."""
         _all([(sink, (record,)) for sink in self.sinks])
 
     def flush(self) -> None:
-        """Flush those that can be flushed."""
+        """Flush every sink that has ``flush()``."""
         _all([(getattr(sink, "flush", _nothing), ()) for sink in self.sinks])
 
     def close(self) -> None:
-        """Close those that can be closed."""
+        """Close every sink that has ``close()``."""
         _all([(getattr(sink, "close", _nothing), ()) for sink in self.sinks])
 
     def __repr__(self) -> str:
@@ -39,7 +39,7 @@ class FanOut:
 
 
 def fan_out(*sinks: Any) -> FanOut:
-    """Make one sink of several.
+    """Combine several sinks into one.
 
     Args:
         *sinks: Functions of a record, with or without ``flush()`` and ``close()``.
@@ -65,7 +65,7 @@ def fan_out(*sinks: Any) -> FanOut:
 
 
 def _all(calls: list[tuple[Any, tuple[Any, ...]]]) -> None:
-    with ExitStack() as stack:  # makes all its calls, last one first, whatever any of them raises
+    with ExitStack() as stack:  # makes all calls, the last one first, even if some of them raise
         for call, args in reversed(calls):
             stack.callback(call, *args)
 

@@ -1,4 +1,4 @@
-"""One JSON object a line, which pandas, jq and any JSON reader understand."""
+"""One JSON object per line, which pandas, jq and any JSON reader understand."""
 
 import json
 import math
@@ -11,18 +11,18 @@ from fnlight.sinks._files import append, explained, kept, local_path, opened, sc
 
 
 class JSONL:
-    """A sink that writes one line a record: ``{"step": 10, "epoch": 1, "metrics": {"train/loss": 0.5}}``; media are left out.
+    """A sink that writes one JSON line per record: ``{"step": 10, "epoch": 1, "metrics": {"train/loss": 0.5}}``, without media.
 
-    JSON has no numbers for them, so NaN and infinities are the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which Python's
-    ``float`` and JavaScript's ``Number`` read. A line is there as soon as the record was taken. A torn last line of a killed run, and
-    lines of steps that are trained again, are dropped when the file is opened.
+    JSON has no numbers for NaN and infinities, so they are the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which Python's
+    ``float`` and JavaScript's ``Number`` read. The line is in the file when the call returns. When the file is opened again, an
+    incomplete last line of a killed run and the lines of steps that are trained again are dropped.
 
     Args:
-        path: The file; parent directories are made.
+        path: The file; parent directories are created.
 
     Raises:
-        ConfigError: If it is no local path, or (at the first record) a file that is no such log.
-        OSError: At a record, if the file cannot be written.
+        ConfigError: If it is not a local path, or (at the first record) if the file exists and is not such a log.
+        OSError: If a record cannot be written.
 
     Example:
         >>> import tempfile
@@ -54,7 +54,7 @@ class JSONL:
         self._step = record.step
 
     def flush(self) -> None:
-        """Bring what was written to the disk itself."""
+        """Write the data to the disk itself (``fsync``)."""
         if self._file is not None:
             sync(self._file)
 
@@ -84,14 +84,14 @@ def _repair(path: str, step: int) -> None:
     file = Path(path)
     if not file.is_file():
         return
-    data = file.read_bytes().rstrip(b"\0")  # what a file system may leave behind the end after a power failure
+    data = file.read_bytes().rstrip(b"\0")  # a file system may leave zeros after the end after a power failure
     try:
         end = kept(data, 0, step, _step_of)
         if b"\n" not in data and not data.startswith(b'{"step"'[: len(data)]):
             raise ValueError
     except (ValueError, TypeError) as error:
         raise ConfigError(
-            f"JSONL({path!r}): this file holds lines that are no records, so it is left alone; give the path of a new file"
+            f"JSONL({path!r}): this file holds lines that are not records, so it was not changed; give the path of a new file"
         ) from error
     if end < file.stat().st_size:
         os.truncate(file, end)

@@ -1,4 +1,4 @@
-"""One row a record, for spreadsheets and data frames. Called `table` because ``csv`` is the name of a standard module."""
+"""One row per record, for spreadsheets and data frames. Called `table` because ``csv`` is the name of a standard module."""
 
 import csv
 import io
@@ -14,18 +14,18 @@ _FIRST = ("step", "epoch")
 
 
 class CSV:
-    """A sink that writes one row a record below the header ``step,epoch,NAMES...``; media are left out.
+    """A sink that writes one CSV row per record below the header ``step,epoch,NAMES...``, without media.
 
-    A name that turns up later makes the file be written anew with one more column; cells without a value are empty. Numbers are
-    written in full, NaN and infinities as ``nan``, ``inf`` and ``-inf``. A torn last row of a killed run, and rows of steps that are
-    trained again, are dropped when the file is opened.
+    If a new metric appears later, the file is rewritten with one more column. Cells without a value are empty. Numbers are written with
+    all digits, NaN and infinities as ``nan``, ``inf`` and ``-inf``. When the file is opened again, an incomplete last row of a killed run
+    and the rows of steps that are trained again are dropped.
 
     Args:
-        path: The file; parent directories are made.
+        path: The file; parent directories are created.
 
     Raises:
-        ConfigError: If it is no local path, or (at the first record) a file that is no such table.
-        OSError: At a record, if the file cannot be written.
+        ConfigError: If it is not a local path, or (at the first record) if the file exists and is not such a table.
+        OSError: If a record cannot be written.
 
     Example:
         >>> import tempfile
@@ -48,7 +48,7 @@ class CSV:
         self._names: list[str] = []
 
     def __call__(self, record: Any) -> None:
-        """Write one row, below a wider header if there are new names."""
+        """Write one row; new metrics first add columns."""
         values = scalars(record)
         _check(self, values)
         with explained(self, self.path):
@@ -68,7 +68,7 @@ class CSV:
         self._step = record.step
 
     def flush(self) -> None:
-        """Bring what was written to the disk itself."""
+        """Write the data to the disk itself (``fsync``)."""
         if self._file is not None:
             sync(self._file)
 
@@ -92,7 +92,7 @@ def _check(sink: CSV, values: dict[str, float]) -> None:
     for name in values:
         if name in _FIRST or name.splitlines() != [name]:
             raise ConfigError(
-                f"{sink!r}: a metric cannot be called {name!r}, as a column must have a name of its own on one line; rename it"
+                f"{sink!r}: a metric cannot be called {name!r}, because a column needs a unique name on one line; rename the metric"
             )
 
 
@@ -103,13 +103,13 @@ def _row(cells: list[Any]) -> bytes:
 
 
 def _repair(path: str, step: int) -> list[str]:
-    """Drop what is torn or trained again; give the names of the columns, none where there is no header."""
+    """Drop an incomplete last row and rows of steps that are trained again; return the column names, [] without a header."""
     file = Path(path)
     if not file.is_file():
         return []
-    data = file.read_bytes().rstrip(b"\0")  # what a file system may leave behind the end after a power failure
+    data = file.read_bytes().rstrip(b"\0")  # a file system may leave zeros after the end after a power failure
     header, newline, _ = data.partition(b"\n")
-    if not newline and (b"step,epoch".startswith(data) or data.startswith(b"step,epoch,")):  # empty, or a torn header
+    if not newline and (b"step,epoch".startswith(data) or data.startswith(b"step,epoch,")):  # empty, or an incomplete header
         os.truncate(file, 0)
         return []
     try:
@@ -119,7 +119,7 @@ def _repair(path: str, step: int) -> list[str]:
         end = kept(data, len(header) + 1, step, lambda line: int(line.split(b",", 1)[0]))
     except (ValueError, StopIteration, csv.Error) as error:
         raise ConfigError(
-            f"CSV({path!r}): this file is no table with columns step,epoch,...; it is left alone; give the path of a new file"
+            f"CSV({path!r}): this file is not a table with columns step,epoch,..., so it was not changed; give the path of a new file"
         ) from error
     if end < file.stat().st_size:
         os.truncate(file, end)
@@ -127,7 +127,7 @@ def _repair(path: str, step: int) -> list[str]:
 
 
 def _widen(path: str, old: list[str], names: list[str]) -> None:
-    """Write the file anew, with a wider header, beside itself; then put it in its place at once."""
+    """Write a copy with a wider header in the same directory, then replace the file by it in one operation."""
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     if not old:

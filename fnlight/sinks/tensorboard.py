@@ -1,4 +1,4 @@
-"""Event files for TensorBoard, with scalars, pictures, histograms, texts and hyperparameters."""
+"""Event files for TensorBoard, with scalars, images, histograms, texts and hyperparameters."""
 
 import socket
 import time
@@ -15,17 +15,17 @@ from fnlight.sinks._files import append, explained, local_path, opened, scalars,
 class TensorBoard:
     """A sink that writes TensorBoard's event files: numbers, `Image`, `Histogram`, `Figure` and `Text`.
 
-    Events are in the file as soon as the record was taken. Each opening begins a new file in the directory, and from its first step on
-    TensorBoard no longer shows what earlier files hold: a resumed run has no zigzags. A `Figure` is drawn, not closed.
+    The event is in the file when the call returns. Each opening starts a new file in the directory. From the first step of that file,
+    TensorBoard ignores the earlier files, so the curves of a resumed run do not overlap. A `Figure` is drawn, but not closed.
 
     Args:
-        dir: The directory of the run; it is made. Give each run its own.
-        hparams: Names to numbers, bools and texts, or nested mappings of them, for the HParams tab; the last value of each scalar
-            stands beside them.
+        dir: The directory of the run; it is created. Give each run its own.
+        hparams: Names to numbers, bools and strings, or nested mappings of them, for the HParams tab, which also shows the last value
+            of each scalar.
 
     Raises:
-        ConfigError: If it is no local path, or the hyperparameters are no mapping.
-        OSError: At a record, if the directory cannot be written.
+        ConfigError: If it is not a local path, or the hyperparameters are not a mapping.
+        OSError: If a record cannot be written.
 
     Example:
         >>> import tempfile
@@ -69,12 +69,12 @@ class TensorBoard:
         self._file = file
 
     def flush(self) -> None:
-        """Bring what was written to the disk itself."""
+        """Write the data to the disk itself (``fsync``)."""
         if self._file is not None:
             sync(self._file)
 
     def close(self) -> None:
-        """Close the file; the next record begins another one."""
+        """Close the file; the next record starts a new one."""
         if self._file is None:
             return
         file, self._file = self._file, None

@@ -132,7 +132,7 @@ def test_a_worker_that_dies_early_is_named_when_its_epoch_begins() -> None:
                 if process.pid not in before:
                     os.kill(process.pid or 0, signal.SIGKILL)
                     process.join()
-    with pytest.raises(LoaderError, match="read data for the run and died"):
+    with pytest.raises(LoaderError, match="this worker process loaded data and died"):
         list(islice(items, 20))
 
 

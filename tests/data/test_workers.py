@@ -111,14 +111,14 @@ def test_the_death_of_a_worker_is_told_wherever_it_is_noticed():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
 
     steps = run(pipe(interrupted, grad(), apply()), TrainState.create(task), tiny_batches())
-    with pytest.raises(LoaderError, match=r"DataLoader worker \(pid 7\) is killed by signal: Killed: this process read data for the run"):
+    with pytest.raises(LoaderError, match=r"DataLoader worker \(pid 7\) is killed by signal: Killed: this worker process loaded data"):
         list(islice(steps, 1))
     assert worker_death(RuntimeError("something else")) is None
     assert worker_death(ValueError("DataLoader worker (pid 7) died")) is None
     unexpected = RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly")
     for cause, said in (
-        (EOFError(), "exited unexpectedly: this process"),
-        (RuntimeError("worker 7 was killed."), "worker 7 was killed: this process"),
+        (EOFError(), "exited unexpectedly: this worker process"),
+        (RuntimeError("worker 7 was killed."), "worker 7 was killed: this worker process"),
     ):
         unexpected.__cause__ = cause
         assert said in str(worker_death(unexpected))

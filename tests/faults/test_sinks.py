@@ -41,7 +41,7 @@ def test_training_goes_on_and_the_run_is_marked():
     """The others get every record, the failing one is told of once and asked again, and the weights are those of a run without faults."""
     moody, fine = Moody({2, 3}), RecordingSink()
     with pytest.warns(
-        FaultWarning, match=r"the sink <.*Moody object> failed at step 2 and misses that record: ConnectionError: the server hung up"
+        FaultWarning, match=r"the sink <.*Moody object> failed at step 2 and missed that record: ConnectionError: the server hung up"
     ) as caught:
         state = trained(moody, fine)
     assert [w.category for w in caught] == [FaultWarning]
@@ -68,9 +68,7 @@ def test_the_mark_is_saved_and_a_resumed_run_tells_again(tmp_path):
 def test_a_sink_that_cannot_be_closed_is_told_of_and_the_others_are_closed():
     """The end of a run is no time for an error either."""
     fine = RecordingSink()
-    with pytest.warns(
-        FaultWarning, match=r"failed in close\(\): ConnectionError: the server hung up; what it was given last may be missing"
-    ):
+    with pytest.warns(FaultWarning, match=r"failed in close\(\): ConnectionError: the server hung up; its last records may be missing"):
         trained(Moody({"close"}), fine)
     assert (fine.flushed, fine.closed) == (1, 1)
 

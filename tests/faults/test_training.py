@@ -58,7 +58,7 @@ def test_a_worker_that_is_killed_is_named_and_the_run_resumes(tmp_path, ahead):
     workers = {"num_workers": 2, "multiprocessing_context": "fork"}
     loaders = Loaders(train=DataLoader(Fatal(18, tmp_path / "reads"), batch_size=4, shuffle=True, **workers), val=tiny_batches(seed=1))
     with pytest.raises(
-        LoaderError, match=r"DataLoader worker \(pid.* (signal: Killed|unexpectedly): this process read data for the run and died"
+        LoaderError, match=r"DataLoader worker \(pid.* (signal: Killed|unexpectedly): this worker process loaded data and died"
     ):
         train(tmp_path / "run", loaders=loaders, workers_ahead=ahead)
     assert ahead or load(newest(tmp_path / "run"), make_task()).progress.step >= 4  # ahead: it dies while the first epoch is trained on
@@ -76,7 +76,7 @@ def test_a_worker_that_dies_while_a_sink_writes_is_not_the_sinks_fault(tmp_path)
     loaders = Loaders(
         train=DataLoader(Noisy(18), batch_size=4, shuffle=True, num_workers=2, multiprocessing_context="fork"), val=tiny_batches(seed=1)
     )
-    with pytest.raises(LoaderError, match=r"DataLoader worker \(pid.* signal: Killed: this process read data for the run and died"):
+    with pytest.raises(LoaderError, match=r"DataLoader worker \(pid.* signal: Killed: this worker process loaded data and died"):
         train(tmp_path / "run", loaders=loaders, sinks=[sink], log_every=steps(1))
 
 

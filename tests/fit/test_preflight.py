@@ -26,7 +26,9 @@ def test_sanity_batches_find_a_broken_eval_step_first():
 def test_a_monitor_that_no_evaluation_yields_is_found_before_training():
     """One batch is evaluated to learn the names; the error lists them."""
     fn, calls = counted()
-    with pytest.raises(MonitorError, match=r"'val/accuracy' is monitored, but no evaluation yields it; there are \['val/loss'\]"):
+    with pytest.raises(
+        MonitorError, match=r"'val/accuracy' is monitored, but no evaluation has this metric; the metrics are \['val/loss'\]"
+    ):
         fit(created(fn), both(), config(max_epochs=1, stop=patience("val/accuracy", 3)))
     with pytest.raises(MonitorError, match=r"monitors 'val/loss', but nothing in this pipe yields it"):
         fit(created(fn), loader(), config(max_epochs=1, stop=patience("val/loss", 3)))

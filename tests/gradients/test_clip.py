@@ -1,4 +1,4 @@
-"""Gradients are kept within the bounds that torch's own functions keep them in."""
+"""Clipping gives the same results as the functions of torch and the formulas of the papers."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def loss_fn(model, batch):
 
 def created(train_step=loss_fn):
     torch.manual_seed(0)
-    configure = lambda model: torch.optim.SGD(model.parameters(), lr=0.1)  # one line says it
+    configure = lambda model: torch.optim.SGD(model.parameters(), lr=0.1)  # short enough for one line
     return TrainState.create(Task(nn.Linear(3, 3), train_step, configure_optimizers=configure), seed=0)
 
 
@@ -31,12 +31,12 @@ def data(n=4, seed=1):
 
 
 def sum_fn(model, batch):
-    """A loss as a sum and a weight."""
+    """A loss as a `Mean`: a total and a weight."""
     return Mean(F.mse_loss(model(batch), batch, reduction="sum"), batch.numel())
 
 
 def plain(state, batch, clip, train_step=loss_fn):
-    """The module after one hand-written step."""
+    """The module after one step of a manual loop."""
     module = state.module()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, fused=True)
     train_step(module, batch).backward()
@@ -49,8 +49,8 @@ def same(state, params):
     return all(torch.equal(state.params[name], p) for name, p in params.items())
 
 
-def test_clip_norm_sees_true_gradients_and_returns_their_norm():
-    """It clips what torch's own function clips, after the division by the weight."""
+def test_clip_norm_clips_the_divided_gradients_and_returns_their_norm():
+    """The result equals that of torch's function, applied after the division by the weight."""
     state = created(sum_fn)
     norms = []
 
@@ -66,7 +66,7 @@ def test_clip_norm_sees_true_gradients_and_returns_their_norm():
 
 
 def test_clip_value_clamps_every_entry():
-    """It clamps what torch's own function clamps, bitwise."""
+    """The result is bit-identical to that of torch's function."""
     state = created()
     after, _ = pipe(loss_fn, grad(), clip_value(0.01), apply())(state.copy(), data())
     assert same(after, plain(state, data(), clip=lambda params: nn.utils.clip_grad_value_(params, 0.01)))
@@ -84,14 +84,14 @@ def test_clip_value_clamps_every_entry():
         (lambda: clip_value(-1.0), r"clip_value must be a finite number above 0, but got -1.0"),
     ],
 )
-def test_a_bound_that_means_nothing_is_refused(make, message):
+def test_wrong_clipping_arguments_are_refused(make, message):
     """Arguments are checked when the combinator is made."""
     with pytest.raises(ConfigError, match=message):
         make()
 
 
 def gradients(combinator, values, params=None):
-    """What a combinator makes of gradients, once for each list of them."""
+    """The gradients after a combinator, for each given list of gradients."""
     module = nn.ParameterDict({f"p{i}": nn.Parameter(p) for i, p in enumerate(params or [torch.ones_like(v) for v in values[0]])})
     store = Store(module, Optim(None), {})
     if combinator.init is not None:
@@ -103,8 +103,8 @@ def gradients(combinator, values, params=None):
     return found
 
 
-def test_clip_each_bounds_every_gradient_by_itself():
-    """One large gradient does not shrink the others: each is what torch makes of it alone."""
+def test_clip_each_clips_every_gradient_separately():
+    """One large gradient does not shrink the others: each equals the result of torch for this gradient alone."""
     values = [torch.randn(3, 4), 100 * torch.randn(5), torch.zeros(2)]
     found = gradients(clip_each(1.0), [values])[0].values
     for value, clipped in zip(values, found, strict=True):
@@ -115,7 +115,7 @@ def test_clip_each_bounds_every_gradient_by_itself():
 
 
 def test_clip_adaptive_is_the_formula_of_the_paper():
-    """Rows of a matrix, channels of a convolution and whole vectors, each against the norm of its weights."""
+    """Matrix rows, convolution channels and whole vectors are clipped relative to the norm of their weights."""
     torch.manual_seed(0)
     params = [torch.randn(3, 4), torch.randn(2, 3, 2, 2), torch.zeros(5), torch.randn(3, 4)]
     values = [torch.randn_like(p) for p in params]
@@ -130,7 +130,7 @@ def test_clip_adaptive_is_the_formula_of_the_paper():
 
 
 def test_clip_quantile_is_autoclip():
-    """The limit is the quantile of the norms so far, the present one among them; the window forgets the oldest."""
+    """The limit is the quantile of the norms so far, including the current one; the window drops the oldest."""
     norms = [4.0, 2.0, 8.0, 1.0, 16.0, 3.0]
     found = gradients(clip_quantile(0.25, window=4), [[torch.tensor([n, 0.0])] for n in norms])
     for i, (norm, one) in enumerate(zip(norms, found, strict=True)):
@@ -139,7 +139,7 @@ def test_clip_quantile_is_autoclip():
         assert one.metrics["grad_norm"].item() == norm
 
 
-def test_clip_quantile_forgets_norms_that_are_no_numbers():
-    """An infinite gradient does not raise the limit of those that follow."""
+def test_clip_quantile_ignores_non_finite_norms():
+    """An infinite gradient does not raise the limit of later steps."""
     found = gradients(clip_quantile(1.0), [[torch.tensor([n])] for n in (torch.nan, 1.0, torch.inf, 2.0)])
     assert [one.values[0].item() for one in found[1::2]] == pytest.approx([1.0, 2.0])

@@ -1,4 +1,4 @@
-"""What is frozen is passed over by backward and by the optimizer, and what thaws later trains as if it had just come."""
+"""Frozen parameters have no gradient and no optimizer state; unfrozen ones train like new parameters."""
 
 import attrs
 import pytest
@@ -26,8 +26,8 @@ def trained(*combinators, task=None, state=None, rule=None):
     return [(state, state.module(), set(state.opt_state)) for state, _ in run(step, state or TrainState.create(task), tiny_batches())]
 
 
-def test_what_is_frozen_stays_and_has_no_memory():
-    """Frozen parameters are bitwise what they were, weight decay included, and the optimizer remembers nothing of them."""
+def test_frozen_parameters_do_not_change_and_have_no_optimizer_state():
+    """Frozen parameters stay bit-identical, also with weight decay, and the optimizer has no state for them."""
     before = TrainState.create(tiny_task())
     seen = trained(freeze("0", "1.bias"))
     state = seen[-1][0]
@@ -35,8 +35,8 @@ def test_what_is_frozen_stays_and_has_no_memory():
     assert moved == {"1.weight", "4.weight", "4.bias"} == set(state.opt_state)
 
 
-def test_what_thaws_is_trained_as_a_plain_loop_would():
-    """Bitwise a hand-written loop that switches gradients on at the end of an epoch, the optimizer holding all from the beginning."""
+def test_unfreezing_equals_a_manual_loop():
+    """Bit-identical to a manual loop that sets requires_grad at the end of an epoch, with all parameters in the optimizer from the start."""
     task = tiny_task()
     task = attrs.evolve(task, model=nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)))
     state = trained(unfreeze_at({"0": 2}), task=task)[-1][0]
@@ -52,8 +52,8 @@ def test_what_thaws_is_trained_as_a_plain_loop_would():
     assert state.opt_state["0.weight"]["step"] == 3
 
 
-def test_a_frozen_part_may_be_in_eval_mode():
-    """With `eval_mode`, statistics of a frozen BatchNorm stay and its dropout is off; without, they go on. Modes are put back."""
+def test_a_frozen_part_can_be_in_eval_mode():
+    """With `eval_mode`, frozen BatchNorm statistics do not change and dropout is off; without, both are active. Modes are restored."""
     for eval_mode in (False, True):
         before = TrainState.create(tiny_task())
         state, module, _ = trained(freeze("1", eval_mode=eval_mode))[-1]
@@ -73,14 +73,14 @@ def test_a_frozen_part_may_be_in_eval_mode():
 
 
 def named_dropout(task):
-    """The same net, whose dropout has a parameter that does nothing, so that a pattern can mean it."""
+    """The same net; its dropout has an unused parameter, so that a pattern can match it."""
     model = task.model
     model[3].register_parameter("unused", nn.Parameter(torch.zeros(1)))
     return model
 
 
-def test_nothing_of_freezing_is_left_behind():
-    """After a step, and after one that fails, every parameter requires gradients again: a later part of the training sees no trace."""
+def test_freezing_is_undone_after_every_step():
+    """After a step, also one that fails, every parameter requires gradients again."""
     state = trained(freeze("0"))[-1][0]
     assert all(p.requires_grad for p in state.store.named.values())
     assert len(state.store.params) == len(state.store.named)
@@ -91,8 +91,8 @@ def test_nothing_of_freezing_is_left_behind():
 
 
 @pytest.mark.parametrize("at", [1, 3, 5, 6, 7])
-def test_thawing_goes_on_from_a_file_bitwise(at, tmp_path):
-    """From before, at and behind the epoch at which a part thaws, with averaged weights and a schedule of its own group."""
+def test_unfreezing_resumes_bit_identically(at, tmp_path):
+    """Resumed before, at and after the epoch of unfreezing, with averaged weights and a schedule for the group."""
     task = tiny_task()
 
     def configure(model):
@@ -110,21 +110,21 @@ def test_thawing_goes_on_from_a_file_bitwise(at, tmp_path):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: freeze(), ConfigError, "freeze takes patterns of names"),
-        (lambda: unfreeze_at({}), ConfigError, "unfreeze_at takes patterns of names with epochs"),
-        (lambda: unfreeze_at({"0": -1}), ConfigError, r"whole number of at least 0, but got -1"),
-        (lambda: trained(freeze("backbone")), ConfigError, r"'backbone' of freeze means no parameter; near to it are"),
+        (lambda: freeze(), ConfigError, "freeze takes name patterns"),
+        (lambda: unfreeze_at({}), ConfigError, "unfreeze_at takes a mapping from name patterns to epochs"),
+        (lambda: unfreeze_at({"0": -1}), ConfigError, r"a number of completed epochs, at least 0, but got -1"),
+        (lambda: trained(freeze("backbone")), ConfigError, r"'backbone' of freeze matches no parameter; the closest names are"),
         (
             lambda: trained(unfreeze_at({"0": 1}), task=partly()),
             OptimizerError,
             r"trains '0' from epoch 1 on, but the optimizer does not hold 0.weight",
         ),
-        (lambda: trained(unfreeze_at({"0": 1}), task=still()), ConfigError, r"the task has frozen all of that itself"),
+        (lambda: trained(unfreeze_at({"0": 1}), task=still()), ConfigError, r"the task has already frozen all these parameters"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:AdamW holds no")
-def test_freezing_that_means_nothing_is_refused(make, error, message):
-    """Before the first step, with what to do about it."""
+@pytest.mark.filterwarnings("ignore:AdamW does not hold")
+def test_wrong_freezing_arguments_are_refused(make, error, message):
+    """The error is raised before the first step and says what to do."""
     with pytest.raises(error, match=message):
         make()
 
@@ -140,7 +140,7 @@ def still():
 
 
 def test_the_recipe_for_lora_runs_with_the_real_package(tmp_path):
-    """The page on finetuning, with its block on peft as a program: adapters are trained, saved, loaded, exported and merged."""
+    """The peft example of the finetuning page runs: adapters are trained, saved, loaded, exported and merged."""
     pytest.importorskip("peft", reason='needs peft: pip install "fnlight[lora]"')
     text = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
     recipe = "```text\nfrom peft import"

@@ -1,4 +1,4 @@
-"""Losses of several parts are the loss of the whole: by name, over many batches, and from batch to batch."""
+"""Composed losses equal the loss of the whole: named losses, a loss over several batches, and a carried state."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def two(model, batch):
 
 
 def test_named_losses_train_on_their_weighted_sum():
-    """The step is that of the sum with the weights of its step, bitwise, and every loss is a metric."""
+    """The step is bit-identical to one on the weighted sum, and every loss is a metric."""
 
     def by_hand(step):
         def train_step(model, batch):
@@ -65,7 +65,7 @@ def test_named_losses_train_on_their_weighted_sum():
 
 
 def test_named_losses_of_tokens_are_exact_over_padded_batches():
-    """Means over tokens with padding, in uneven micro-batches: losses, their sum and the gradient are those of the one large batch."""
+    """Means over tokens with padding, in uneven micro-batches: losses, their sum and the gradient equal those of one large batch."""
 
     def train_step(model, batch):
         held = batch.abs().sum(-1) > 0
@@ -88,8 +88,8 @@ def test_named_losses_of_tokens_are_exact_over_padded_batches():
         assert float(many.metrics[name]) == pytest.approx(float(one.metrics[name]), rel=1e-6)
 
 
-def test_weights_of_single_samples_are_exact_over_any_batches():
-    """Samples that count more, or not at all, in uneven micro-batches and parts: loss and gradient are those of the weighted mean over all."""
+def test_per_sample_weights_are_exact_over_any_batches():
+    """Sample weights, also 0, in uneven batches and micro-batches: loss and gradient equal those of the weighted mean over all samples."""
 
     def train_step(model, batch):
         x, weight = batch
@@ -97,7 +97,7 @@ def test_weights_of_single_samples_are_exact_over_any_batches():
         return Mean((weight * losses).sum(), weight.sum()), {"error": Mean((weight * losses).sum().detach(), weight.sum())}
 
     x, weight = data(9), torch.tensor([0.0, 0.0, 3.0, 0.5, 1.0, 0.0, 2.0, 0.25, 10.0])
-    parts = tuple(zip(x.split([2, 3, 4]), weight.split([2, 3, 4]), strict=True))  # the first counts nothing at all
+    parts = tuple(zip(x.split([2, 3, 4]), weight.split([2, 3, 4]), strict=True))  # all weights of the first one are 0
     found = pipe(train_step, grad(), accumulate(3))(created(train_step).store, parts, 0)
     divided = pipe(train_step, grad(), accumulate(3), microbatch(2))(created(train_step).store, parts, 0)
     module = created(train_step).store.module
@@ -111,7 +111,7 @@ def test_weights_of_single_samples_are_exact_over_any_batches():
 
 
 def contrast(found):
-    """Each sample shall be near to its twin and far from all others."""
+    """Each sample must be close to its pair and far from all others."""
     logits = F.normalize(found["a"]) @ F.normalize(found["b"]).T / 0.1
     truth = torch.arange(len(logits))
     return F.cross_entropy(logits, truth), {"acc": (logits.argmax(-1) == truth).float().mean()}
@@ -123,8 +123,8 @@ def embed(model, batch):
 
 
 @pytest.mark.parametrize("sizes", [(4, 4), (2, 5, 1), (3, 3, 3, 3)])
-def test_a_loss_over_many_batches_is_that_of_their_union(sizes):
-    """Gradient, loss and metrics are those of the one large batch to 1e-6, however large the batches are."""
+def test_grad_cache_equals_the_loss_of_one_large_batch(sizes):
+    """Gradient, loss and metrics equal those of one large batch to 1e-6, for any batch sizes."""
     model = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 8))
     state = created(embed, model)
     whole = data(sum(sizes))
@@ -138,8 +138,8 @@ def test_a_loss_over_many_batches_is_that_of_their_union(sizes):
     assert float(cached.metrics["acc"]) == float(plain.metrics["acc"])
 
 
-def test_both_passes_draw_the_same_and_write_buffers_once():
-    """With dropout and BatchNorm the gradient is that of one graph over all batches, and statistics move once a batch."""
+def test_both_passes_draw_the_same_numbers_and_write_buffers_once():
+    """With dropout and BatchNorm the gradient equals that of one graph over all batches, and each batch updates statistics once."""
     model = nn.Sequential(nn.Linear(3, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 8))
     state = created(embed, model)
     twin, batches = state.module(), (data(4, 1), data(6, 2), data(5, 3))
@@ -158,7 +158,7 @@ def test_both_passes_draw_the_same_and_write_buffers_once():
 
 
 class Recurrent(nn.Module):
-    """A cell that is given its hidden state."""
+    """An RNN cell that gets its hidden state."""
 
     def __init__(self):
         super().__init__()
@@ -183,8 +183,8 @@ def chunks(count=4):
     return list(data(2 * 5 * count, 5).view(2, 5 * count, 3).split(5, dim=1))
 
 
-def test_what_is_carried_is_that_of_a_plain_loop(tmp_path):
-    """Truncated back-propagation by hand gives bitwise the same weights over two epochs, and so does going on from a file at every step."""
+def test_carry_equals_a_manual_loop(tmp_path):
+    """A manual loop of truncated back-propagation gives bit-identical weights over two epochs; so does a resume at every step."""
     task = Task(Recurrent(), follow, configure_optimizers=sgd)
     step = pipe(follow, grad(), carry(zeros), apply(), stop_when(max_steps(8)))
     saved = []
@@ -206,8 +206,8 @@ def test_what_is_carried_is_that_of_a_plain_loop(tmp_path):
         assert_trees_equal(list(run(step, load(path, task), chunks()))[-1][0], state)
 
 
-def test_what_is_carried_goes_through_the_batches_of_a_group():
-    """With `accumulate` each batch of a group begins where the one before ended."""
+def test_carry_passes_its_value_through_the_batches_of_a_group():
+    """With `accumulate` each batch of a group starts with the value of the previous batch."""
     task = Task(Recurrent(), follow, configure_optimizers=sgd)
     state = TrainState.create(task, seed=0)
     module, parts = state.module(), chunks(2)
@@ -220,9 +220,9 @@ def test_what_is_carried_goes_through_the_batches_of_a_group():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: weighted({}), ConfigError, "weighted takes weights by name"),
+        (lambda: weighted({}), ConfigError, "weighted takes a mapping from loss names to weights"),
         (lambda: weighted({"a": "b"}), ConfigError, "weight of 'a' must be a number or a function"),
-        (lambda: weighted({"loss": 1}), ConfigError, "which is the name of their sum"),
+        (lambda: weighted({"loss": 1}), ConfigError, "which is the name of the sum"),
         (
             lambda: once(two, grad(), weighted({"near": 1.0})),
             StepError,
@@ -236,8 +236,8 @@ def test_what_is_carried_goes_through_the_batches_of_a_group():
         (lambda: once(follow, grad(), carry(zeros), accumulate(1), microbatch(2)), StepError, "leave microbatch out"),
     ],
 )
-def test_losses_that_mean_nothing_are_refused(make, error, message):
-    """When they are made, or else in the first step."""
+def test_wrong_losses_are_refused(make, error, message):
+    """The error is raised when the combinator is made, or in the first step."""
     with pytest.raises(error, match=message):
         make()
 

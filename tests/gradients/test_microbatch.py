@@ -1,4 +1,4 @@
-"""A batch in parts is the batch: the same gradient, and after running out of memory the same bits as with that size from the start."""
+"""Micro-batches give the gradient of the whole batch; after out of memory the result is bit-identical to that size from the start."""
 
 import json
 from collections import defaultdict
@@ -22,7 +22,7 @@ TRAINED = [name for name, case in TASKS.items() if case.trains and case.kind == 
 
 
 def fitting(train_step, most, error=None, fails=None):
-    """A step function that computes, writes its buffers, and then runs out of memory with more than so many samples."""
+    """A step function that computes, writes its buffers, and then runs out of memory if there are too many samples."""
 
     def limited(model, batch):
         out = train_step(model, batch)
@@ -34,7 +34,7 @@ def fitting(train_step, most, error=None, fails=None):
 
 
 def plain(tree):
-    """Means as pairs."""
+    """Losses and metrics as `Mean`s."""
     if isinstance(tree, Mean):
         return (float(tree.total), tree.weight)
     if isinstance(tree, dict):
@@ -55,8 +55,8 @@ def ran(task, size, batches, *others, steps=4, train_step=None):
 
 @pytest.mark.parametrize("size", [1, 2, 4, 5, 6])
 @pytest.mark.parametrize("name", TRAINED)
-def test_the_gradient_of_the_parts_is_that_of_the_whole(name, size):
-    """Gradients, loss and metrics of samples that do not see each other agree to 1e-6 relative, for plain losses and for weighted ones."""
+def test_micro_batches_give_the_gradient_of_the_whole_batch(name, size):
+    """Without layers that mix samples, gradients, loss and metrics agree to 1e-6 relative, for plain and for weighted losses."""
     case = TASKS[name]
     task, found = calm(case), []
     for stages in ([], [microbatch(size)]):
@@ -70,8 +70,8 @@ def test_the_gradient_of_the_parts_is_that_of_the_whole(name, size):
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_batch_that_fits_is_not_touched(name):
-    """Parts as large as a batch, and `auto` without need, are bitwise the step without them."""
+def test_a_batch_that_fits_is_not_split(name):
+    """A size as large as the batch, and `auto` with enough memory, are bit-identical to a step without micro-batches."""
     task, batches = TASKS[name].make(), TASKS[name].batches()
     whole = list(islice(run(pipe(task.train_step, grad(), apply()), TrainState.create(task, seed=3), batches), 4))[-1][0]
     assert_trees_equal(ran(task, 6, batches), whole)
@@ -82,12 +82,12 @@ def test_a_batch_that_fits_is_not_touched(name):
 
 @pytest.mark.parametrize("group", [1, 2])
 @pytest.mark.parametrize("name", TRAINED)
-def test_out_of_memory_ends_bitwise_as_if_the_size_had_been_chosen(name, group):
-    """With BatchNorm, dropout and accumulation: `auto` that must halve twice is `microbatch(2)` from the start."""
+def test_auto_is_bit_identical_to_the_chosen_size(name, group):
+    """With BatchNorm, dropout and accumulation: `auto` that halves twice equals `microbatch(2)` from the start."""
     task, batches = TASKS[name].make(), TASKS[name].batches()
     others = [accumulate(group)] if group > 1 else []
     expected = ran(task, 2, batches, *others)
-    with pytest.warns(FaultWarning, match=r"out of memory with (whole batches|parts of 3 samples): the step is repeated") as caught:
+    with pytest.warns(FaultWarning, match=r"out of memory with (whole batches|micro-batches of 3 samples): the step is repeated") as caught:
         found = ran(task, "auto", batches, *others, train_step=fitting(task.train_step, 2))
     assert [w.category for w in caught] == [FaultWarning, FaultWarning]
     assert found.store.memory.pop("microbatch") == {"size": 2}
@@ -106,35 +106,35 @@ def test_out_of_memory_ends_bitwise_as_if_the_size_had_been_chosen(name, group):
     ],
     ids=repr,
 )
-def test_every_kind_of_lack_is_known(error):
-    """Whatever runs out of memory says so in its own words."""
+def test_every_out_of_memory_error_is_recognised(error):
+    """Each library and device has its own error for out of memory."""
     task = tiny_task()
-    with pytest.warns(FaultWarning, match="in parts of at most 3 samples"):
+    with pytest.warns(FaultWarning, match="in micro-batches of at most 3 samples"):
         found = ran(task, "auto", tiny_batches(), train_step=fitting(task.train_step, 3, error))
     assert found.memory["microbatch"] == {"size": 3}
 
 
-def test_a_real_lack_of_memory_of_the_cpu_is_known():
-    """What torch's allocator says when it is asked for more than there can be."""
+def test_a_real_cpu_out_of_memory_error_is_recognised():
+    """The error of torch's allocator for a request that is too large."""
 
     def train_step(model, batch):
         torch.empty((1 << 60) if len(batch[0]) > 3 else 1, dtype=torch.uint8)
         return model(batch[0]).square().mean()
 
-    with pytest.warns(FaultWarning, match="in parts of at most 3 samples"):
+    with pytest.warns(FaultWarning, match="in micro-batches of at most 3 samples"):
         found = ran(tiny_task(), "auto", tiny_batches(), train_step=train_step)
     assert found.progress.step == 4
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory():
-    """An error of the user's own code ends the run as it would without."""
+def test_other_errors_are_not_treated_as_out_of_memory():
+    """An error of the user's code is raised unchanged."""
     task = tiny_task()
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         ran(task, "auto", tiny_batches(), train_step=fitting(task.train_step, 3, RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
 
 
 def test_a_sample_that_does_not_fit_alone_is_an_error():
-    """When one sample at a time is too much, the error of the allocator comes through, with what was tried."""
+    """If one sample does not fit, the error of the allocator is raised with a note about the sizes that were tried."""
     task = TASKS["recurrent net"].make()
     with (
         pytest.warns(FaultWarning, match="out of memory"),
@@ -142,12 +142,12 @@ def test_a_sample_that_does_not_fit_alone_is_an_error():
     ):
         ran(task, "auto", TASKS["recurrent net"].batches(), train_step=fitting(task.train_step, 0))
     assert caught.value.__notes__ == [
-        "microbatch='auto' has tried one sample at a time, and that does not fit either: use a smaller model or shorter samples"
+        "microbatch='auto' has tried one sample at a time, which does not fit either; use a smaller model or shorter samples"
     ]
 
 
 def test_the_size_that_fits_is_saved_and_a_resumed_run_is_the_same(tmp_path):
-    """After a split in the middle of a run, every later checkpoint goes on bitwise, without a second lack of memory."""
+    """After a split during a run, a resume from every later checkpoint is bit-identical and does not run out of memory again."""
     task, batches = tiny_task(), tiny_batches()
     begun = TrainState.create(task, seed=3)
 
@@ -158,7 +158,7 @@ def test_the_size_that_fits_is_saved_and_a_resumed_run_is_the_same(tmp_path):
     def saved():
         return [save(state, tmp_path / f"{state.progress.step}") for state, _ in islice(run(step(), begun, batches), 6)]
 
-    with pytest.warns(FaultWarning, match="at most 3 samples; 1 from now on normalises over the samples of a part only"):
+    with pytest.warns(FaultWarning, match="at most 3 samples; 1 normalises over one micro-batch only from now on"):
         state = load(saved()[-1], task)
     assert state.memory["microbatch"] == {"size": 3}
     for k in (3, 4, 5):
@@ -168,8 +168,8 @@ def test_the_size_that_fits_is_saved_and_a_resumed_run_is_the_same(tmp_path):
         assert_trees_equal(resumed[-1][0], state)
 
 
-def test_fit_parts_its_batches():
-    """`FitConfig(microbatch=...)` puts the combinator behind `accumulate`, and reads back from JSON."""
+def test_fit_splits_its_batches():
+    """`FitConfig(microbatch=...)` adds the combinator after `accumulate`, and can be read back from JSON."""
     task = tiny_task()
     config = FitConfig(max_epochs=2, microbatch="auto", accumulate=2, clip_norm=1.0, device="cpu", progress=False)
     assert FitConfig.from_json(config.to_json()) == config
@@ -181,8 +181,8 @@ def test_fit_parts_its_batches():
 
 
 @pytest.mark.parametrize("size", [0, -1, True, 1.5, "all", None])
-def test_a_size_that_means_nothing_is_refused(size):
-    """Neither the combinator nor the configuration takes it; None switches the configuration's off."""
+def test_a_wrong_size_is_refused(size):
+    """The combinator and the configuration refuse it; None in the configuration means no micro-batches."""
     with pytest.raises(ConfigError, match=r'microbatch must be a number of samples >= 1 or "auto"'):
         microbatch(size)
     if size is not None:
@@ -191,7 +191,7 @@ def test_a_size_that_means_nothing_is_refused(size):
 
 
 def seen(batch, size):
-    """The parts that a gradient function is given."""
+    """The micro-batches that a gradient function gets."""
     found = []
 
     def grad_fn(store, batches, key):
@@ -201,8 +201,8 @@ def seen(batch, size):
     return found
 
 
-def test_batches_are_parted_whatever_they_are_made_of():
-    """Tensors along their first dimension, texts one a sample; numbers and single values stay; parts are even."""
+def test_batches_of_any_structure_are_split():
+    """Tensors are split along their first dimension and lists of strings by sample; numbers and single values stay; sizes are even."""
     batch = {"x": torch.arange(7), "pair": [torch.arange(14).view(7, 2), torch.tensor(0.5)], "names": list("abcdefg"), "task": "digits"}
     parts = seen(batch, 3)
     assert [p.share for p in parts] == [2 / 7, 2 / 7, 3 / 7]
@@ -217,8 +217,8 @@ class Named(NamedTuple):
     texts: list[str]
 
 
-def test_containers_of_every_kind_are_parted_with_their_texts_and_arrays():
-    """Named tuples, attrs objects, mappings with defaults and NumPy arrays keep their types, and nothing in them stays whole by mistake."""
+def test_containers_of_every_type_are_split_with_their_texts_and_arrays():
+    """Named tuples, attrs objects, mappings with defaults and NumPy arrays keep their types, and everything in them is split."""
     batch = defaultdict(list, named=Named(torch.arange(4), list("abcd")), array=np.arange(8).reshape(4, 2), pair=("v1", 3))
     first, second = (p.batch for p in seen(batch, 2))
     assert (type(first), type(first["named"])) == (defaultdict, Named)
@@ -226,14 +226,14 @@ def test_containers_of_every_kind_are_parted_with_their_texts_and_arrays():
     assert (second["named"].x.tolist(), second["array"].tolist(), second["pair"]) == ([2, 3], [[4, 5], [6, 7]], ("v1", 3))
 
 
-def test_a_batch_that_cannot_be_parted_is_an_error():
-    """A tensor whose first dimension is not the samples is never cut wrongly."""
+def test_a_batch_that_cannot_be_split_is_an_error():
+    """A tensor whose first dimension is not the samples is never split wrongly."""
     with pytest.raises(StepError, match=r"a batch of 4 samples cannot be parted: it holds a tensor of shape \[5, 5\]"):
         seen((torch.ones(4, 2), torch.ones(5, 5)), 2)
 
 
-def test_a_part_counts_with_its_share():
-    """A `Mean` keeps its weight; plain losses and metrics count with the share; what is wrong stays so for the check behind it."""
+def test_a_micro_batch_counts_with_its_share():
+    """A `Mean` keeps its weight; plain losses and metrics are weighted by the share; wrong values reach the later check unchanged."""
 
     def taken(out):
         return plain(Part(torch.ones(3), 0.25).taken(lambda model, batch: out)[0](None, torch.ones(3)))
@@ -245,8 +245,8 @@ def test_a_part_counts_with_its_share():
     assert (taken((1, 2, 3)), taken(None)) == ([1, 2, 3], None)
 
 
-def test_stages_behind_it_may_come_in_any_order():
-    """It only regroups the batches of a step, so a stage of the user's own sees true gradients on either side."""
+def test_later_combinators_can_be_in_any_order():
+    """It only regroups the batches of a step, so a user's combinator gets complete gradients before and after it."""
     task, seen_norms = tiny_task("convnet"), []
 
     def watch(grad_fn):
@@ -265,19 +265,19 @@ def test_stages_behind_it_may_come_in_any_order():
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What two ranks say, one of which has less memory."""
+    """The warnings of two ranks, one with less memory."""
     folder = tmp_path_factory.mktemp("ranks")
     launched("fitting.py", 2, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 def weights(found):
-    """The trained numbers, without the buffers that every rank writes for itself."""
+    """The trained values, without the buffers that each rank has for itself."""
     return {name: values for name, values in found["numbers"].items() if "running" not in name and "tracked" not in name}
 
 
 def test_ranks_agree_on_the_smallest_size_that_one_of_them_needs(ranks):
-    """Where one runs out of memory, or both do differently, all repeat the step with one size, and hold the same weights afterwards."""
+    """If one rank runs out of memory, or both at different sizes, all repeat the step with one size and have the same weights afterwards."""
     for case, size, count in (("one of them", 3, 1), ("both", 3, 1), ("from the start", 3, 0), ("none", None, 0)):
         for rank in (0, 1):
             assert ranks[rank][case]["size"] == size, case
@@ -285,8 +285,8 @@ def test_ranks_agree_on_the_smallest_size_that_one_of_them_needs(ranks):
         assert weights(ranks[0][case]) == weights(ranks[1][case]), case
 
 
-def test_a_repeated_step_of_ranks_is_what_it_would_have_been(ranks):
-    """Bitwise the run that had the size from the start, buffers included; and the run in parts of that size as torch brings them together."""
+def test_a_repeated_step_of_ranks_equals_the_size_from_the_start(ranks):
+    """Bit-identical to a run with that size from the start, also in buffers; equal to such a run with the all-reduce of torch."""
     for rank in (0, 1):
         assert ranks[rank]["one of them"]["numbers"] == ranks[rank]["from the start"]["numbers"]
     expected, found = weights(ranks[0]["a number"]), weights(ranks[0]["from the start"])
@@ -294,7 +294,7 @@ def test_a_repeated_step_of_ranks_is_what_it_would_have_been(ranks):
         torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(values), rtol=1e-5, atol=1e-7)
 
 
-def test_ranks_that_hold_parts_of_a_model_are_told_to_give_a_number(ranks):
-    """None of them could compute alone, so the first step says so on all of them."""
+def test_ranks_with_a_sharded_model_refuse_auto(ranks):
+    """A rank cannot repeat a step alone, so the first step is an error on all ranks."""
     for rank in (0, 1):
-        assert "repeats a step that did not fit into memory, which a rank of fsdp(" in ranks[rank]["fsdp"]
+        assert "repeats a step that ran out of memory, but a rank of fsdp(" in ranks[rank]["fsdp"]

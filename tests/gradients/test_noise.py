@@ -1,4 +1,4 @@
-"""Noise follows from the seed and the step, and is annealed."""
+"""`grad_noise`: the noise depends on the seed and the step, and its variance falls."""
 
 import math
 
@@ -37,15 +37,15 @@ def test_the_noise_has_the_variance_of_the_paper():
 
 
 def test_the_noise_is_a_function_of_seed_and_step():
-    """One seed gives one noise, another seed another one, and each step its own."""
+    """Equal seeds give equal noise, other seeds other noise, and every step has its own noise."""
     first, again, other = (steps_of(fl.grad_noise(), seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first[2], again[2])
     assert not torch.equal(first[0], other[0])
     assert abs(torch.corrcoef(torch.stack([first[0].flatten(), first[1].flatten()]))[0, 1].item()) < 0.02
 
 
-def test_the_noise_is_not_that_of_the_model():
-    """What dropout draws in the same step is independent of it."""
+def test_the_noise_is_independent_of_the_model():
+    """The random numbers that the model draws in the same step are independent of the noise."""
     seen = []
 
     def drawing(model, batch):
@@ -63,7 +63,7 @@ def test_the_noise_is_not_that_of_the_model():
         (lambda: fl.grad_noise(gamma=-1), r"grad_noise\(gamma=...\) must be a finite number of at least 0, but got -1"),
     ],
 )
-def test_a_noise_that_means_nothing_is_refused(make, message):
+def test_wrong_noise_arguments_are_refused(make, message):
     """Arguments are checked when the combinator is made."""
     with pytest.raises(fl.errors.ConfigError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""Recomputing activations changes how much is kept, and no number."""
+"""Recomputing activations changes the memory use, and no result."""
 
 import random
 from itertools import islice
@@ -20,7 +20,7 @@ TRAINED = [name for name, case in TASKS.items() if case.kind == "loss" and case.
 
 
 class Block(nn.Module):
-    """A block with dropout, and a buffer that it reads, writes in place and puts another one in the place of."""
+    """A block with dropout, and a buffer that it reads, writes in place and replaces."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,15 +59,15 @@ def task():
 
 
 def trained(task, batches, *parts, steps=5):
-    """The state some steps on, and the metrics of all of them."""
+    """The state after some steps, and the metrics of all steps."""
     found = list(islice(run(pipe(task.train_step, *parts), TrainState.create(task, seed=1), batches), steps))
     return found[-1][0], [metrics for _, metrics in found]
 
 
-@pytest.mark.filterwarnings("ignore:AdamW holds no spare")
+@pytest.mark.filterwarnings("ignore:AdamW does not hold spare")
 @pytest.mark.parametrize("patterns", [("blocks",), ("blocks.*",), ("blocks.0", "blocks.2.inner"), ("*.inner.0", "head"), ("*",)], ids=str)
-def test_dropout_buffers_and_gradients_are_bitwise_the_same(patterns):
-    """Whatever is recomputed: random numbers are drawn as the first time, and buffers are seen as then and written once."""
+def test_dropout_buffers_and_gradients_are_bit_identical(patterns):
+    """For any modules: the second pass draws the same random numbers and reads the same buffers, which are written once."""
     batches = TASKS["mlp with BatchNorm and dropout"].batches()
     expected, others = trained(task(), batches, grad(), apply())[0], trained(task(), batches, recompute(*patterns), grad(), apply())[0]
     assert expected.buffers["blocks.0.seen"] == 10
@@ -77,15 +77,15 @@ def test_dropout_buffers_and_gradients_are_bitwise_the_same(patterns):
 @pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("before", [(), (autocast(torch.bfloat16),)], ids=["fp32", "bf16"])
 def test_every_task_is_trained_the_same(name, before):
-    """On every task of the laws, also under autocast and over several batches: states and metrics are bitwise what they are without."""
+    """On every task of the laws, also with autocast and over several batches, states and metrics are bit-identical to those without it."""
     case = TASKS[name]
     parts = (*before, grad(), accumulate(2), apply())
     expected = trained(case.make(), case.batches(4), *parts)
     assert_trees_equal(trained(case.make(), case.batches(4), recompute("*"), *parts), expected)
 
 
-def test_what_lies_within_is_not_kept():
-    """Of a block that is recomputed, only its input is saved for the backward pass."""
+def test_inner_activations_are_not_kept():
+    """Only the input of a recomputed block is saved for the backward pass."""
     held = []
 
     def train_step(model, batch):
@@ -102,8 +102,8 @@ def test_what_lies_within_is_not_kept():
     assert found[1] < found[0] / 10
 
 
-def test_the_model_is_as_it_was_and_checkpoints_know_nothing_of_it(tmp_path):
-    """Names stay; a checkpoint of one kind goes on as the other, bitwise; forward functions are put back even if a step fails."""
+def test_the_model_and_its_checkpoints_do_not_depend_on_recompute(tmp_path):
+    """Names stay; a run with it can resume one without it bit-identically; forward functions are restored even if a step fails."""
     given, batches = tiny_task(), TASKS["mlp with BatchNorm and dropout"].batches()
     with_it, without = (recompute("*"), grad(), apply()), (grad(), apply())
     state = trained(given, batches, *with_it, steps=2)[0]
@@ -117,8 +117,8 @@ def test_the_model_is_as_it_was_and_checkpoints_know_nothing_of_it(tmp_path):
     assert not any("forward" in vars(m) for m in ends[0].store.module.modules())
 
 
-def test_a_forward_function_of_the_users_own_is_kept():
-    """What a user has put in the place of a forward function is what is recomputed, and it is there afterwards."""
+def test_a_users_forward_function_is_kept():
+    """If a user has replaced a forward function, the replacement is recomputed, and it is still there afterwards."""
     given, calls = tiny_task(), []
     state = TrainState.create(given)
     first = state.store.module[0]
@@ -129,8 +129,8 @@ def test_a_forward_function_of_the_users_own_is_kept():
     assert len(calls) == 2
 
 
-def test_a_block_may_be_run_backward_twice():
-    """Gradients of gradients, which go through the blocks again, are what they are without."""
+def test_second_order_gradients_work():
+    """Gradients of gradients through the blocks equal those without it."""
     given = TASKS["mlp with BatchNorm and dropout"]
     make = lambda: attrs.evolve(given.make(), train_step=penalised)
 
@@ -146,37 +146,40 @@ def test_a_block_may_be_run_backward_twice():
 
 
 def test_fit_recomputes():
-    """`FitConfig(recompute=...)` puts it in front, and reads back from JSON."""
+    """`FitConfig(recompute=...)` adds it before `grad`, and can be read back from JSON."""
     given, batches = tiny_task(), TASKS["mlp with BatchNorm and dropout"].batches()
     config = FitConfig(max_epochs=2, recompute=("0", "4"), device="cpu", progress=False)
     assert FitConfig.from_json(config.to_json()) == config
     found = fit(TrainState.create(given), batches, config)
     assert_trees_equal(found, fit(TrainState.create(given), batches, attrs.evolve(config, recompute=())))
     with pytest.raises(
-        ConfigError, match=r"recompute means 'layers', but the model has no such module; near to it are \['0', '1', '2', '3'\]"
+        ConfigError,
+        match=r"recompute has the pattern 'layers', but no module of the model matches it; the closest names are \['0', '1', '2', '3'\]",
     ):
         fit(TrainState.create(given), batches, FitConfig(max_epochs=1, recompute="layers", progress=False))
 
 
 @pytest.mark.parametrize("patterns", [(), ("",), (3,)], ids=str)
-def test_patterns_that_mean_nothing_are_refused(patterns):
-    """There must be one, and each is a text."""
-    with pytest.raises(ConfigError, match=r"recompute takes patterns of names of modules, as in recompute\('blocks'\)"):
+def test_wrong_patterns_are_refused(patterns):
+    """There must be at least one pattern, and each must be a string."""
+    with pytest.raises(ConfigError, match=r"recompute takes patterns of module names, as in recompute\('blocks'\)"):
         recompute(*patterns)
 
 
-@pytest.mark.filterwarnings("ignore:AdamW holds no spare")
-def test_modules_that_are_not_there_or_never_called_are_told():
-    """Nothing that was asked for is left out silently: close names are shown, and a part that the model does not call is an error."""
+@pytest.mark.filterwarnings("ignore:AdamW does not hold spare")
+def test_missing_and_uncalled_modules_are_errors():
+    """A pattern without a match shows the closest names; a module that the model does not call is an error, too."""
     step = pipe(task().train_step, recompute("block"), grad(), apply())
     batch = TASKS["mlp with BatchNorm and dropout"].batches()[0]
-    with pytest.raises(ConfigError, match=r"recompute means 'block', but the model has no such module; near to it are \['blocks'"):
+    with pytest.raises(
+        ConfigError, match=r"recompute has the pattern 'block', but no module of the model matches it; the closest names are \['blocks'"
+    ):
         next(run(step, TrainState.create(task()), [batch]))
-    with pytest.raises(StepError, match=r"recompute\('spare'\) means spare, but the model calls none of them"):
+    with pytest.raises(StepError, match=r"recompute\('spare'\) matches spare, but the model calls none of them"):
         pipe(task().train_step, recompute("spare"), grad(), apply())(TrainState.create(task()), batch)
 
 
-def test_a_step_holds_less_at_its_peak():
-    """What torch's allocator hands out during a step, to the byte: of every block the input is kept."""
+def test_the_peak_memory_of_a_step_is_lower():
+    """The bytes that torch's allocator gives during a step; only the input of every block is kept."""
     usual, less = (peak(512, adamw, *parts, grad(), apply()) for parts in ((), (recompute("0.*"),)))
     assert less < usual / 1.8

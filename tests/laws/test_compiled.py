@@ -20,8 +20,8 @@ WITHOUT = {
     "recompute": "fnlight/recompute.py",
     "exact_ranks": "it seeds the generators with something else than its key",
     "microbatch auto": "repeats a step that runs out of memory",
-    "loss_scale": "must know after every step whether it counts",
-    "autocast fp16": "must know after every step whether it counts",
+    "loss_scale": "must read after every step whether it was skipped",
+    "autocast fp16": "must read after every step whether it was skipped",
 }
 """What goes on without a graph, with the reason that is given."""
 CHOICES = [name for name in ENTRIES if name not in ("compile", "debug_bundle", "profile")]

@@ -7,7 +7,7 @@ from fnlight.metrics import Cat, Last, Max, Mean, Min, Sum, Tally, Text, counted
 
 
 def test_uncounted_metrics_change_no_mean_sum_or_extreme():
-    """A tally that is given them reads what it read before, with the same names."""
+    """A tally that gets them has the same values as before, with the same names."""
     metrics = {"a": torch.tensor(2.0), "b": Mean(torch.tensor(6.0), 2), "c": Sum(3), "d": Max(1.0), "e": Min(1.0), "f": Last(5.0), "g": 4.0}
     alone, both = Tally(), Tally()
     for tally in (alone, both):

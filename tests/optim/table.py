@@ -1,4 +1,4 @@
-"""Every optimizer there is, each with a model that it can train, and the proof that it trains, is saved and goes on bitwise."""
+"""Every optimizer with a model that it can train, and a check that it trains, is saved, and resumes bit-identically."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from fnlight.step import apply
 from fnlight.tensors import tree
 
 SOURCES = {"torch.optim": 15, "torch_optimizer": 30, "schedulefree": 9, "pytorch_optimizer": 100}
-"""Where optimizers come from, and how many there are at least."""
+"""The packages of optimizers, and their smallest expected number of classes."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "torch.optim.SGD": {"lr": 0.1, "momentum": 0.9},
@@ -30,25 +30,27 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "torch_optimizer.Lookahead": {"base": "adamw", "k": 2, "lr": 0.01},
     "pytorch_optimizer.SaRA": {"threshold": 0.5, "lr": 0.01},
 }
-FUSED = ("torch.optim.Adam", "torch.optim.AdamW", "torch.optim.Adagrad")  # SGD stands here with momentum, which is left unfused
+FUSED = ("torch.optim.Adam", "torch.optim.AdamW", "torch.optim.Adagrad")  # SGD is tested with momentum, so it is not fused
 MATRICES = ("torch.optim.Muon", "pytorch_optimizer.SpectralSphere")  # these take matrices only
-MUONS = tuple(f"pytorch_optimizer.{name}" for name in ("Muon", "AdaMuon", "AdaGO", "MuonClip", "NorMuon"))  # these want to be told which
+MUONS = tuple(
+    f"pytorch_optimizer.{name}" for name in ("Muon", "AdaMuon", "AdaGO", "MuonClip", "NorMuon")
+)  # these need to know which parameters are matrices
 ROUNDED = {
     "pytorch_optimizer.SPlus": "its matrices come back in another memory order",
     "pytorch_optimizer.LoRARite": "its matrices come back in another memory order",
 }
-"""Those that go on from a file to the precision of float32 rather than bitwise, each with the reason."""
+"""Optimizers that resume to the precision of float32 and not bit-identically, each with the reason."""
 
 
 @attrs.frozen
 class Case:
-    """An optimizer with what it is made with."""
+    """An optimizer with its options."""
 
     name: str
 
     @property
     def first(self) -> int:
-        """Steps until it has surely moved; RAdam waits for some."""
+        """Number of steps after which the weights have changed; RAdam needs several."""
         return 8 if "RAdam" in self.name else 3
 
     def model(self) -> nn.Module:
@@ -87,7 +89,7 @@ def train_step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 @attrs.frozen
 class Row:
-    """What the proof has found out about an optimizer.
+    """The results for an optimizer.
 
     Args:
         name: With its package.
@@ -105,7 +107,7 @@ class Row:
 
 
 def prove(case: Case, folder: Path) -> Row:
-    """Train some steps, save, load, go on with both: parameters, memory and groups must be bitwise the same."""
+    """Train some steps, save, load, and continue with both: parameters, state and groups must be bit-identical."""
     task, batches, step = case.task(), case.batches(case.first + 2), pipe(train_step, grad(), apply())
     state = TrainState.create(task, seed=4)
     for batch in batches[: case.first]:
@@ -126,7 +128,7 @@ def prove(case: Case, folder: Path) -> Row:
 
 
 def found(case: Case) -> Row:
-    """What can be seen of an optimizer after a few steps, without a file."""
+    """The results for an optimizer after a few steps, without a file."""
     state, step = TrainState.create(case.task(), seed=4), pipe(train_step, grad(), apply())
     for batch in case.batches(case.first + 2)[: case.first]:
         state, _ = step(state, batch)
@@ -134,7 +136,7 @@ def found(case: Case) -> Row:
 
 
 def described(case: Case, state: TrainState) -> Row:
-    """The row of an optimizer that has made a few steps, which have changed the weights."""
+    """The row of an optimizer after a few steps that have changed the weights."""
     assert not tree.equal(dict(state.params), dict(case.model().named_parameters())), f"{case.name} does not train"
     name, optim = case.name, state.live.optim
     slots = {slot for parameter, held in state.opt_state.items() if parameter != "*" for slot in held}
@@ -152,12 +154,12 @@ def described(case: Case, state: TrainState) -> Row:
 
 
 def memory(state: TrainState) -> Any:
-    """What the optimizer of a state remembers, of parameters and of groups."""
+    """The optimizer state per parameter and per group."""
     groups = [{k: v for k, v in group.items() if k != "params"} for group in state.live.optim.optimizer.param_groups]
     return {name: dict(slots) for name, slots in state.opt_state.items()}, groups
 
 
 FOUND = [f"{source}.{name}" for source in SOURCES for name in optimizer_classes(source)]
-LEFT_OUT = {name: reason for name, reason in UNFIT.items() if not name.endswith(".Lookahead")}  # that name makes our own
+LEFT_OUT = {name: reason for name, reason in UNFIT.items() if not name.endswith(".Lookahead")}  # that name is fl.Lookahead
 CASES = {name: Case(name) for name in FOUND if name not in LEFT_OUT}
 OF_TORCH = [name for name in CASES if name.startswith("torch")]

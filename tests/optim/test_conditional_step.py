@@ -1,4 +1,4 @@
-"""What is left out leaves nothing behind: parameters, memory and buffers stay as they were."""
+"""A skipped step changes nothing: parameters, optimizer state and buffers stay the same."""
 
 import copy
 
@@ -30,8 +30,8 @@ def grads(model, seed, bad=False):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("left_out", [(0,), (2,), (0, 1, 3)])
-def test_a_step_that_is_left_out_is_as_if_it_had_never_been(name, left_out):
-    """With some of five steps masked, parameters and memory are bitwise those of the others alone, the first step masked or not."""
+def test_a_skipped_step_changes_nothing(name, left_out):
+    """With some of five steps skipped, parameters and optimizer state are bit-identical to a run of the others, also if the first is skipped."""
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     plain = copy.deepcopy(model)
@@ -48,22 +48,22 @@ def test_a_step_that_is_left_out_is_as_if_it_had_never_been(name, left_out):
     assert not {"grad_scale", "found_inf"} & vars(ours).keys()
 
 
-def test_only_kernels_that_start_rightly_are_asked_to_mask():
-    """SGD with momentum would begin with whatever memory held if its first step were masked in the kernel."""
+def test_fused_sgd_with_momentum_does_not_skip_in_its_kernel():
+    """SGD with momentum would start from uninitialised values if its kernel skipped the first step."""
     model = nn.Linear(3, 2)
     found = {name: masks(make(model.parameters())) for name, make in OPTIMIZERS.items()}
     assert [name for name, on_device in found.items() if on_device] == ["fused Adam", "fused AdamW", "fused SGD", "fused Adagrad"]
 
 
 @pytest.mark.parametrize("finite", [False, torch.tensor(False)])
-def test_buffers_are_put_back(finite):
-    """Whether the host or the device knows; only those that change are copied from the second time on."""
+def test_buffers_are_restored(finite):
+    """For a bool and a tensor; from the second step on, only buffers that change are copied."""
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
     model.register_buffer("table", torch.ones(3))
     model[0].eval()
     model.register_buffer("seen", torch.zeros(()))
     first = buffers_before(model, None)
-    model.seen += 1  # by a forward pass
+    model.seen += 1  # as a forward pass does
     model[0].train()
     names = first.changing()
     assert names == ["seen", "0.running_mean", "0.running_var", "0.num_batches_tracked"]
@@ -75,8 +75,8 @@ def test_buffers_are_put_back(finite):
     assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
 
 
-def test_buffers_of_a_step_that_counts_stay():
-    """A mask that lets everything through changes nothing."""
+def test_buffers_of_a_finite_step_are_kept():
+    """With `finite` True the buffers keep their new values."""
     norm = nn.BatchNorm1d(2)
     held = buffers_before(norm, None)
     norm(torch.randn(4, 2))

@@ -1,4 +1,4 @@
-"""Every optimizer of torch and of the packages beside it trains as it does in a plain loop, and its state is a value."""
+"""Every optimizer of torch and of the other packages trains as in a manual loop, and its state can be copied."""
 
 import warnings
 from typing import Any
@@ -16,15 +16,15 @@ from fnlight.tensors import TRAIN, fold_in, isolated, seed_generators, tree
 from tests.optim.table import CASES, FOUND, FUSED, LEFT_OUT, OF_TORCH, OPTIONS, SOURCES, Case, memory, train_step
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:This overload of .* is deprecated:UserWarning"),  # what torch_optimizer calls
-    pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning"),  # what torch's SparseAdam makes
+    pytest.mark.filterwarnings("ignore:This overload of .* is deprecated:UserWarning"),  # a call in torch_optimizer
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning"),  # from torch's SparseAdam
     pytest.mark.filterwarnings("ignore::UserWarning:pytorch_optimizer"),
 ]
 STEPS = 3
 
 
 def plain_loop(case: Case, steps: int) -> tuple[nn.Module, Any]:
-    """The loop that everybody writes; random numbers are drawn as fnlight draws them."""
+    """A manual loop; random numbers are seeded as in fnlight."""
     model = case.model()
     kind, options = optimizer_class(case.name), OPTIONS.get(case.name, {})
     fused = {"fused": True} if case.name in FUSED else {}
@@ -49,15 +49,15 @@ def plain_loop(case: Case, steps: int) -> tuple[nn.Module, Any]:
 
 
 def trained(case: Case, steps: int) -> TrainState:
-    """A state after some steps of the smallest pipe."""
+    """A state after some steps of a minimal pipe."""
     state, step = TrainState.create(case.task(), seed=0), pipe(train_step, grad(), apply())
     for batch in case.batches(steps):
         state, _ = step(state, batch)
     return state
 
 
-def test_no_optimizer_is_forgotten() -> None:
-    """Every class of every source is tested, or left out for a written reason; and no source has lost its classes."""
+def test_every_optimizer_class_is_tested_or_listed() -> None:
+    """Every class of every package is tested, or listed with a reason; and no package has fewer classes than expected."""
     assert set(CASES) | set(LEFT_OUT) == set(FOUND)
     assert not set(CASES) & set(LEFT_OUT)
     for source, least in SOURCES.items():
@@ -65,8 +65,8 @@ def test_no_optimizer_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize("name", OF_TORCH)
-def test_an_optimizer_trains_as_in_a_plain_loop_bitwise(name: str) -> None:
-    """After three steps parameters and the optimizer's memory are those of a plain loop with the same optimizer."""
+def test_an_optimizer_is_bit_identical_to_a_manual_loop(name: str) -> None:
+    """After three steps parameters and optimizer state equal those of a manual loop with the same optimizer."""
     case = CASES[name]
     state = trained(case, STEPS)
     with isolated():
@@ -82,8 +82,8 @@ def test_an_optimizer_trains_as_in_a_plain_loop_bitwise(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_copy_of_a_state_is_independent_and_goes_on_bitwise(name: str) -> None:
-    """A copy stays what it was while the original goes on, and its next step is bitwise the original's."""
+def test_a_copy_of_a_state_is_independent_and_continues_bit_identically(name: str) -> None:
+    """A copy does not change while the original trains, and its next step is bit-identical to that of the original."""
     case = CASES[name]
     state, step = trained(case, case.first), pipe(train_step, grad(), apply())
     last = case.batches(case.first + 1)[-1]

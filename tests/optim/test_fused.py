@@ -1,4 +1,4 @@
-"""The direct step of torch's fused optimizers is bitwise torch's own, and where it could differ it is not taken."""
+"""The direct step of torch's fused optimizers is bit-identical to torch's own, and is not used in cases where it could differ."""
 
 import copy
 
@@ -48,7 +48,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
 def twins(kind, options, dtype=torch.float32, split=False):
-    """Two equal models, each with an optimizer; of several groups where wanted."""
+    """Two equal models, each with an optimizer, optionally with several groups."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)).to(dtype)
     made = []
@@ -75,7 +75,7 @@ def same(one, other):
 
 
 def directly(optimizer, memo):
-    """Take the step directly, and say so; where that cannot be, leave it to torch."""
+    """Take the direct step if possible, else that of torch; return which one it was."""
     done = fused_step(optimizer, memo)
     if not done:
         optimizer.step()
@@ -84,8 +84,8 @@ def directly(optimizer, memo):
 
 @pytest.mark.parametrize("split", [False, True], ids=["one group", "two groups"])
 @pytest.mark.parametrize("name", KINDS)
-def test_the_direct_step_is_bitwise_torchs_own(name, split):
-    """Parameters and memory are the same after each of six steps, in one group and in two; all but the first are taken directly."""
+def test_the_direct_step_is_bit_identical_to_torchs_own(name, split):
+    """Parameters and optimizer state are equal after each of six steps, with one group and with two; all but the first are direct."""
     for dtype in DTYPES[: 2 if KINDS[name][1].get("momentum") else 3]:  # torch's own kernel is not reproducible for bf16 with momentum
         (ours, theirs), memo, direct = twins(*KINDS[name], dtype=dtype, split=split), {}, []
         for i in range(6):
@@ -98,8 +98,8 @@ def test_the_direct_step_is_bitwise_torchs_own(name, split):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_options_may_change_between_steps(name):
-    """Options are read from the groups at every step, so schedules of any of them are followed."""
+def test_options_can_change_between_steps(name):
+    """Options are read from the groups at every step, so every option can have a schedule."""
     (ours, theirs), memo = twins(*KINDS[name]), {}
     changes = {"lr": 0.003, "weight_decay": 0.05, "eps": 1e-4, "betas": (0.5, 0.6), "maximize": True, "lr_decay": 0.2, "dampening": 0.2}
     for i, key in enumerate(["lr", *changes]):
@@ -115,8 +115,8 @@ def test_options_may_change_between_steps(name):
 
 
 @pytest.mark.parametrize("name", ["Adam {}", "AdamW {'amsgrad': True}", "SGD {}", "Adagrad {}"])
-def test_a_step_can_be_masked_on_the_device(name):
-    """With ``found_inf`` set, as for loss scaling, the direct step leaves out what torch leaves out."""
+def test_a_step_can_be_skipped_on_the_device(name):
+    """With ``found_inf``, as for loss scaling, the direct step skips the same steps as torch."""
     (ours, theirs), memo = twins(*KINDS[name]), {}
     for i in range(6):
         for model, optimizer in (ours, theirs):
@@ -129,8 +129,8 @@ def test_a_step_can_be_masked_on_the_device(name):
 
 
 @pytest.mark.parametrize("name", ["AdamW {}", "SGD {}", "Adagrad {}"])
-def test_parameters_without_a_gradient_are_left_out(name):
-    """Frozen parameters do not move, and one that is thawed gets its memory from torch."""
+def test_parameters_without_a_gradient_are_skipped(name):
+    """Frozen parameters do not change, and torch creates the state of an unfrozen one."""
     (ours, theirs), memo, direct = twins(*KINDS[name]), {}, []
     for i in range(8):
         for model, _ in (ours, theirs):
@@ -140,7 +140,7 @@ def test_parameters_without_a_gradient_are_left_out(name):
         theirs[1].step()
         same(ours, theirs)
     assert direct[1:4] == direct[5:] == [True] * 3
-    assert direct[4] is (name != "AdamW {}")  # the others have nothing to make at that time
+    assert direct[4] is (name != "AdamW {}")  # the others have no state to create at that time
 
 
 def load(optimizer):
@@ -172,8 +172,8 @@ def fewer_parameters(optimizer):
 
 
 @pytest.mark.parametrize("change", [load, new_slot, new_slots, new_state, another_group, fewer_parameters])
-def test_what_was_looked_up_is_looked_up_again_where_it_changed(change):
-    """Loaded memory, replaced tensors, other groups and other parameters are noticed at the next step."""
+def test_the_lookup_is_repeated_after_a_change(change):
+    """Loaded state, replaced tensors, other groups and other parameters are detected at the next step."""
     (ours, theirs), memo = twins(*KINDS["AdamW {}"]), {}
     for i in range(8):
         for model, optimizer in (ours, theirs):
@@ -187,7 +187,7 @@ def test_what_was_looked_up_is_looked_up_again_where_it_changed(change):
 
 
 class Doubled(torch.optim.AdamW):
-    """A step of its own."""
+    """A user's step."""
 
 
 def tensor_lr(optimizer):
@@ -212,8 +212,8 @@ def other_class(optimizer):
 
 
 @pytest.mark.parametrize("change", [tensor_lr, unfused, sparse, scaled, other_class])
-def test_what_the_direct_step_does_not_know_is_left_to_torch(change):
-    """A learning rate in a tensor, other kernels, sparse gradients, scaled gradients and classes of one's own: nothing is done."""
+def test_unsupported_cases_use_the_step_of_torch(change):
+    """For tensor learning rates, other kernels, sparse or scaled gradients and user classes, the direct step does nothing."""
     (model, optimizer), _ = twins(*KINDS["AdamW {}"])
     memo = {}
     for i in range(3):
@@ -228,8 +228,8 @@ def test_what_the_direct_step_does_not_know_is_left_to_torch(change):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
-def test_whoever_listens_to_steps_is_heard():
-    """Hooks, a patched step and a profiler see every step, whenever they come."""
+def test_hooks_patches_and_profilers_see_every_step():
+    """Hooks, a patched step and a profiler see every step, also if they are added later."""
     (model, optimizer), _ = twins(*KINDS["AdamW {}"])
     memo, heard = {}, []
 
@@ -251,8 +251,8 @@ def test_whoever_listens_to_steps_is_heard():
     assert any("Optimizer.step" in event.name for event in profile.function_events)
 
 
-def test_a_patched_class_is_heard(monkeypatch):
-    """A step that somebody puts into the class of an optimizer is called, although what it wraps is torch's own."""
+def test_a_patched_class_is_called(monkeypatch):
+    """If the step of an optimizer class is replaced, the replacement is called, although it wraps the one of torch."""
     (model, optimizer), _ = twins(*KINDS["AdamW {}"])
     memo, heard, own = {}, [], torch.optim.AdamW.step
 
@@ -270,8 +270,8 @@ def test_a_patched_class_is_heard(monkeypatch):
     assert heard == ["patch"]
 
 
-def test_several_types_in_one_group_are_left_to_torch():
-    """Parameters of two types in one group need a kernel each, which torch sorts out."""
+def test_several_dtypes_in_one_group_use_the_step_of_torch():
+    """Parameters of two dtypes in one group need separate kernels, which torch handles."""
     params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, dtype=torch.float64))]
     optimizer = torch.optim.AdamW(params, lr=0.1, fused=True)
     for p in params:
@@ -280,8 +280,8 @@ def test_several_types_in_one_group_are_left_to_torch():
     assert not fused_step(optimizer, {})
 
 
-def test_gradients_are_tracked_as_before():
-    """The direct step leaves grad mode as it found it, also where it fails."""
+def test_grad_mode_is_restored():
+    """The direct step restores grad mode, also after an error."""
     (model, optimizer), _ = twins(*KINDS["SGD {}"])
     for mode in (True, False):
         backward(model, 0)
@@ -291,7 +291,7 @@ def test_gradients_are_tracked_as_before():
 
 
 def state_after(steps, start=None):
-    """A run with the optimizer that fnlight makes fused."""
+    """A run with an optimizer that fnlight makes fused."""
 
     def train_step(model, batch):
         return (model(batch) - batch.mean()).square().mean()
@@ -302,8 +302,8 @@ def state_after(steps, start=None):
     return fl.fit(start or fl.TrainState.create(task), data, fl.FitConfig(max_steps=steps, progress=False)), task
 
 
-def test_a_copy_of_a_state_does_not_hold_what_the_original_works_on():
-    """What was looked up stays behind: a copy trains its own tensors and leaves the original as it is."""
+def test_a_copy_of_a_state_does_not_share_the_lookup():
+    """The lookup is not copied: a copy trains its own tensors, and the original does not change."""
     state, _ = state_after(5)
     assert state.store.optim.bound["bound"] is not None
     twin = state.copy()
@@ -314,8 +314,8 @@ def test_a_copy_of_a_state_does_not_hold_what_the_original_works_on():
     assert not torch.equal(further.params["weight"], before["weight"])
 
 
-def test_a_run_goes_on_bitwise_after_load(tmp_path):
-    """Steps 1 to 10 come to the same as 1 to 5, saved and loaded, and 6 to 10; with the direct step in both parts."""
+def test_a_loaded_run_continues_bit_identically(tmp_path):
+    """Steps 1 to 10 equal steps 1 to 5, save, load and steps 6 to 10; both parts use the direct step."""
     whole, task = state_after(10)
     half, _ = state_after(5)
     fl.save(half, tmp_path / "half")

@@ -1,4 +1,4 @@
-"""Laws of parameter groups by rule: every parameter in one group, what holds for it, and refusals that name parameters."""
+"""Laws of parameter groups by rule: every parameter is in one group with the right options, and errors name parameters."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from fnlight.step import apply
 
 
 class OwnRMSNorm(nn.Module):
-    """A norm that torch does not know."""
+    """A norm class that is not from torch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,12 +51,12 @@ def names(model: nn.Module, group: dict[str, Any]) -> list[str]:
 
 
 def options(model: nn.Module, groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What holds for each parameter, by its name."""
+    """The options of each parameter, by name."""
     return {name: {k: v for k, v in group.items() if k != "params"} for group in groups for name in names(model, group)}
 
 
 def test_every_trainable_parameter_is_in_exactly_one_group() -> None:
-    """Whatever the rules, the groups together hold each trainable parameter once, in an order that is always the same."""
+    """For any rules, the groups hold each trainable parameter once, always in the same order."""
     model = Net()
     model.attend.requires_grad_(False)
     rules = ({"head": {"lr": 1e-2}}, layer_decay(0.5, "embed", "blocks.*", ("attend", "recur", "norms"), "head"), no_decay(nn.Embedding))
@@ -69,8 +69,8 @@ def test_every_trainable_parameter_is_in_exactly_one_group() -> None:
     ]
 
 
-def test_norms_are_known_by_type_and_biases_by_the_end_of_their_name() -> None:
-    """No decay for every parameter of a norm, however it is called, and for every bias; decay for every matrix and embedding."""
+def test_norms_are_detected_by_type_and_biases_by_the_end_of_their_name() -> None:
+    """No decay for every parameter of a norm, with any name, and for every bias; decay for every matrix and embedding."""
     model = Net()
     decays = {name: held["weight_decay"] for name, held in options(model, param_groups(model, no_decay(), weight_decay=0.1)).items()}
     spared = {name for name, decay in decays.items() if decay == 0.0}
@@ -81,7 +81,7 @@ def test_norms_are_known_by_type_and_biases_by_the_end_of_their_name() -> None:
 
 
 def test_no_decay_takes_further_types_and_patterns() -> None:
-    """A type of module spares its own parameters, a pattern those that it means."""
+    """A module type excludes its parameters from decay, a pattern those that it matches."""
     model = Net()
     held = options(model, param_groups(model, no_decay(nn.Embedding, "recur"), weight_decay=0.1))
     assert {name for name, o in held.items() if o["weight_decay"] == 0.0} >= {"embed.weight", "recur.weight_hh_l0"}
@@ -89,7 +89,7 @@ def test_no_decay_takes_further_types_and_patterns() -> None:
 
 
 def test_layer_decay_multiplies_from_the_output_to_the_input() -> None:
-    """The last layer has the whole learning rate, each before it the rate times that of the next; blocks count as numbers, not as texts."""
+    """The last layer has the full learning rate, each earlier one `rate` times that of the next; blocks are sorted as numbers, not as text."""
     model = Net()
     rule = layer_decay(0.5, "embed", "blocks.*", ("attend", "recur", "norms"), "head")
     lrs = {name: held["lr"] for name, held in options(model, param_groups(model, rule, lr=1.0)).items()}
@@ -99,7 +99,7 @@ def test_layer_decay_multiplies_from_the_output_to_the_input() -> None:
 
 
 def test_frozen_layers_count_and_the_others_keep_their_learning_rate() -> None:
-    """Freezing the lower layers changes nothing about the learning rates of the upper ones, whichever rule stands first."""
+    """Freezing the lower layers does not change the learning rates of the upper ones, in any order of the rules."""
     rule = layer_decay(0.5, "embed", "blocks.*", ("attend", "recur", "norms"), "head")
     for rules in ((frozen("embed", "blocks.0"), rule), (rule, frozen("embed", "blocks.0"))):
         model = Net()
@@ -112,7 +112,7 @@ def test_frozen_layers_count_and_the_others_keep_their_learning_rate() -> None:
 
 
 def test_a_later_rule_wins() -> None:
-    """What a later rule sets holds, so the order of the rules says it all."""
+    """A later rule overrides an earlier one."""
     model = Net()
     first = options(model, param_groups(model, {"head": {"weight_decay": 0.5}}, no_decay(), weight_decay=0.1))
     last = options(model, param_groups(model, no_decay(), {"head": {"weight_decay": 0.5}}, weight_decay=0.1))
@@ -120,22 +120,22 @@ def test_a_later_rule_wins() -> None:
     assert first["head.weight"]["weight_decay"] == last["head.weight"]["weight_decay"] == 0.5
 
 
-def test_a_group_is_called_by_its_rules() -> None:
-    """A name says which rules hold; ``name`` among the options replaces the pattern; the rest is called so."""
+def test_the_name_of_a_group_comes_from_its_rules() -> None:
+    """The name lists the rules; the option ``name`` replaces the pattern; without a rule it is ``rest``."""
     model = Net()
     groups = param_groups(model, {"blocks.*": {"lr": 1.0}, "head": {"name": "top", "lr": 2.0}}, no_decay(), lr=0.1)
     assert {g["name"] for g in groups} == {"rest", "no_decay", "blocks", "blocks/no_decay", "top", "top/no_decay"}
 
 
 def test_tied_weights_are_in_one_group() -> None:
-    """A parameter with two names is held once."""
+    """A parameter with two names is in the groups once."""
     model = nn.ModuleDict({"embed": nn.Embedding(4, 3), "head": nn.Linear(3, 4, bias=False)})
     model["head"].weight = model["embed"].weight
     assert [len(g["params"]) for g in param_groups(model, no_decay(), lr=0.1)] == [1]
 
 
-def test_groups_train_as_they_say() -> None:
-    """In a step of SGD each parameter moves by its own learning rate, and what is frozen stays."""
+def test_groups_train_with_their_options() -> None:
+    """In a step of SGD each parameter uses its own learning rate, and frozen ones do not change."""
 
     def configure(model: nn.Module) -> Any:
         return torch.optim.SGD(param_groups(model, frozen("embed"), {"head": {"lr": 0.5}}, lr=0.1))
@@ -161,52 +161,52 @@ def test_groups_train_as_they_say() -> None:
 
 
 REFUSED: list[tuple[Callable[[nn.Module], Any], str]] = [
-    (lambda m: param_groups(m, {"haed": {"lr": 1.0}}), r"'haed' of param_groups means no parameter; near to it are \['head'"),
+    (lambda m: param_groups(m, {"haed": {"lr": 1.0}}), r"'haed' of param_groups matches no parameter; the closest names are \['head'"),
     (
         lambda m: param_groups(m, {"head": {"lr": 1}, "head.b*": {"lr": 2}}),
-        r"'head.bias' is meant by two patterns, 'head' and 'head.b\*' \(1 in all",
+        r"'head.bias' matches two patterns, 'head' and 'head.b\*' \(1 in all",
     ),
     (lambda m: param_groups(m, {"head": 1e-3}), r"'head' must map to options, as in \{'lr': 1e-4\}, but maps to 0.001"),
-    (lambda m: param_groups(m, "head"), r"a rule must be no_decay\(...\), .* but got 'head'; options of all groups are given by name"),
-    (lambda m: param_groups(m, frozen("*")), r"nothing is left to train: frozen\('\*'\) leaves no trainable parameter"),
-    (lambda m: param_groups(m, frozen("trunk")), r"'trunk' of frozen\('trunk'\) means no parameter; near to it are"),
-    (lambda m: param_groups(m, frozen("head"), {"head": {"lr": 1}}), r"'head' of param_groups means frozen parameters only"),
-    (lambda m: param_groups(m, no_decay("poss")), r"'poss' of no_decay means no parameter; near to it are"),
+    (lambda m: param_groups(m, "head"), r"a rule must be no_decay\(...\), .* but got 'head'; pass options of all groups as keywords"),
+    (lambda m: param_groups(m, frozen("*")), r"no parameter is left to train \(rules: frozen\('\*'\)\); leave some parameters"),
+    (lambda m: param_groups(m, frozen("trunk")), r"'trunk' of frozen\('trunk'\) matches no parameter; the closest names are"),
+    (lambda m: param_groups(m, frozen("head"), {"head": {"lr": 1}}), r"'head' of param_groups matches frozen parameters only"),
+    (lambda m: param_groups(m, no_decay("poss")), r"'poss' of no_decay matches no parameter; the closest names are"),
     (
         lambda m: param_groups(m, layer_decay(0.5, "embed", "head")),
-        r"says nothing about \['blocks.0.mix.weight', .* in all\); name their layer",
+        r"has no layer for \['blocks.0.mix.weight', .* in all\); add patterns for them",
     ),
-    (lambda m: param_groups(m, layer_decay(0.5, "*", "head"), lr=1), r"'\*' of layer_decay\(0.5, '\*', 'head'\) means no parameter"),
+    (lambda m: param_groups(m, layer_decay(0.5, "*", "head"), lr=1), r"'\*' of layer_decay\(0.5, '\*', 'head'\) matches no parameter"),
     (
         lambda m: param_groups(m, layer_decay(0.5, "embed", ("embed", "head")), lr=1),
-        r"'embed.weight' is meant by two layers of layer_decay",
+        r"'embed.weight' is in two layers of layer_decay",
     ),
     (
         lambda m: param_groups(m, layer_decay(0.5, ("embed", "blocks", "attend", "recur", "norms"), "head")),
-        r"multiplies 'lr', but for 'embed.weight' it is None; give it, as in param_groups\(..., lr=1e-3\)",
+        r"multiplies 'lr', but for 'embed.weight' it is None; set it, as in param_groups\(..., lr=1e-3\)",
     ),
     (
         lambda m: param_groups(m, {"head": {"lr": 1, "name": "a"}, "embed": {"lr": 2, "name": "a"}}),
-        r"two groups are called 'a', but hold other options; give one another name, at 'head.weight'",
+        r"two groups have the name 'a', but different options; rename the group of 'head.weight'",
     ),
     (lambda m: layer_decay(1.5, "head"), r"layer_decay\(rate\) must be a number above 0 and at most 1, but got 1.5"),
     (lambda m: layer_decay(0.5), r"layer_decay needs the layers from the input to the output"),
-    (lambda m: no_decay(3), r"no_decay takes patterns of names and types of modules, but got 3"),
-    (lambda m: frozen(), r"frozen takes patterns of names, as in frozen\('backbone'\), but got \(\)"),
+    (lambda m: no_decay(3), r"no_decay takes name patterns and module types, but got 3"),
+    (lambda m: frozen(), r"frozen takes name patterns, as in frozen\('backbone'\), but got \(\)"),
 ]
 
 
 @pytest.mark.parametrize("make, message", REFUSED)
-def test_rules_that_mean_nothing_or_two_things_are_refused_with_names(make: Callable[[nn.Module], Any], message: str) -> None:
-    """What is missed, meant twice or misspelt is named, with what is near to it; and nothing is frozen by half."""
+def test_wrong_rules_are_refused_with_names(make: Callable[[nn.Module], Any], message: str) -> None:
+    """The error names missing, doubly matched or misspelt parameters and the closest names; the model does not change."""
     model = Net()
     with pytest.raises(OptimizerError, match=message):
         make(model)
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_rules_print_as_the_code_that_makes_them() -> None:
-    """What a rule prints is what was written."""
+def test_the_repr_of_a_rule_is_the_code_that_makes_it() -> None:
+    """The repr of a rule is its source text."""
     assert [repr(no_decay(nn.Embedding, "pos")), repr(frozen("a", "b")), repr(layer_decay(0.5, "a", ("b", "c")))] == [
         "no_decay(Embedding, 'pos')",
         "frozen('a', 'b')",

@@ -1,4 +1,4 @@
-"""An optimizer that steps on the host computes what it computes where its parameters are, and its memory is nowhere else."""
+"""Optimizer offload: the result is the same as on the device, and the optimizer state is only on the host."""
 
 from itertools import islice
 
@@ -16,14 +16,14 @@ from tests.laws.tasks import TASKS
 from tests.optim.table import CASES
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:This overload of .* is deprecated:UserWarning"),  # what torch_optimizer calls
+    pytest.mark.filterwarnings("ignore:This overload of .* is deprecated:UserWarning"),  # a call in torch_optimizer
     pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:pytorch_optimizer"),
 ]
 
 
 def on_host(task):
-    """The task, its optimizer with its memory on the host."""
+    """The task, with its optimizer state on the host."""
 
     def configure(model):
         made = task.configure_optimizers(model)
@@ -33,14 +33,14 @@ def on_host(task):
 
 
 def trained(task, batches, *parts, steps=4):
-    """The state some steps on, and all metrics."""
+    """The state after some steps, and all metrics."""
     found = list(islice(run(pipe(task.train_step, *parts), TrainState.create(task, seed=1), batches), steps))
     return found[-1][0], [metrics for _, metrics in found]
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("torch")])
-def test_every_optimizer_steps_bitwise_the_same_or_is_refused(name):
-    """Every class of torch.optim and torch_optimizer; what wants a closure or second gradients says so at once."""
+def test_every_optimizer_is_bit_identical_or_refused(name):
+    """Every class of torch.optim and torch_optimizer; those that need a closure or second-order gradients are refused before the run."""
     case = CASES[name]
     task = on_host(case.task())
     if name in ("torch.optim.LBFGS", "torch_optimizer.Adahessian"):
@@ -55,15 +55,15 @@ def test_every_optimizer_steps_bitwise_the_same_or_is_refused(name):
 @pytest.mark.parametrize(
     "parts", [(clip_norm(0.1), apply()), (skip_nonfinite(), apply()), (apply_in_backward(),)], ids=lambda parts: parts[0].name
 )
-def test_every_task_is_trained_bitwise_the_same(name, parts):
-    """With clipping, steps that may be left out, averages, and updates in the backward pass."""
+def test_every_task_is_trained_bit_identically(name, parts):
+    """With clipping, conditional steps, averages, and updates in the backward pass."""
     case = TASKS[name]
     expected = trained(case.make(), case.batches(), grad(), *parts, ema(0.9))
     assert_trees_equal(trained(on_host(case.make()), case.batches(), grad(), *parts, ema(0.9)), expected)
 
 
-def test_a_step_that_is_not_finite_is_left_out():
-    """Weights and memory stay as they are."""
+def test_a_non_finite_step_is_skipped():
+    """Weights and optimizer state do not change."""
     task, batches = on_host(tiny_task()), tiny_batches()
     state = trained(task, batches, grad(), skip_nonfinite(), apply())[0]
     before = state.copy()
@@ -73,15 +73,15 @@ def test_a_step_that_is_not_finite_is_left_out():
 
 
 class Elsewhere(nn.Parameter):
-    """A parameter that says that it lies on an accelerator, and whose copy on the host is its own."""
+    """A parameter that claims to be on an accelerator; its host copy is a separate tensor."""
 
     @property
     def device(self):
         return torch.device("meta")
 
 
-def test_memory_lies_on_the_host_wherever_the_parameters_are(tmp_path):
-    """Moved, saved, loaded and copied: the memory of such an optimizer is never brought to where its parameters are."""
+def test_offloaded_state_stays_on_the_host(tmp_path):
+    """After moving, saving, loading and copying, the optimizer state is still on the host."""
     task, batches = on_host(tiny_task()), tiny_batches()
     state = trained(task, batches, grad(), apply())[0]
     optim = state.store.optim
@@ -96,13 +96,13 @@ def test_memory_lies_on_the_host_wherever_the_parameters_are(tmp_path):
     assert found.store.optim.offload
     assert_trees_equal(found, state)
     assert found.copy().store.optim.offload
-    plain = load(tmp_path / "a", tiny_task())  # which goes on without, bitwise
+    plain = load(tmp_path / "a", tiny_task())  # continues without offload, bit-identical
     ends = [list(islice(run(pipe(t.train_step, grad(), apply()), s, batches), 2))[-1][0] for t, s in ((task, found), (tiny_task(), plain))]
     assert_trees_equal(*ends)
 
 
-def test_the_optimizer_sees_copies_and_leaves_none_behind():
-    """During the step groups and memory are those of copies; afterwards, and after an error, those of the parameters."""
+def test_the_optimizer_uses_copies_during_its_step_only():
+    """During the step the groups and the state hold copies; afterwards, also after an error, they hold the parameters."""
     model = nn.Linear(2, 1)
     seen = []
 
@@ -128,8 +128,8 @@ def test_the_optimizer_sees_copies_and_leaves_none_behind():
     assert [id(p) for p in made.state] == own
 
 
-def test_what_has_no_gradient_keeps_its_memory():
-    """A parameter that a step leaves out is not copied, and what is remembered of it stays."""
+def test_a_parameter_without_a_gradient_keeps_its_state():
+    """A parameter without a gradient is not copied, and its optimizer state stays."""
     model = nn.Linear(2, 1)
     made = torch.optim.Adam(model.parameters(), lr=0.1)
     for p in model.parameters():
@@ -142,14 +142,14 @@ def test_what_has_no_gradient_keeps_its_memory():
 
 
 @pytest.mark.parametrize("given", [1, "cpu", None])
-def test_only_a_switch_is_taken(given):
-    """The host is the host."""
+def test_offload_must_be_a_bool(given):
+    """Other values, such as a device, are errors."""
     with pytest.raises(OptimizerError, match="offload must be True or False"):
         Optim(torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1), offload=given)
 
 
 def test_schedule_free_optimizers_are_refused():
-    """They keep other weights to evaluate, which would have to be in two places."""
+    """They keep separate weights for evaluation, which offload does not support."""
     task = attrs.evolve(tiny_task(), configure_optimizers=lambda m: Optim(optimizer("schedulefree.AdamWScheduleFree", m), offload=True))
-    with pytest.raises(OptimizerError, match="cannot step on the host: it keeps other weights beside those that are trained"):
+    with pytest.raises(OptimizerError, match="cannot step on the host: it keeps other weights in addition to the trained ones"):
         TrainState.create(task)

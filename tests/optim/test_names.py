@@ -1,4 +1,4 @@
-"""Laws of optimizers by name: what a name means, what is refused, and Lookahead against its definition."""
+"""Laws of optimizers by name: which class a name is, wrong names, and Lookahead compared with its definition."""
 
 import copy
 import sys
@@ -38,20 +38,20 @@ def trained(configure: Callable[[nn.Module], Any], steps: int, *combinators: fl.
 
 
 @pytest.mark.parametrize("name", ["adamw", "AdamW", "ADAMW", "adam_w", "adam-w", "torch.optim.adamw"])
-def test_a_name_is_read_generously(name: str) -> None:
-    """Letters, hyphens and underscores make no difference."""
+def test_case_hyphens_and_underscores_of_a_name_are_ignored(name: str) -> None:
+    """Case, hyphens and underscores make no difference."""
     assert optimizer_class(name) is torch.optim.AdamW
 
 
-def test_the_first_source_that_knows_a_name_wins_and_a_prefix_chooses() -> None:
-    """What torch has is torch's; the package in front of a name asks for another one."""
+def test_the_first_package_with_the_name_is_used_and_a_prefix_chooses() -> None:
+    """torch comes first; a package before the name chooses another one."""
     assert optimizer_class("radam") is torch.optim.RAdam
     assert optimizer_class("torch_optimizer.radam") is torch_optimizer.RAdam
     assert optimizer_class("yogi") is torch_optimizer.Yogi
 
 
 def test_a_name_takes_a_model_groups_or_parameters() -> None:
-    """A model gives its trainable parameters, groups stay groups, and anything else is handed on."""
+    """For a model, its trainable parameters are used; groups stay groups; other values are passed on."""
     model = net()
     model[0].weight.requires_grad_(False)
     assert len(fl.optimizer("sgd", model, lr=0.1).param_groups[0]["params"]) == 3
@@ -66,13 +66,16 @@ REFUSED: list[tuple[Callable[[nn.Module], Any], str]] = [
         lambda m: fl.optimizer("torch_optimizer.yoggi", m),
         r"no optimizer called 'torch_optimizer.yoggi'; the closest names are torch_optimizer.Yogi",
     ),
-    (lambda m: fl.optimizer("apex.adam", m), r"there is no source 'apex' of optimizers; there are torch.optim, torch_optimizer, "),
+    (
+        lambda m: fl.optimizer("apex.adam", m),
+        r"does not search the package 'apex' for optimizers; it searches torch.optim, torch_optimizer, ",
+    ),
     (lambda m: fl.optimizer(torch.optim.SGD, m), r"takes a name such as 'adamw', but got type: <class 'torch.optim.sgd.SGD'>"),
-    (lambda m: fl.optimizer("sgd", m, learning_rate=0.1), r"'sgd' takes no learning_rate; it takes lr, momentum, dampening, "),
+    (lambda m: fl.optimizer("sgd", m, learning_rate=0.1), r"'sgd' has no option learning_rate; it has lr, momentum, dampening, "),
     (lambda m: fl.optimizer("sgd", m, lr=-1.0), r"'sgd' \(torch.optim.sgd.SGD\) cannot be made with \{'lr': -1.0\}: Invalid learning rate"),
     (
         lambda m: fl.optimizer("sgd", [{"params": m.parameters()}, {"params": m[2].weight, "name": "head"}], lr=0.1),
-        r"the groups 0 and 'head' share a parameter of shape \[1, 5\]; every parameter belongs to one group",
+        r"the groups 0 and 'head' share a parameter of shape \[1, 5\]; put every parameter into one group only",
     ),
     (lambda m: fl.Lookahead("adamw"), r"Lookahead\(base\) must be an optimizer, but got str: 'adamw'"),
     (lambda m: fl.optimizer("lookahead", m, k=0), r"Lookahead\(k\) must be a whole number of at least 1, but got 0"),
@@ -82,14 +85,14 @@ REFUSED: list[tuple[Callable[[nn.Module], Any], str]] = [
 
 
 @pytest.mark.parametrize("make, message", REFUSED)
-def test_what_cannot_be_made_is_refused_with_what_there_is(make: Callable[[nn.Module], Any], message: str) -> None:
-    """An unknown name brings the closest ones, an unknown option those that there are."""
+def test_wrong_names_and_options_are_refused_with_the_valid_ones(make: Callable[[nn.Module], Any], message: str) -> None:
+    """An unknown name lists the closest names, an unknown option the valid options."""
     with pytest.raises(OptimizerError, match=message):
         make(net())
 
 
-def test_a_package_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the optional packages a name of theirs is refused with the command that installs them."""
+def test_the_error_of_a_package_that_is_not_installed_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If an optional package is missing, the error has the command that installs it."""
     for name in ("schedulefree", "pytorch_optimizer"):
         monkeypatch.setitem(sys.modules, name, None)
     assert optimizer_classes("schedulefree") == {}
@@ -103,15 +106,15 @@ WRAPPERS = [lambda m: torch_optimizer.Lookahead(torch.optim.SGD(m.parameters(), 
 
 
 @pytest.mark.parametrize("configure", WRAPPERS)
-def test_a_wrapper_that_could_not_be_saved_is_refused_before_any_work(configure: Callable[[nn.Module], Any]) -> None:
-    """An optimizer around another one whose memory is kept apart would lose half of it, so it is not accepted."""
+def test_a_wrapper_that_cannot_be_saved_is_refused_before_any_work(configure: Callable[[nn.Module], Any]) -> None:
+    """A wrapper that hides the state of its inner optimizer would lose it in a checkpoint, so it is refused."""
     with pytest.raises(OptimizerError, match=r"torch_optimizer.Lookahead wraps another optimizer, .*fl.optimizer\(\"lookahead\", model"):
         trained(configure, 0)
 
 
 @pytest.mark.parametrize("base", ["sgd", "adamw", "adabelief"])
-def test_lookahead_is_what_its_paper_says(base: str) -> None:
-    """Fast weights make k steps of the optimizer inside; slow ones go the part alpha of the way; both go on from there, bitwise."""
+def test_lookahead_follows_its_paper(base: str) -> None:
+    """Fast weights take k steps of the inner optimizer; slow ones move by alpha towards them; both continue from there, bit-identical."""
     k, alpha = 3, 0.25
     state = trained(lambda m: fl.optimizer("lookahead", m, base=base, lr=0.05, k=k, alpha=alpha), 8)
     model = net()
@@ -131,8 +134,8 @@ def test_lookahead_is_what_its_paper_says(base: str) -> None:
     assert torch.equal(state.opt_state["0.weight"]["slow"], slow[0]) or base != "adabelief"
 
 
-def test_the_optimizer_inside_is_a_part_of_what_a_checkpoint_is_of(tmp_path: Any) -> None:
-    """Another optimizer inside Lookahead starts its memory afresh, and says so, rather than taking that of the other."""
+def test_a_checkpoint_names_the_inner_optimizer(tmp_path: Any) -> None:
+    """With another inner optimizer, the optimizer state starts empty, with a warning, instead of using the state of the other."""
     saved = fl.save(trained(lambda m: fl.optimizer("lookahead", m, base="adamw"), 3), tmp_path / "a")
     other = fl.Task(net(), loss, configure_optimizers=lambda m: fl.optimizer("lookahead", m, base="radam"))
     with pytest.warns(
@@ -143,7 +146,7 @@ def test_the_optimizer_inside_is_a_part_of_what_a_checkpoint_is_of(tmp_path: Any
 
 
 def test_a_second_order_optimizer_trains_through_accumulation_and_clipping() -> None:
-    """Gradients that keep their graph go through the stages as others do, and leave no graph behind."""
+    """Gradients with a graph work with other combinators, and no graph is kept after the step."""
     configure = lambda m: fl.optimizer("adahessian", m, lr=0.05)
     state = fl.TrainState.create(fl.Task(net(), loss, configure_optimizers=configure))
     step = fl.pipe(loss, fl.grad(), fl.accumulate(2), fl.clip_norm(0.5), fl.apply())
@@ -155,8 +158,8 @@ def test_a_second_order_optimizer_trains_through_accumulation_and_clipping() -> 
     assert not any(v.requires_grad for v in metrics.values() if isinstance(v, torch.Tensor))
 
 
-def test_an_optimizer_of_the_user_may_ask_for_a_closure() -> None:
-    """A class whose step demands a closure is given one, and one that does not say so can be told with closure=True."""
+def test_a_users_optimizer_can_need_a_closure() -> None:
+    """A class whose step requires a closure gets one; for others closure=True does the same."""
 
     class Twice(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:

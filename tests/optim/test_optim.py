@@ -1,4 +1,4 @@
-"""Laws of `fnlight.optim`: what may be returned, what is chosen by itself, and memory by name."""
+"""Laws of `fnlight.optim`: valid return values, the choice of fused kernels, and optimizer state by name."""
 
 import copy
 from collections.abc import Callable
@@ -29,17 +29,17 @@ def net() -> nn.Module:
 
 
 def train_step(model: nn.Module, batch: Tensor) -> Tensor:
-    """The mean of the squared outputs; the real part where they are complex."""
+    """The mean of the squared outputs; the real part if they are complex."""
     return model(batch).abs().pow(2).mean()
 
 
 def at(step: int = 0, epoch: int = 0) -> Any:
-    """Progress, as far as schedules look at it."""
+    """The parts of progress that schedules use."""
     return SimpleNamespace(step=step, epoch=epoch)
 
 
 def sgd(model: nn.Module, **options: Any) -> torch.optim.SGD:
-    """The plainest optimizer."""
+    """Plain SGD."""
     return torch.optim.SGD(model.parameters(), lr=0.1, **options)
 
 
@@ -58,8 +58,8 @@ def train(model: nn.Module, configure: Callable[[nn.Module], Any], batch: Tensor
 
 
 @pytest.mark.parametrize("kind", FUSED)
-def test_the_fused_form_is_chosen_where_the_user_did_not_choose(kind: Any) -> None:
-    """An optimizer with a fused form uses it, exactly as if it had been made with fused=True."""
+def test_the_fused_form_is_the_default(kind: Any) -> None:
+    """An optimizer with a fused form behaves exactly as with fused=True."""
     model = net()
     made = prepare(kind(model.parameters(), lr=0.1), model).optimizer
     asked = kind(model.parameters(), lr=0.1, fused=True)
@@ -71,8 +71,8 @@ def test_the_fused_form_is_chosen_where_the_user_did_not_choose(kind: Any) -> No
 
 @pytest.mark.parametrize("chosen", [{"fused": False}, {"foreach": True}, {"foreach": False}, {"differentiable": True}])
 @pytest.mark.parametrize("kind", FUSED)
-def test_what_the_user_chose_stays(kind: Any, chosen: dict[str, Any]) -> None:
-    """Where the user chose an implementation, nothing is changed."""
+def test_the_users_choice_of_kernels_is_kept(kind: Any, chosen: dict[str, Any]) -> None:
+    """If the user chose an implementation, it does not change."""
     model = net()
     optimizer = kind(model.parameters(), lr=0.1, **chosen)
     before = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
@@ -80,7 +80,7 @@ def test_what_the_user_chose_stays(kind: Any, chosen: dict[str, Any]) -> None:
     assert {k: v for k, v in made.param_groups[0].items() if k not in ("params", "initial_lr")} == before
 
 
-def test_a_choice_for_one_group_leaves_all_groups_alone() -> None:
+def test_a_choice_for_one_group_is_kept_for_all_groups() -> None:
     """The fused form is chosen for all groups or for none."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
     groups = [{"params": model[0].parameters(), "foreach": True}, {"params": model[1].parameters()}]
@@ -88,8 +88,8 @@ def test_a_choice_for_one_group_leaves_all_groups_alone() -> None:
     assert [g["fused"] for g in made.param_groups] == [None, None]
 
 
-def test_an_optimizer_of_the_user_is_left_alone() -> None:
-    """A class derived from one of torch's keeps its own implementation: only classes known to be sound are changed."""
+def test_a_users_optimizer_class_is_not_changed() -> None:
+    """A class derived from one of torch keeps its implementation: only known classes are changed."""
 
     class Mine(torch.optim.SGD):
         pass
@@ -118,7 +118,7 @@ class Bag(nn.Module):
         return self.head(self.embed(x))
 
 
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")  # torch's Adagrad, once a process
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")  # torch's Adagrad warns once per process
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad])
 def test_sparse_gradients_train(kind: Any) -> None:
     """Fused kernels refuse sparse gradients, so they are not chosen for a model with sparse embeddings."""
@@ -128,26 +128,26 @@ def test_sparse_gradients_train(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", FUSED)
-def test_frozen_parameters_stay_bitwise(kind: Any) -> None:
-    """An optimizer that holds frozen parameters trains the others and leaves these as they were."""
+def test_frozen_parameters_stay_bit_identical(kind: Any) -> None:
+    """An optimizer that holds frozen parameters trains only the others."""
     model = net()
     model[0].weight.requires_grad_(False)
     state = train(model, lambda m: kind(m.parameters(), lr=0.1), torch.ones(2, 3))
     assert torch.equal(state.params["0.weight"], model[0].weight)
     assert not torch.equal(state.params["0.bias"], model[0].bias)
-    assert "0.weight" not in state.opt_state or kind is torch.optim.Adagrad  # which fills its memory when it is made
+    assert "0.weight" not in state.opt_state or kind is torch.optim.Adagrad  # Adagrad creates its state in its constructor
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_float_types_train_fused(dtype: torch.dtype) -> None:
-    """The fused form serves double and half precision too."""
+    """The fused form is used for double and half precision, too."""
     state = train(net().to(dtype), lambda m: torch.optim.AdamW(m.parameters(), lr=0.1), torch.ones(2, 3, dtype=dtype))
     assert state.live.optim.optimizer.param_groups[0]["fused"] is True
     assert all(torch.isfinite(p).all() for p in state.params.values())
 
 
 def test_nothing_trainable_needs_no_optimizer() -> None:
-    """None is a sound answer where nothing requires a gradient, and a schedule without an optimizer is dropped."""
+    """None is valid if no parameter requires a gradient, and a schedule without an optimizer is dropped."""
     frozen = net().requires_grad_(False)
     assert prepare(None, frozen).optimizer is None
     made = prepare(Optim(None, exponential(0.5)), frozen)
@@ -156,25 +156,25 @@ def test_nothing_trainable_needs_no_optimizer() -> None:
 
 
 def test_parameters_of_another_model_are_refused() -> None:
-    """An optimizer over the model outside, not the one that was given, is the classic slip, and is named."""
+    """An optimizer for a model outside of the function, not for the argument, is a common mistake and an error."""
     outside = net()
     task = Task(net(), train_step, configure_optimizers=lambda model: sgd(outside))
-    message = r"must use the parameters of the model it is given, but SGD holds 4 of another one \(shapes \[\[4, 3\], .*of the argument"
+    message = r"must use the parameters of the model it is given, but SGD holds 4 of another model \(shapes \[\[4, 3\], .*of the argument"
     with pytest.raises(OptimizerError, match=message):
         TrainState.create(task)
 
 
-def test_trainable_parameters_that_no_optimizer_holds_are_named() -> None:
-    """A forgotten parameter is warned of by name, with both ways out."""
+def test_trainable_parameters_without_an_optimizer_are_warned_of() -> None:
+    """The warning has the names of the parameters and both possible fixes."""
     task = Task(net(), train_step, configure_optimizers=lambda model: sgd(model[0]))
-    with pytest.warns(OptimizerWarning, match=r"SGD holds no 1.weight, 1.bias, which require gradients .* or freeze them"):
+    with pytest.warns(OptimizerWarning, match=r"SGD does not hold 1.weight, 1.bias, which require gradients .* or freeze them"):
         TrainState.create(task)
 
 
 def test_many_forgotten_parameters_are_counted() -> None:
-    """A long list of names is cut short, and says by how much."""
+    """A long list of names is shortened, with the number of the others."""
     model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(6)))
-    with pytest.warns(OptimizerWarning, match=r"holds no 0.bias, 1.weight, .*, 4.weight and 2 more, which require"):
+    with pytest.warns(OptimizerWarning, match=r"does not hold 0.bias, 1.weight, .*, 4.weight and 2 more, which require"):
         prepare(torch.optim.SGD([model[0].weight, model[5].bias], lr=0.1), model)
 
 
@@ -188,14 +188,14 @@ GARBAGE: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize("returned, message", GARBAGE)
-def test_what_is_no_optimizer_is_refused(returned: Any, message: str) -> None:
-    """Whatever configure_optimizers returns instead of an optimizer is described."""
+def test_a_return_value_that_is_not_an_optimizer_is_refused(returned: Any, message: str) -> None:
+    """The error describes what configure_optimizers returned instead of an optimizer."""
     with pytest.raises(OptimizerError, match=message):
         TrainState.create(Task(net(), train_step, configure_optimizers=lambda model: returned))
 
 
 def test_configuring_must_not_train() -> None:
-    """An optimizer that steps while it is configured is refused, and what it changed is named."""
+    """A configure_optimizers that takes a step is refused, and the error names the changed parameters."""
 
     def configure(model: nn.Module) -> Any:
         optimizer = sgd(model)
@@ -208,7 +208,7 @@ def test_configuring_must_not_train() -> None:
 
 
 def test_a_torch_scheduler_as_the_schedule_is_refused() -> None:
-    """A scheduler object counts for itself; the error writes the line that is wanted."""
+    """A scheduler object has its own count; the error shows the line to write."""
     optimizer = sgd(net())
     for scheduler in (lr_scheduler.StepLR(optimizer, 3), lr_scheduler.ReduceLROnPlateau(optimizer)):
         name = type(scheduler).__name__
@@ -216,22 +216,26 @@ def test_a_torch_scheduler_as_the_schedule_is_refused() -> None:
             Optim(optimizer, scheduler)
 
 
-def test_an_optimizer_with_a_torch_scheduler_on_it_is_refused() -> None:
-    """A scheduler that was made and then forgotten would never step, so it is not silently ignored."""
+def test_an_optimizer_with_a_torch_scheduler_is_refused() -> None:
+    """fnlight would never step such a scheduler, so it is an error and not ignored."""
 
     def configure(model: nn.Module) -> Any:
         optimizer = sgd(model)
         lr_scheduler.StepLR(optimizer, 3)
         return optimizer
 
-    with pytest.raises(OptimizerError, match=r"a torch scheduler was made on this SGD, and nobody would step it; .*fl.from_torch"):
+    with pytest.raises(OptimizerError, match=r"a torch scheduler was made for this SGD, but fnlight would never step it; .*fl.from_torch"):
         TrainState.create(Task(net(), train_step, configure_optimizers=configure))
 
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"schedule": 0.5}, OptimizerError, r"schedule must map completed steps to a factor, but got 0.5"),
-    ({"schedule": plateau()}, OptimizerError, r'plateau\(.*\) watches a metric: say which, as Optim\(..., monitor="val/loss"\)'),
-    ({"schedule": from_torch(lr_scheduler.ReduceLROnPlateau)}, OptimizerError, r"from_torch\(ReduceLROnPlateau, monitored=True\) watches"),
+    ({"schedule": plateau()}, OptimizerError, r'plateau\(.*\) needs the name of a metric: write Optim\(..., monitor="val/loss"\)'),
+    (
+        {"schedule": from_torch(lr_scheduler.ReduceLROnPlateau)},
+        OptimizerError,
+        r"from_torch\(ReduceLROnPlateau, monitored=True\) needs the name of a metric",
+    ),
     ({"monitor": "val/loss"}, OptimizerError, r"monitor='val/loss' is for plateau schedules, but the schedule is None; leave it out"),
     ({"schedule": exponential(0.5), "monitor": "a"}, OptimizerError, r"but the schedule is exponential\(0.5\); leave it out"),
     ({"interval": "batch"}, ValueError, r"'interval' must be in \('step', 'epoch', 'samples'\) \(got 'batch'\)"),
@@ -239,24 +243,24 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize("options, kind, message", REFUSED)
-def test_an_optim_that_contradicts_itself_is_refused(options: dict[str, Any], kind: type[Exception], message: str) -> None:
-    """What does not fit together is refused where it is written."""
+def test_wrong_arguments_of_optim_are_refused(options: dict[str, Any], kind: type[Exception], message: str) -> None:
+    """The error is raised when the `Optim` is made."""
     with pytest.raises(kind, match=message):
         Optim(sgd(net()), **options)
 
 
 def test_a_schedule_needs_a_learning_rate() -> None:
-    """An optimizer with lr=None cannot be scheduled, and the error says so whatever the schedule is."""
+    """An optimizer with lr=None cannot have a schedule of any kind."""
     model = net()
     for schedule in (exponential(0.5), from_torch(lambda o: lr_scheduler.StepLR(o, 3))):
         optimizer = sgd(model)
         optimizer.param_groups[0]["lr"] = None
-        with pytest.raises(OptimizerError, match=r"multiplies a learning rate, but SGD has lr=None; give it one"):
+        with pytest.raises(OptimizerError, match=r"multiplies the learning rate, but SGD has lr=None; give it a learning rate"):
             prepare(Optim(optimizer, schedule), model)
 
 
 def test_a_schedule_multiplies_the_learning_rate_of_each_group() -> None:
-    """The factor at the completed steps multiplies each group's own base, not what stood there last."""
+    """The factor multiplies the base learning rate of each group, not its last value."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
     groups = [{"params": model[0].parameters(), "lr": 0.4}, {"params": model[1].parameters()}]
     optim = prepare(Optim(torch.optim.SGD(groups, lr=0.1), exponential(0.5)), model)
@@ -273,8 +277,8 @@ def test_a_schedule_of_epochs_counts_epochs() -> None:
     assert lrs(optim) == [0.1 * 0.25]
 
 
-def test_a_tensor_learning_rate_keeps_its_place() -> None:
-    """Captured and compiled steps hold on to the tensor, so it is filled and never replaced."""
+def test_a_tensor_learning_rate_is_filled_in_place() -> None:
+    """Captured and compiled steps hold the tensor, so it is filled and never replaced."""
     model = net()
     optim = prepare(Optim(torch.optim.Adam(model.parameters(), lr=torch.tensor(0.5)), exponential(0.5)), model)
     held = lrs(optim)[0]
@@ -285,7 +289,7 @@ def test_a_tensor_learning_rate_keeps_its_place() -> None:
 
 
 def test_a_plateau_follows_the_history() -> None:
-    """The factor is that of the monitored values, whatever other records there are."""
+    """The factor depends on the monitored values only, not on other records."""
     model, history = net(), History()
     optim = prepare(Optim(sgd(model), plateau(factor=0.5, patience=0), monitor="val/loss"), model)
     seen = []
@@ -301,7 +305,7 @@ def test_a_plateau_follows_the_history() -> None:
 
 
 def test_a_torch_plateau_follows_the_history() -> None:
-    """ReduceLROnPlateau through from_torch does what the pure plateau does."""
+    """ReduceLROnPlateau through from_torch equals the pure plateau."""
     model, history = net(), History()
     made = from_torch(lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=0))
     optim = prepare(Optim(sgd(model), made, monitor="val/loss"), model)
@@ -311,8 +315,8 @@ def test_a_torch_plateau_follows_the_history() -> None:
     assert lrs(optim) == [0.025]
 
 
-def test_a_torch_scheduler_may_change_more_than_the_learning_rate() -> None:
-    """One-cycle through from_torch cycles the momentum of the real optimizer as well."""
+def test_a_torch_scheduler_can_change_more_than_the_learning_rate() -> None:
+    """One-cycle through from_torch also cycles the momentum of the real optimizer."""
     model = net()
     optim = prepare(Optim(sgd(model, momentum=0.9), from_torch(lambda o: lr_scheduler.OneCycleLR(o, 0.5, total_steps=10))), model)
     set_lr(optim, at(2), ())
@@ -320,8 +324,8 @@ def test_a_torch_scheduler_may_change_more_than_the_learning_rate() -> None:
     assert lrs(optim) == pytest.approx([0.5])
 
 
-def test_training_with_a_torch_scheduler_equals_the_plain_loop_bitwise() -> None:
-    """A pipe with from_torch ends with the weights of a loop that steps the scheduler itself."""
+def test_training_with_a_torch_scheduler_is_bit_identical_to_a_manual_loop() -> None:
+    """A pipe with from_torch ends with the weights of a manual loop that steps the scheduler itself."""
     torch.manual_seed(3)
     model, x = net(), torch.ones(2, 3)
     state = train(
@@ -338,16 +342,18 @@ def test_training_with_a_torch_scheduler_equals_the_plain_loop_bitwise() -> None
     assert list(tree.differences(dict(state.params), dict(model.named_parameters()))) == []
 
 
-def test_a_monitor_that_nothing_yields_is_named_with_what_there_is() -> None:
-    """Once records of the kind exist, a monitored name that none of them holds is an error."""
+def test_a_missing_monitored_metric_is_an_error_with_the_known_metrics() -> None:
+    """If there are records of this kind, a monitored name that none of them has is an error."""
     history = (Record(1, 0, {"val/acc": 0.5, "val/nll": 1.0}),)
-    with pytest.raises(MonitorError, match=r"'val/loss' is monitored, but no evaluation yields it; there are \['val/acc', 'val/nll'\]"):
+    with pytest.raises(
+        MonitorError, match=r"'val/loss' is monitored, but no evaluation has this metric; the metrics are \['val/acc', 'val/nll'\]"
+    ):
         monitored(history, "val/loss")
     assert monitored((Record(1, 0, {"train/loss": 0.5}),), "val/loss") == []
 
 
-def test_memory_is_listed_by_qualified_name() -> None:
-    """Each parameter's slots stand under its name, and what belongs to no parameter under a name of its own."""
+def test_optimizer_state_is_listed_by_qualified_name() -> None:
+    """The state of each parameter is under its name, and other state is under its own name."""
     model = net()
     optim = prepare(torch.optim.Adam(model.parameters()), model)
     model(torch.ones(1, 3)).sum().backward()
@@ -360,7 +366,7 @@ def test_memory_is_listed_by_qualified_name() -> None:
 
 
 def test_groups_are_listed_with_names() -> None:
-    """A group holds names in the place of parameters, tied weights once."""
+    """A group has names instead of parameters, and tied weights once."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].weight = model[0].weight
     optim = prepare(sgd(model), model)
@@ -369,7 +375,7 @@ def test_groups_are_listed_with_names() -> None:
 
 
 def test_a_copy_of_an_optimizer_follows_the_copied_parameters() -> None:
-    """Every attribute is copied, slots are bound to the copied parameters, and the original is untouched."""
+    """Every attribute is copied, the state belongs to the copied parameters, and the original does not change."""
     model = net()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1)
 
@@ -392,8 +398,8 @@ def test_a_copy_of_an_optimizer_follows_the_copied_parameters() -> None:
     assert tree.equal(optimizer.state_dict(), kept)
 
 
-def test_a_copy_leaves_the_patch_of_a_scheduler_behind() -> None:
-    """A torch scheduler binds ``step`` to the original; the copy steps its own parameters."""
+def test_a_copy_does_not_have_the_patched_step_of_a_scheduler() -> None:
+    """A torch scheduler binds ``step`` to the original optimizer; the copy steps its own parameters."""
     model = net()
     optimizer = sgd(model)
     lr_scheduler.StepLR(optimizer, 3)
@@ -407,8 +413,8 @@ def test_a_copy_leaves_the_patch_of_a_scheduler_behind() -> None:
     assert not torch.equal(twin_model[0].weight, before)
 
 
-def test_what_was_configured_is_kept_apart() -> None:
-    """What the code configured stays as it was while the groups change."""
+def test_configured_options_are_kept_separately() -> None:
+    """The configured options do not change when the groups change."""
     model = net()
     optim = prepare(Optim(sgd(model), exponential(0.5)), model)
     set_lr(optim, at(5), ())
@@ -417,8 +423,8 @@ def test_what_was_configured_is_kept_apart() -> None:
     assert copy.deepcopy(optim).configured is optim.configured
 
 
-def test_slots_are_placed_where_the_kernel_wants_them() -> None:
-    """A step count stays on the CPU unless the kernel is fused or captured; everything else goes to its parameter."""
+def test_optimizer_state_is_on_the_device_that_the_kernel_expects() -> None:
+    """A step count stays on the CPU unless the kernel is fused or captured; all other state is on the parameter's device."""
     param, scalar, moment = torch.zeros(2, device="meta"), torch.tensor(3.0), torch.ones(2)
     assert place_slot("step", scalar, param, {}).device.type == "cpu"
     assert place_slot("step", scalar, param, {"fused": True}).device.type == "meta"
@@ -427,8 +433,8 @@ def test_slots_are_placed_where_the_kernel_wants_them() -> None:
     assert place_slot("phase", "SGD", param, {}) == "SGD"
 
 
-def test_memory_moves_with_its_parameters() -> None:
-    """Once parameters are elsewhere, the memory of their optimizer follows in place, and step counts stay."""
+def test_optimizer_state_moves_with_its_parameters() -> None:
+    """If parameters are moved, their optimizer state follows in place, and step counts stay."""
     param = nn.Parameter(torch.zeros(2, device="meta"))
     slots = {"exp_avg": torch.ones(2), "step": torch.tensor(1.0), "phase": "Adam"}
     made = SimpleNamespace(param_groups=[{"params": [param, nn.Parameter(torch.zeros(1))]}], state={param: slots})
@@ -438,7 +444,7 @@ def test_memory_moves_with_its_parameters() -> None:
 
 
 def test_a_gradient_that_comes_late_does_not_break_momentum():
-    """SGD with momentum is left unfused, since torch's fused kernel cannot take a parameter that joins later."""
+    """SGD with momentum is not fused, because torch's fused kernel fails for a parameter with a late first gradient."""
     first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     module = nn.Module()
     module.first, module.second = first, second

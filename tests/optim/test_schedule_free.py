@@ -1,4 +1,4 @@
-"""Laws of schedule-free optimizers: what is evaluated, used and kept are the averaged weights, and training never notices."""
+"""Laws of schedule-free optimizers: evaluation, use and export take the averaged weights, and training does not change."""
 
 import warnings
 from pathlib import Path
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pytorch_optimizer")
 
 
 def loss(model: nn.Module, batch: Tensor) -> Tensor:
-    """How far the outputs are from 1."""
+    """The mean squared distance of the outputs from 1."""
     return (model(batch) - 1).square().mean()
 
 
@@ -36,7 +36,7 @@ def net() -> nn.Module:
 
 
 def task(name: str) -> fl.Task:
-    """A task that trains with that optimizer."""
+    """A task with that optimizer."""
     configure = lambda model: fl.optimizer(name, model, lr=0.05)
     return fl.Task(net(), loss, measured, lambda model, batch: model(batch), configure_optimizers=configure)
 
@@ -50,7 +50,7 @@ def trained(name: str, steps: int = 8) -> fl.TrainState:
 
 
 def plain_loop(name: str, steps: int = 8) -> tuple[nn.Module, Any]:
-    """A loop by hand, as the package wants it."""
+    """A manual loop, as the package documents it."""
     model = net()
     optimizer = optimizer_class(name)(model.parameters(), lr=0.05)
     optimizer.train()
@@ -62,8 +62,8 @@ def plain_loop(name: str, steps: int = 8) -> tuple[nn.Module, Any]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_evaluated_and_used_are_the_weights_of_the_mode_eval_bitwise(name: str) -> None:
-    """`evaluate`, `predict` and `module` use what a loop by hand has after optimizer.eval(); `params` are what is trained."""
+def test_evaluation_and_use_take_the_weights_of_the_eval_mode(name: str) -> None:
+    """`evaluate`, `predict` and `module` use the weights of a manual loop after optimizer.eval(), bit-identical; `params` are the trained ones."""
     state = trained(name)
     model, optimizer = plain_loop(name)
     assert_trees_equal(dict(state.params), {n: p.detach().clone() for n, p in model.named_parameters()})
@@ -80,8 +80,8 @@ def test_what_is_evaluated_and_used_are_the_weights_of_the_mode_eval_bitwise(nam
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_training_never_notices_an_evaluation_or_a_checkpoint(name: str, tmp_path: Path) -> None:
-    """A run that is evaluated and saved after every step ends in the bits of one that is neither."""
+def test_evaluations_and_checkpoints_do_not_change_the_training(name: str, tmp_path: Path) -> None:
+    """A run with evaluation and saving after every step is bit-identical to a run without."""
     config = fl.FitConfig(max_steps=8, eval_every=fl.steps(1), save_every=fl.steps(1), dir=tmp_path, progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", fl.errors.TaskWarning)
@@ -91,9 +91,9 @@ def test_training_never_notices_an_evaluation_or_a_checkpoint(name: str, tmp_pat
     assert len(watched.history) == 8
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("SPlus")])  # whose matrices come back in another order
-def test_a_checkpoint_holds_the_averaged_weights_and_goes_on_from_the_trained_ones_bitwise(name: str, tmp_path: Path) -> None:
-    """Any safetensors reader finds the weights to use; a state that is loaded trains on as if nothing had happened."""
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("SPlus")])  # its matrices are loaded in another memory order
+def test_a_checkpoint_has_the_averaged_weights_and_resumes_from_the_trained_ones(name: str, tmp_path: Path) -> None:
+    """Any safetensors reader gets the averaged weights; the resumed run is bit-identical."""
     state = trained(name, 6)
     path = fl.save(state, tmp_path / "a")
     assert_trees_equal(load_file(f"{path}/model.safetensors"), weights_to_use([state.live.optim], state.live.module))
@@ -106,8 +106,8 @@ def test_a_checkpoint_holds_the_averaged_weights_and_goes_on_from_the_trained_on
     assert_trees_equal(dict(loaded.params), dict(state.params))
 
 
-def test_another_optimizer_goes_on_from_the_averaged_weights(tmp_path: Path) -> None:
-    """Who changes the optimizer gets the weights that are in the file, with a warning that its memory starts afresh."""
+def test_another_optimizer_continues_from_the_averaged_weights(tmp_path: Path) -> None:
+    """With another optimizer the run continues from the weights in the file, and a warning says that the optimizer state starts empty."""
     state = trained("schedulefree.AdamWScheduleFree")
     path = fl.save(state, tmp_path / "a")
     with pytest.warns(fl.errors.CheckpointWarning, match="optimizer changed"):

@@ -1,4 +1,4 @@
-"""Laws of schedules at work: what they count, which groups and options they change, and what a log shows of it."""
+"""Laws of schedules in a run: their counts, the groups and options that they change, and their log entries."""
 
 import math
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def task(configure: Callable[[nn.Module], Any]) -> fl.Task:
 
 
 def courses(configure: Callable[[nn.Module], Any], steps: int, key: str = "lr") -> list[list[Any]]:
-    """What the option was in each group at each step of a run."""
+    """The value of an option in each group at each step of a run."""
     seen = []
     step = fl.pipe(loss, fl.grad(), fl.apply(), fl.stop_when(fl.max_steps(steps)))
     for state, _ in fl.run(step, fl.TrainState.create(task(configure)), BATCHES, shuffle=False):
@@ -47,8 +47,8 @@ def courses(configure: Callable[[nn.Module], Any], steps: int, key: str = "lr") 
     return seen
 
 
-def test_a_schedule_may_count_samples() -> None:
-    """With interval="samples" a schedule maps the samples that were seen, however they fell into batches."""
+def test_a_schedule_can_count_samples() -> None:
+    """With interval="samples" a schedule gets the number of samples seen, for any batch sizes."""
     found = courses(lambda m: fl.Optim(torch.optim.SGD(m.parameters(), lr=1.0), lambda n: 1 / (1 + n), interval="samples"), 5)
     assert [lr for (lr,) in found] == [1 / (1 + n) for n in (0, 4, 8, 10, 14)]
 
@@ -56,14 +56,14 @@ def test_a_schedule_may_count_samples() -> None:
 @pytest.mark.parametrize(
     "interval, counts", [("step", [0, 0, 1, 1, 2, 2, 3]), ("epoch", [0, 0, 0, 0, 0, 0, 1]), ("samples", [0, 2, 4, 5, 7, 9, 10])]
 )
-def test_a_schedule_moves_on_at_its_frequency(interval: Any, counts: list[int]) -> None:
-    """With frequency=2 a schedule is given half of what has been completed, rounded down."""
+def test_a_schedule_changes_at_its_frequency(interval: Any, counts: list[int]) -> None:
+    """With frequency=2 a schedule gets half of the completed count, rounded down."""
     made = lambda m: fl.Optim(torch.optim.SGD(m.parameters(), lr=1.0), lambda n: 1.0 + n, interval=interval, frequency=2)
     assert [lr - 1 for (lr,) in courses(made, 7)] == counts
 
 
-def test_each_group_may_have_a_schedule_of_its_own() -> None:
-    """A mapping gives each named group its schedule; ``"*"`` is for all others, and without it the others stay as they are."""
+def test_each_group_can_have_its_own_schedule() -> None:
+    """A mapping gives each named group its schedule; ``"*"`` is for all others, and without it the others do not change."""
     step = lambda n: 0.5**n
     own = courses(lambda m: fl.Optim(torch.optim.SGD(groups(m)), {"trunk": step}), 3)
     assert own == [[0.5, 0.25], [0.25, 0.25], [0.125, 0.25]]
@@ -71,14 +71,14 @@ def test_each_group_may_have_a_schedule_of_its_own() -> None:
     assert both == [[0.5, 0.5], [0.25, 0.5], [0.125, 0.5]]
 
 
-def test_groups_without_a_name_are_called_by_their_number() -> None:
-    """Groups that were written by hand are scheduled by their index."""
+def test_groups_without_a_name_have_their_index_as_name() -> None:
+    """Groups without names are scheduled by their index."""
     made = lambda m: torch.optim.SGD([{"params": m["trunk"].parameters()}, {"params": m["head"].parameters()}], lr=1.0)
     assert courses(lambda m: fl.Optim(made(m), {"1": lambda n: 0.5**n}), 3) == [[1.0, 1.0], [1.0, 0.5], [1.0, 0.25]]
 
 
-def test_weight_decay_and_momentum_may_be_scheduled() -> None:
-    """Other options are multiplied as the learning rate is, from what each group was made with."""
+def test_weight_decay_and_momentum_can_be_scheduled() -> None:
+    """The factor multiplies the configured value of each group, as for the learning rate."""
     made = lambda m: fl.Optim(
         torch.optim.SGD(fl.param_groups(m, fl.no_decay(), lr=0.1, weight_decay=0.5, momentum=0.8)),
         schedules={"weight_decay": lambda n: 1 + n, "momentum": {"rest": lambda n: 0.5**n}},
@@ -89,13 +89,13 @@ def test_weight_decay_and_momentum_may_be_scheduled() -> None:
 
 
 def test_the_momentum_of_adam_is_its_first_beta() -> None:
-    """Where an optimizer has betas, a schedule of the momentum changes the first one only."""
+    """If an optimizer has betas, a schedule of the momentum changes only the first one."""
     made = lambda m: fl.Optim(torch.optim.AdamW(m.parameters(), betas=(0.8, 0.99)), schedules={"momentum": lambda n: 0.5**n})
     assert courses(made, 3, "betas") == [[(0.8, 0.99)], [(0.4, 0.99)], [(0.2, 0.99)]]
 
 
-def test_a_plateau_may_stand_beside_another_schedule() -> None:
-    """Each group follows its own: one the metric, the other the steps."""
+def test_a_plateau_can_be_combined_with_another_schedule() -> None:
+    """One group follows the metric, the other one the steps."""
     optim = prepare(
         fl.Optim(
             torch.optim.SGD(groups(model := net())), {"trunk": fl.plateau(0.5, patience=0), "head": lambda n: 0.5**n}, monitor="val/loss"
@@ -107,8 +107,8 @@ def test_a_plateau_may_stand_beside_another_schedule() -> None:
     assert [g["lr"] for g in optim.optimizer.param_groups] == [0.25, 0.0625]
 
 
-def test_a_tensor_learning_rate_of_a_group_keeps_its_place() -> None:
-    """A scheduled tensor is filled, never replaced, in whichever group it is."""
+def test_a_tensor_learning_rate_of_a_group_is_filled_in_place() -> None:
+    """A scheduled tensor is filled and never replaced, in any group."""
     model = net()
     made = torch.optim.AdamW(
         [{"params": model["trunk"].parameters(), "lr": torch.tensor(0.5)}, {"params": model["head"].parameters()}], lr=torch.tensor(0.25)
@@ -126,8 +126,8 @@ def scheduled(model: nn.Module) -> fl.Optim:
     return fl.Optim(made, {"trunk": fl.wsd(2, 12, 4), "head": fl.cyclic(3)}, schedules={"weight_decay": fl.cosine(12)})
 
 
-def test_a_run_that_is_saved_and_loaded_at_any_step_goes_on_bitwise(tmp_path: Any) -> None:
-    """With schedules of groups and options, going on from a file ends where the uninterrupted run ends."""
+def test_a_run_resumed_at_any_step_is_bit_identical(tmp_path: Any) -> None:
+    """With schedules of groups and options, a resumed run ends with bit-identical weights."""
     made, step = task(scheduled), fl.pipe(loss, fl.grad(), fl.apply(), fl.stop_when(fl.max_steps(9)))
     states = [state.copy() for state, _ in fl.run(step, fl.TrainState.create(made), BATCHES)]
     for state in states[:-1]:
@@ -139,8 +139,8 @@ def test_a_run_that_is_saved_and_loaded_at_any_step_goes_on_bitwise(tmp_path: An
         ]
 
 
-def test_a_log_shows_each_group_by_its_name_and_what_is_scheduled() -> None:
-    """Records hold ``lr/NAME`` of each group, and other options where they have a schedule."""
+def test_a_log_shows_the_learning_rate_of_each_group_and_scheduled_options() -> None:
+    """Records have ``lr/NAME`` of each group, and other options with a schedule."""
     sink = RecordingSink()
     step = fl.pipe(loss, fl.grad(), fl.apply(), fl.log_to(sink, every=fl.steps(1)), fl.stop_when(fl.max_steps(2)))
     for _ in fl.run(step, fl.TrainState.create(task(scheduled)), BATCHES):
@@ -155,7 +155,7 @@ def test_a_log_shows_each_group_by_its_name_and_what_is_scheduled() -> None:
 REFUSED: list[tuple[Callable[[nn.Module], Any], str]] = [
     (
         lambda m: fl.Optim(torch.optim.SGD(groups(m)), {"haed": fl.constant()}),
-        r"schedule of 'lr' is for the groups \['haed'\], .* has \['trunk', 'head'\]",
+        r"schedule of 'lr' is for the groups \['haed'\], .* has the groups \['trunk', 'head'\]",
     ),
     (
         lambda m: fl.Optim(torch.optim.SGD(groups(m)), {"head": 0.5}),
@@ -172,36 +172,36 @@ REFUSED: list[tuple[Callable[[nn.Module], Any], str]] = [
     ),
     (
         lambda m: fl.Optim(torch.optim.SGD(groups(m)), schedules={"decay": fl.constant()}),
-        r"multiplies 'decay', but in group 'trunk' .* numbers are \['lr'",
+        r"multiplies 'decay', but in group 'trunk' .* options with a number are \['lr'",
     ),
     (lambda m: fl.Optim(torch.optim.SGD(groups(m)), schedules=fl.constant()), r"schedules must map options to schedules, .* got constant"),
-    (lambda m: fl.Optim(torch.optim.SGD(groups(m)), schedules={"momentum": fl.plateau()}), r"watches a metric: say which"),
+    (lambda m: fl.Optim(torch.optim.SGD(groups(m)), schedules={"momentum": fl.plateau()}), r"needs the name of a metric"),
     (
         lambda m: fl.Optim(torch.optim.SGD(groups(m)), fl.constant(), frequency=0),
         r"frequency must be a whole number of at least 1, but got 0",
     ),
     (
         lambda m: fl.Optim(torch.optim.SGD(groups(m)), {"head": fl.from_torch(lambda o: OneCycleLR(o, 0.1, 5))}),
-        r"schedule\['head'\]=from_torch\(<lambda>\) changes all groups and options by itself; give it as schedule=..., alone",
+        r"schedule\['head'\]=from_torch\(<lambda>\) changes all groups and options itself; pass it alone, as schedule=...",
     ),
     (
         lambda m: torch.optim.SGD(
             [{"params": m["trunk"].parameters(), "name": "a"}, {"params": m["head"].parameters(), "name": "a"}], lr=1
         ),
-        r"two groups of the optimizer are called 'a'; .* there are \['a', 'a'\]",
+        r"two groups of the optimizer have the name 'a'; .* the names are \['a', 'a'\]",
     ),
 ]
 
 
 @pytest.mark.parametrize("configure, message", REFUSED)
-def test_a_schedule_of_what_is_not_there_is_refused(configure: Callable[[nn.Module], Any], message: str) -> None:
-    """Groups and options that do not exist, and functions that give no number, are named before any work."""
+def test_a_schedule_of_a_missing_group_or_option_is_refused(configure: Callable[[nn.Module], Any], message: str) -> None:
+    """Missing groups, missing options and functions that do not return a number are errors before any work."""
     with pytest.raises(OptimizerError, match=message):
         fl.TrainState.create(task(configure))
 
 
-def test_total_steps_counts_what_a_run_will_do() -> None:
-    """The number of steps is that of the run itself, with accumulation, limits and both bounds."""
+def test_total_steps_counts_the_steps_of_a_run() -> None:
+    """The count equals the steps of the run, with accumulation, limits and both bounds."""
     made = task(lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
     for options in (
         {"max_epochs": 3},
@@ -216,16 +216,16 @@ def test_total_steps_counts_what_a_run_will_do() -> None:
         )
 
 
-def test_total_steps_refuses_to_guess() -> None:
-    """Where the end cannot be known it says why."""
+def test_total_steps_is_an_error_if_the_end_is_unknown() -> None:
+    """The error says why the end is unknown."""
     with pytest.raises(ConfigError, match=r"cannot be counted beforehand: its training loader has no length; give FitConfig\(max_steps"):
         fl.total_steps(fl.FitConfig(max_epochs=2), iter(BATCHES))
     with pytest.raises(ConfigError, match="neither max_epochs nor max_steps bounds it"):
         fl.total_steps(fl.FitConfig(max_time=5.0), BATCHES)
 
 
-def test_a_run_past_the_end_of_its_schedule_is_warned_of_where_nothing_would_be_learned() -> None:
-    """A learning rate that would stay at nothing is said before the first step; one that stays at something is as asked."""
+def test_a_run_longer_than_its_schedule_is_warned_of_if_the_last_factor_is_zero() -> None:
+    """There is a warning before the first step if the learning rate stays close to 0 after the end; otherwise there is none."""
     config = fl.FitConfig(max_epochs=4, progress=False)
     made = task(lambda m: fl.Optim(torch.optim.SGD(m.parameters(), lr=0.1), fl.cosine(6)))
     with pytest.warns(OptimizerWarning, match=r"cosine\(6, final=0.0\), ends at step 6, but the run goes on to 12: .* nothing is learned"):
@@ -236,8 +236,8 @@ def test_a_run_past_the_end_of_its_schedule_is_warned_of_where_nothing_would_be_
         fl.fit(fl.TrainState.create(fine), BATCHES, config)
 
 
-def test_a_torch_scheduler_that_would_fail_in_the_middle_is_refused_before_the_run() -> None:
-    """OneCycleLR raises past its end; the run that would get there does not begin, and one of the right length ends."""
+def test_a_torch_scheduler_that_would_fail_during_the_run_is_refused_before_it() -> None:
+    """OneCycleLR raises an error after its end; a longer run does not start, and a run of the right length completes."""
 
     def one_cycle(total: int) -> fl.Task:
         return task(

@@ -1,4 +1,4 @@
-"""fp8 is a matter of linear layers: they are converted rightly where it can be, and what is missing is told before any work."""
+"""`to_fp8` converts the right linear layers; missing hardware or packages are errors before any work."""
 
 import sys
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ class Net(nn.Module):
         super().__init__()
         self.embed = nn.Linear(16, 32)
         self.blocks = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
-        self.head = nn.Linear(32, 4)  # 4 is no multiple of 16
+        self.head = nn.Linear(32, 4)  # 4 is not a multiple of 16
 
     def forward(self, x):
         x = self.embed(x)
@@ -51,11 +51,11 @@ def task(model=None):
 
 
 class Float8Linear(nn.Linear):
-    """What a stand-in of the package makes of a linear layer."""
+    """The converted linear layer of the fake package."""
 
 
 def stand_in(monkeypatch):
-    """A package that notes what it is asked for, and converts layers as the real one does."""
+    """A fake package that records its calls and converts layers as the real one does."""
     asked = []
 
     @attrs.define
@@ -83,18 +83,18 @@ def stand_in(monkeypatch):
 
 
 def gpu(monkeypatch, capability):
-    """A machine that says that it has a GPU."""
+    """A machine that claims to have a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Card 3000")
 
 
-def test_a_machine_without_a_gpu_is_told_so_before_any_work(monkeypatch):
-    """By `fit` and by `to_fp8`, with what to take instead; the state stays as it is."""
+def test_without_a_gpu_fp8_is_an_error_before_any_work(monkeypatch):
+    """`fit` and `to_fp8` say what to use instead; the state does not change."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     state = TrainState.create(task())
     with pytest.raises(
-        ConfigError, match=r"fp8 needs a GPU with fp8 matrix products \(compute capability 8.9: .*\), but there is none; take bf16"
+        ConfigError, match=r"fp8 needs a GPU with fp8 matrix products \(compute capability 8.9: .*\), but there is none; use bf16"
     ):
         fit(state, BATCHES, FitConfig(max_epochs=1, precision="fp8", device="cpu", progress=False))
     with pytest.raises(ConfigError, match=r"fp8 needs a GPU .* fl.to_fp8\(model, emulate=True\)"):
@@ -103,26 +103,26 @@ def test_a_machine_without_a_gpu_is_told_so_before_any_work(monkeypatch):
     assert all(type(m) is not Float8Linear for m in state.module().modules())
 
 
-def test_a_gpu_that_is_too_old_is_named(monkeypatch):
-    """With what it has and what is needed."""
+def test_a_gpu_that_is_too_old_is_refused(monkeypatch):
+    """The error has the compute capability of the GPU and the one that fp8 needs."""
     gpu(monkeypatch, (8, 0))
-    with pytest.raises(ConfigError, match=r"fp8 needs compute capability 8.9 or more, but Card 3000 has 8.0; take bf16"):
+    with pytest.raises(ConfigError, match=r"fp8 needs compute capability 8.9 or more, but Card 3000 has 8.0; use bf16"):
         to_fp8(net())
 
 
-def test_a_missing_package_is_named_with_its_extra(monkeypatch):
-    """On hardware that could, and for the emulation."""
+def test_the_error_of_a_missing_package_names_its_extra(monkeypatch):
+    """With suitable hardware, and for the emulation."""
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
-    with pytest.raises(ConfigError, match=r'fp8 needs the package torchao \(.*\); pip install "fnlight\[fp8\]", or take bf16'):
+    with pytest.raises(ConfigError, match=r'fp8 needs the package torchao \(.*\); pip install "fnlight\[fp8\]", or use bf16'):
         to_fp8(net(), emulate=True)
     gpu(monkeypatch, (9, 0))
     with pytest.raises(ConfigError, match="fp8 needs the package torchao"):
         to_fp8(net())
 
 
-def test_the_layers_that_can_are_converted(monkeypatch):
-    """Those whose sides are multiples of 16 and that nobody excluded, with the recipe that was asked for; parameters and names stay."""
+def test_suitable_layers_are_converted(monkeypatch):
+    """Layers with sizes that are multiples of 16, and not excluded, are converted with the given recipe; parameters and names stay."""
     asked = stand_in(monkeypatch)
     gpu(monkeypatch, (9, 0))
     model = net()
@@ -131,12 +131,12 @@ def test_the_layers_that_can_are_converted(monkeypatch):
     assert asked == [("embed", "rowwise"), ("blocks.0", "rowwise")]
     assert list(found.state_dict()) == names
     assert all(a is b for a, b in zip(found.parameters(), own, strict=True))
-    assert to_fp8(found) is found  # once is enough
+    assert to_fp8(found) is found  # a second call changes nothing
     assert len(asked) == 2
 
 
-def test_a_configuration_converts_the_state_that_is_trained_only(monkeypatch):
-    """Before the first step, and only where the state lies on such a GPU; the caller's state is as it was."""
+def test_fp8_by_configuration_converts_only_the_trained_state(monkeypatch):
+    """The layers are converted before the first step, on a suitable GPU only; the caller's state does not change."""
     stand_in(monkeypatch)
     gpu(monkeypatch, (9, 0))
     state = TrainState.create(task())
@@ -148,19 +148,19 @@ def test_a_configuration_converts_the_state_that_is_trained_only(monkeypatch):
 @pytest.mark.parametrize(
     ("model", "options", "match"),
     [
-        (lambda: nn.Sequential(nn.Linear(3, 8)), {}, r"no layer can compute in fp8: .* multiples of 16, but there are \[\[8, 3\]\]"),
+        (lambda: nn.Sequential(nn.Linear(3, 8)), {}, r"no layer can compute in fp8: .* multiples of 16, but the model has \[\[8, 3\]\]"),
         (net, {"exclude": ["blocks", "embed"]}, r"no layer can compute in fp8"),
         (
             net,
             {"exclude": "tail"},
-            r"to_fp8\(exclude=...\) means 'tail', but the model has no such linear layer; there are \['embed', 'blocks.0'",
+            r"to_fp8\(exclude=...\) has the pattern 'tail', but no linear layer of the model matches it; there are \['embed', 'blocks.0'",
         ),
         (net, {"recipe": "magic"}, r"recipe must be one of \('tensorwise', 'rowwise', 'rowwise_with_gw_hp'\), but got 'magic'"),
     ],
     ids=["too narrow", "all left out", "misspelt", "no such recipe"],
 )
-def test_what_cannot_be_converted_is_refused(monkeypatch, model, options, match):
-    """A model without such layers, names that mean nothing, an unknown recipe."""
+def test_a_model_or_arguments_that_fp8_cannot_use_are_refused(monkeypatch, model, options, match):
+    """A model without suitable layers, patterns without a match and an unknown recipe are errors."""
     stand_in(monkeypatch)
     gpu(monkeypatch, (9, 0))
     with pytest.raises(ConfigError, match=match):
@@ -169,7 +169,7 @@ def test_what_cannot_be_converted_is_refused(monkeypatch, model, options, match)
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
 def test_the_real_package_trains_in_emulated_fp8(recipe, tmp_path):
-    """With torchao: other numbers than without, which train as well; what is saved is plain, and goes on bitwise."""
+    """With torchao the numbers differ from bf16, and the model trains; checkpoints hold plain weights, and the resumed run is bit-identical."""
     pytest.importorskip("torchao.float8", reason='needs torchao: pip install "fnlight[fp8]"')
     given = task(to_fp8(net(), recipe=recipe, emulate=True))
     config = FitConfig(max_epochs=20, device="cpu", progress=False)

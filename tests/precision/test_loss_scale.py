@@ -1,4 +1,4 @@
-"""A loss scale refuses what it cannot mean, and says when it is not the scale that is wrong."""
+"""`loss_scale`: wrong arguments are refused, skipped steps change nothing, and an error says when the scale is not the cause."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def halves():
         ({"max_consecutive": "many"}, r"max_consecutive must be a whole number of at least 1, but got 'many'"),
     ],
 )
-def test_a_scale_that_means_nothing_is_refused(given, message):
+def test_wrong_arguments_of_loss_scale_are_refused(given, message):
     """Arguments are checked when the combinator is made."""
     with pytest.raises(fl.errors.ConfigError, match=message):
         fl.loss_scale(**given)
@@ -41,35 +41,35 @@ def test_a_scale_that_means_nothing_is_refused(given, message):
     ("parts", "message"),
     [
         ([fl.grad(), fl.loss_scale()], r"loss_scale is for fp16, but this step computes in another precision"),
-        ([fl.autocast(torch.bfloat16), fl.grad(), fl.loss_scale()], r"put autocast\(torch.float16\) in front of grad\(\)"),
-        ([halves(), fl.grad()], r"autocast\(fp16\) trains only with a loss scale"),
-        ([halves(), fl.grad(), fl.clip_norm(1.0), fl.loss_scale()], r"clip_norm\(1.0\) stands in front of loss_scale.*move loss_scale"),
-        ([halves(), fl.grad(), fl.loss_scale(), fl.microbatch(2)], r"move microbatch in front of loss_scale"),
+        ([fl.autocast(torch.bfloat16), fl.grad(), fl.loss_scale()], r"put autocast\(torch.float16\) before grad\(\)"),
+        ([halves(), fl.grad()], r"autocast\(fp16\) needs a loss scale"),
+        ([halves(), fl.grad(), fl.clip_norm(1.0), fl.loss_scale()], r"clip_norm\(1.0\) comes before loss_scale.*move loss_scale"),
+        ([halves(), fl.grad(), fl.loss_scale(), fl.microbatch(2)], r"move microbatch before loss_scale"),
         ([halves(), fl.autocast(torch.bfloat16), fl.grad()], r"two combinators of one name, autocast\(fp16\) and autocast\(bf16\)"),
         ([halves(), fl.loss_scale(), fl.grad()], r"loss_scale takes a GradFn"),
     ],
 )
-def test_company_that_contradicts_itself_is_refused(parts, message):
-    """The pipe says what to move where, before any work."""
+def test_combinators_that_do_not_fit_together_are_refused(parts, message):
+    """`pipe` raises an error that says what to move, before any work."""
     with pytest.raises(fl.errors.SeamError, match=message):
         fl.pipe(loss_fn, *parts, fl.apply())
 
 
-def test_a_part_of_a_step_may_still_be_completed():
-    """A pipe that is no step yet lacks nothing; wrapped further, it is checked."""
+def test_an_incomplete_pipe_can_be_completed_later():
+    """A pipe that is not a step yet is not refused; the complete one is checked."""
     inner = fl.pipe(loss_fn, halves(), fl.grad())
     print_out = str(fl.pipe(inner, fl.loss_scale(interval=10), fl.apply()))
     assert print_out == "loss_fn > autocast(fp16) > grad > loss_scale(interval=10) > apply"
 
 
-def test_what_shows_itself_is_what_was_given():
+def test_the_text_of_loss_scale_shows_the_given_arguments():
     """Defaults are left out."""
     assert str(fl.loss_scale()) == "loss_scale"
     assert str(fl.loss_scale(init=8.0, max_consecutive=3)) == "loss_scale(init=8.0, max_consecutive=3)"
 
 
 def test_gradients_that_never_recover_end_the_run():
-    """A data set of infinities would otherwise be skipped for ever."""
+    """Without the limit, a data set of infinities would be skipped forever."""
     step = fl.pipe(loss_fn, halves(), fl.grad(), fl.loss_scale(max_consecutive=5), fl.apply())
     state = fl.TrainState.create(fl.Task(nn.Linear(2, 1), loss_fn, configure_optimizers=configure))
     with pytest.raises(
@@ -123,16 +123,16 @@ def test_a_gradient_that_becomes_infinite_when_it_is_divided_is_skipped():
     assert state.params["weight"].item() == 0.0
 
 
-def test_weights_in_fp16_cannot_be_scaled():
-    """It is said before the first step."""
+def test_weights_in_fp16_are_refused():
+    """The error is raised before the first step."""
     step = fl.pipe(loss_fn, halves(), fl.grad(), fl.loss_scale(), fl.apply())
     state = fl.TrainState.create(fl.Task(nn.Linear(2, 1).half(), loss_fn, configure_optimizers=configure))
-    with pytest.raises(fl.errors.ConfigError, match=r"keeps weights in fp32.*\['weight', 'bias'\] are fp16 themselves"):
+    with pytest.raises(fl.errors.ConfigError, match=r"keeps weights in fp32.*\['weight', 'bias'\] are in fp16"):
         next(fl.run(step, state, [torch.ones(2, 2)]))
 
 
 def test_a_closure_optimizer_cannot_skip():
-    """LBFGS evaluates the loss several times in a step."""
+    """LBFGS evaluates the loss several times per step, so its step cannot be skipped."""
     step = fl.pipe(loss_fn, halves(), fl.grad(), fl.loss_scale(), fl.apply())
     task = fl.Task(nn.Linear(2, 1), loss_fn, configure_optimizers=lambda model: torch.optim.LBFGS(model.parameters()))
     with pytest.raises(fl.errors.OptimizerError, match=r"LBFGS evaluates the loss several times.*cannot be skipped"):
@@ -140,7 +140,7 @@ def test_a_closure_optimizer_cannot_skip():
 
 
 def test_unscale_takes_gradients_of_every_kind():
-    """Sparse ones and several dtypes, in place; one infinity anywhere is seen."""
+    """Sparse gradients and several dtypes are divided in place, and a single infinity is found."""
     sparse = torch.sparse_coo_tensor([[1]], torch.tensor([4.0]), (3,), check_invariants=False)
     values = [torch.tensor([2.0]), torch.tensor([8.0], dtype=torch.float64), sparse]
     assert unscale(values, torch.tensor(2.0)).item() == 0.0
@@ -150,8 +150,8 @@ def test_unscale_takes_gradients_of_every_kind():
     assert unscale([], torch.tensor(2.0)).item() == 0.0
 
 
-def test_a_skipped_step_leaves_no_trace_in_buffers():
-    """The running statistics of a batch of infinities would be infinite for ever."""
+def test_a_skipped_step_does_not_change_buffers():
+    """Otherwise the running statistics after a batch of infinities would stay infinite."""
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     step = fl.pipe(loss_fn, halves(), fl.grad(), fl.loss_scale(), fl.apply())
     state = fl.TrainState.create(fl.Task(model, loss_fn, configure_optimizers=configure))
@@ -167,7 +167,7 @@ def test_a_skipped_step_leaves_no_trace_in_buffers():
 
 
 def test_the_last_checkpoint_is_of_the_last_attempt(tmp_path):
-    """A run whose last batch is skipped saves where it ended, though its step has a checkpoint already."""
+    """If the last batch is skipped, the final state is saved, although its step already has a checkpoint."""
 
     def overflowing(model, batch):
         return (model(batch[0]) * batch[1]).float().square().mean()

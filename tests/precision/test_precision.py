@@ -1,4 +1,4 @@
-"""A step in another precision computes what torch computes there."""
+"""A step in another precision computes the same as torch in that precision."""
 
 import copy
 from itertools import islice
@@ -30,7 +30,7 @@ def loss_fn(model, batch):
 
 def created(train_step=loss_fn):
     torch.manual_seed(0)
-    configure = lambda model: torch.optim.SGD(model.parameters(), lr=0.1)  # one line says it
+    configure = lambda model: torch.optim.SGD(model.parameters(), lr=0.1)  # short enough for one line
     return TrainState.create(Task(nn.Linear(3, 3), train_step, configure_optimizers=configure), seed=0)
 
 
@@ -39,7 +39,7 @@ def data(n=4, seed=1):
 
 
 def test_autocast_computes_in_bf16_and_keeps_fp32_weights():
-    """The loss is the autocast one; parameters and gradients keep their dtype."""
+    """The loss equals that of torch.autocast; parameters and gradients keep their dtype."""
     state = created()
     after, metrics = pipe(loss_fn, autocast(torch.bfloat16), grad(), apply())(state.copy(), data())
     with torch.autocast("cpu", torch.bfloat16):
@@ -56,14 +56,14 @@ def test_autocast_computes_in_bf16_and_keeps_fp32_weights():
         (lambda: autocast(torch.float64), r"autocast takes torch.bfloat16 or torch.float16, but got torch.float64"),
     ],
 )
-def test_a_precision_that_means_nothing_is_refused(make, message):
+def test_a_wrong_dtype_is_refused(make, message):
     """Arguments are checked when the combinator is made."""
     with pytest.raises(ConfigError, match=message):
         make()
 
 
-def test_the_weight_cache_is_never_stale():
-    """A weight used twice is cast once a pass, and afresh after every update: over micro-batches, steps and evaluations between them."""
+def test_the_autocast_cache_never_holds_old_weights():
+    """A weight used twice is cast once per pass, and again after every update: over micro-batches, steps and evaluations between them."""
 
     def twice(model, batch):
         return F.mse_loss(model(model(batch)), batch)
@@ -91,8 +91,8 @@ def test_the_weight_cache_is_never_stale():
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("fp16-true", torch.float16), ("fp64", torch.float64)])
-def test_a_true_precision_is_a_plain_loop_on_a_cast_model(precision, dtype, tmp_path):
-    """`fit` is bitwise a plain loop on a model and batches of that dtype; saved, resumed and evaluated in it."""
+def test_a_true_precision_equals_a_manual_loop_with_a_cast_model(precision, dtype, tmp_path):
+    """`fit` is bit-identical to a manual loop with a model and batches of that dtype; saving, resuming and evaluating keep the dtype."""
 
     def make(model):
         return torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -121,8 +121,8 @@ def test_a_true_precision_is_a_plain_loop_on_a_cast_model(precision, dtype, tmp_
     assert_trees_equal(load(tmp_path / "a", task), state)
 
 
-def test_a_state_in_another_precision_is_not_trained_by_oversight():
-    """The error says how to convert it, and that works."""
+def test_a_state_in_another_precision_is_refused():
+    """The error says how to convert the state, and the conversion works."""
     torch.manual_seed(0)
     task = Task(nn.Linear(3, 3), loss_fn, configure_optimizers=lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
     config = FitConfig(max_steps=1, precision="bf16-true", device="cpu", progress=False)
@@ -135,14 +135,14 @@ def test_a_state_in_another_precision_is_not_trained_by_oversight():
     assert {p.dtype for p in state.params.values()} == {torch.bfloat16}
 
 
-def test_precisions_that_contradict_each_other_are_refused():
-    """Weights are kept or cast, not both."""
+def test_autocast_and_cast_together_are_refused():
+    """Autocast keeps weights in fp32, cast converts them."""
     with pytest.raises(SeamError, match=r"autocast\(bf16\) keeps weights in fp32 and cast converts them"):
         pipe(loss_fn, cast(torch.float64), autocast(torch.bfloat16), grad(), apply())
 
 
-def test_the_precision_of_products_lasts_as_long_as_the_run():
-    """It is set while steps are taken, and put back, after an error too."""
+def test_the_matmul_precision_is_set_during_the_run_only():
+    """It is set during the steps and restored afterwards, also after an error."""
     seen = []
 
     def looking(model, batch):
@@ -158,8 +158,8 @@ def test_the_precision_of_products_lasts_as_long_as_the_run():
     assert (seen, torch.get_float32_matmul_precision()) == (["medium", "medium"], before)
 
 
-def test_what_a_step_makes_itself_is_of_the_same_kind():
-    """Noise that is drawn in a train_step is cast too, and the default dtype is put back, after an error as well."""
+def test_tensors_that_a_step_creates_have_the_same_dtype():
+    """Noise that a train_step draws has the cast dtype, and the default dtype is restored, also after an error."""
 
     def noisy(model, batch):
         return F.mse_loss(model(torch.randn(2, 3)), batch) if len(batch) == 2 else batch.missing

@@ -1,4 +1,4 @@
-"""`summary`: counts that are right, shapes that were seen, and nothing of the caller's changed."""
+"""`summary`, `flops` and `wall_time`: correct counts and shapes; the caller's model does not change."""
 
 import copy
 import io
@@ -24,7 +24,7 @@ from fnlight.triggers import max_steps
 
 
 class Tied(nn.Module):
-    """A language model whose output layer is its embedding."""
+    """A language model whose output layer shares the weight of its embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def sgd(model: Any) -> Any:
     return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
-def test_a_model_by_value() -> None:
+def test_the_summary_of_an_mlp() -> None:
     """Names, types, parameters, shapes, modes, buffers and bytes of an MLP, counted by hand, and its table."""
     model = mlp()
     model[1].eval()
@@ -86,7 +86,7 @@ def test_a_model_by_value() -> None:
 
 
 def test_tied_weights_count_once() -> None:
-    """A weight in two places is counted where it comes first, and shown as shared at the other; rows add up to the total."""
+    """A tied weight is counted at its first module and shown as shared at the other; the rows add up to the total."""
     found = summary(Tied(), torch.zeros(2, 3, dtype=torch.int64))
     rows = named(found)
     assert found.trainable == 10 * 4 + 8 + 10
@@ -97,8 +97,8 @@ def test_tied_weights_count_once() -> None:
     assert "10 (40 shared)" in str(found)
 
 
-def test_a_module_in_two_places_is_listed_twice_and_counted_once() -> None:
-    """Both names stand in the table; the second one shares all it has."""
+def test_a_module_with_two_names_is_listed_twice_and_counted_once() -> None:
+    """Both names are in the table; all parameters of the second row are shared."""
     shared = nn.Linear(3, 3)
     found = summary(nn.Sequential(shared, nn.ReLU(), shared), torch.zeros(1, 3))
     rows = named(found)
@@ -107,7 +107,7 @@ def test_a_module_in_two_places_is_listed_twice_and_counted_once() -> None:
 
 
 def test_frozen_parts_are_marked() -> None:
-    """Frozen parameters are counted by themselves, also where a module has both kinds."""
+    """Frozen parameters are counted separately, also if a module has both kinds."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].requires_grad_(False)
     model[1].bias.requires_grad_(False)
@@ -130,8 +130,8 @@ def test_frozen_parts_are_marked() -> None:
         (9, ["", "0", "0.0", "0.0.0", "0.1", "1"]),
     ],
 )
-def test_what_lies_deeper_is_counted_in_the_last_one_listed(depth: int, names: list[str]) -> None:
-    """Each depth lists its names, and no depth changes a total or the count of a listed module."""
+def test_deeper_modules_are_counted_in_their_listed_parent(depth: int, names: list[str]) -> None:
+    """Each depth lists its names; the depth changes neither a total nor the count of a listed module."""
     model = nn.Sequential(nn.Sequential(nn.Sequential(nn.Linear(2, 3)), nn.Linear(3, 4)), nn.Linear(4, 5))
     counts = {"": 50, "0": 25, "0.0": 9, "0.0.0": 9, "0.1": 16, "1": 25}
     found = summary(model, torch.zeros(1, 2), depth=depth)
@@ -140,8 +140,8 @@ def test_what_lies_deeper_is_counted_in_the_last_one_listed(depth: int, names: l
     assert named(found)[""].output == "[1, 5]"
 
 
-def test_the_size_knows_dtypes() -> None:
-    """Each number counts with the bytes of its dtype."""
+def test_the_size_depends_on_the_dtypes() -> None:
+    """Each element counts with the bytes of its dtype."""
     model = nn.Sequential(nn.Linear(10, 10, bias=False).bfloat16(), nn.Linear(10, 10, bias=False).double())
     model.register_buffer("steps", torch.zeros(3, dtype=torch.uint8), persistent=False)
     found = summary(model)
@@ -150,7 +150,7 @@ def test_the_size_knows_dtypes() -> None:
 
 
 def test_outputs_of_any_shape_are_described() -> None:
-    """Several tensors are listed, up to three; what holds none is named by its type; what was not called has a dash."""
+    """Up to three tensors are listed; an output without tensors shows its type; a module that was not called has a dash."""
 
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -172,14 +172,14 @@ def test_outputs_of_any_shape_are_described() -> None:
 
 
 def test_without_a_batch_there_are_no_shapes() -> None:
-    """Nothing is run, and the table has no such column."""
+    """The model does not run, and the table has no output column."""
     found = summary(mlp())
     assert {row.output for row in found.rows} == {None}
     assert "output" not in str(found)
 
 
-def test_a_task_is_run_as_it_predicts() -> None:
-    """predict_step drives the model if there is one, else eval_step, else train_step; in eval mode and without gradients."""
+def test_a_task_is_run_with_its_predict_step_if_it_has_one() -> None:
+    """The model runs in predict_step if there is one, else eval_step, else train_step; in eval mode and without gradients."""
     seen: list[tuple[str, bool, bool]] = []
 
     def step(name: str) -> Any:
@@ -197,8 +197,8 @@ def test_a_task_is_run_as_it_predicts() -> None:
     assert seen == [(name, False, False) for name in ("predict", "predict", "eval", "eval", "train", "train")]
 
 
-def test_nothing_of_the_callers_changes() -> None:
-    """Weights, buffers, modes, hooks, gradients, batch and all generators are as before, even with a step that changes them."""
+def test_a_summary_does_not_change_the_model_the_batch_or_the_generators() -> None:
+    """Weights, buffers, modes, hooks, gradients, the batch and all generators stay the same, even if the step changes them."""
 
     def rude(model: Any, batch: Any) -> Any:
         model.train()
@@ -207,7 +207,7 @@ def test_nothing_of_the_callers_changes() -> None:
         with torch.no_grad():
             model[0].weight.zero_()
         random.random()
-        np.random.rand()  # noqa: NPY002  # the global generator is what is watched
+        np.random.rand()  # noqa: NPY002  # the test is about the global generator
         return out + torch.rand(3)
 
     model, batch = mlp(), torch.ones(4, 8, requires_grad=True)
@@ -231,7 +231,7 @@ def test_nothing_of_the_callers_changes() -> None:
 
 
 def test_lazy_parameters_are_marked_until_a_batch_gives_them_a_shape() -> None:
-    """Without a batch they are counted as none and marked; with one they are counted on the copy, and the model stays lazy."""
+    """Without a batch they count as 0 and are marked; with a batch they are counted on the copy, and the model stays lazy."""
     model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))
     found = summary(model)
     assert (found.parameters, found.rows[1].lazy, found.rows[2].lazy) == (8, True, False)
@@ -241,41 +241,41 @@ def test_lazy_parameters_are_marked_until_a_batch_gives_them_a_shape() -> None:
 
 
 def test_a_model_without_parameters_has_a_summary() -> None:
-    """Nothing is counted, and the table stands."""
+    """The counts are 0, and the table is printed."""
     assert str(summary(nn.Identity())).startswith(
         "name     type      parameters  mode\n(model)  Identity           0  train\n\n0 parameters"
     )
 
 
-def test_a_failing_forward_says_where_it_happened() -> None:
-    """The error is the model's own, with a note that says who called it with what; the hooks are gone."""
+def test_an_error_in_forward_has_a_note_about_summary() -> None:
+    """The error of the model is raised with a note about summary and the step function; the hooks are removed."""
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
         summary(Task(mlp(), loss_of, predict_step=lambda model, batch: model(batch)), torch.zeros(2, 9))
     assert any("summary(...) ran predict_step on the batch" in note for note in caught.value.__notes__)
 
 
 @pytest.mark.parametrize("depth", [-1, 1.5, True, None])
-def test_a_depth_is_a_number_of_dots(depth: Any) -> None:
-    """Anything else is refused."""
+def test_a_wrong_depth_is_refused(depth: Any) -> None:
+    """The depth must be a whole number of at least 0."""
     with pytest.raises(ConfigError, match=r"summary\(depth=...\) must be a whole number of at least 0, but got"):
         summary(mlp(), depth=depth)
 
 
-def test_what_has_no_model_is_refused() -> None:
-    """A class or a function is no model."""
+def test_an_object_without_a_model_is_refused() -> None:
+    """A class is not a model."""
     with pytest.raises(TypeError, match=r"summary takes a Task, a TrainState or an nn.Module, but got type"):
         summary(nn.Linear)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_donated_state_has_no_summary() -> None:
-    """A state whose tensors were overwritten says so instead of showing others."""
+    """A state whose tensors were overwritten raises an error instead of showing wrong numbers."""
     state = TrainState.create(Task(mlp(), loss_of, configure_optimizers=sgd))
     pipe(loss_of, grad(), apply())(state, torch.ones(2, 8))
     with pytest.raises(DonatedStateError, match="was given to a later step"):
         summary(state)
 
 
-def test_rich_prints_the_same_in_its_own_way() -> None:
+def test_rich_prints_the_same_cells() -> None:
     """``rich.print`` gets a table with the same cells and totals."""
     stream = io.StringIO()
     found = summary(Tied(), torch.zeros(2, 3, dtype=torch.int64))
@@ -287,21 +287,21 @@ def test_rich_prints_the_same_in_its_own_way() -> None:
 
 
 def convolving() -> Task:
-    """A convolution and a product, whose operations can be counted by hand."""
+    """A convolution and a linear layer, whose operations can be counted by hand."""
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
     return Task(model, lambda m, b: m(b).square().mean(), configure_optimizers=lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
 
 
-def test_operations_are_those_of_forward_and_backward() -> None:
-    """Each product is counted forward, for its weights, and for its inputs where they need a gradient; a sum counts like a product."""
+def test_forward_and_backward_operations_are_counted() -> None:
+    """Each product counts in forward, for the weight gradients, and for input gradients if they are needed; an addition is one operation."""
     state = TrainState.create(convolving())
     conv, linear = 2 * 4 * 3 * 8 * 8 * 2 * 3 * 3, 2 * 4 * 3 * 8 * 8 * 5
     assert flops(state, torch.randn(4, 2, 8, 8)) == 2 * conv + 3 * linear
     assert state.progress.step == 0
 
 
-def test_two_batches_of_a_step_are_counted_both() -> None:
-    """An item of several batches is one step, of more operations."""
+def test_both_batches_of_a_step_are_counted() -> None:
+    """An item of several batches is one step with the operations of all."""
     state, batch = TrainState.create(convolving()), torch.randn(4, 2, 8, 8)
     assert flops(state, Item.of(batch, batch, state=state)) == 2 * flops(state, batch)
 
@@ -321,26 +321,26 @@ def test_two_batches_of_a_step_are_counted_both() -> None:
         ("NVIDIA GeForce RTX 9999", "fp32", None),
     ],
 )
-def test_a_peak_is_claimed_of_known_devices_only(name: str, precision: str, peak: float | None) -> None:
-    """A name that is like another one is not taken for it."""
+def test_only_known_devices_have_a_peak_rate(name: str, precision: str, peak: float | None) -> None:
+    """A similar name does not match."""
     assert peak_flops(name, precision) == (peak and pytest.approx(peak))
 
 
-def test_every_peak_has_a_source_and_is_plausible() -> None:
-    """Fewer bits are never slower, and somebody says so."""
+def test_every_peak_rate_has_a_source_and_is_plausible() -> None:
+    """Fewer bits are never slower, and every entry names its datasheet."""
     for device in PEAKS:
         assert device.source
         assert device.fp32 < (device.tf32 or device.fp16) <= device.fp16
 
 
 def test_an_unknown_precision_is_refused() -> None:
-    """The precisions are named."""
+    """The error lists the valid precisions."""
     with pytest.raises(ConfigError, match="must be one of 'fp32', 'tf32', .* but got 'fp8'"):
         peak_flops("NVIDIA L4", "fp8")
 
 
-def test_a_run_is_reported_with_what_it_computed() -> None:
-    """Throughput, causes and operations follow from the state and one batch."""
+def test_a_run_report_has_throughput_causes_and_operations() -> None:
+    """Throughput, times by cause and operations are computed from the state and one batch."""
     state, batch = TrainState.create(convolving()), torch.randn(4, 2, 8, 8)
     clock = iter(float(n) for n in range(100))
     step = pipe(state.task.train_step, grad(), apply(), stop_when(max_steps(3)))
@@ -355,9 +355,9 @@ def test_a_run_is_reported_with_what_it_computed() -> None:
     assert "FLOP" not in str(wall_time(state))
 
 
-def test_utilisation_is_the_share_of_the_peak_within_steps() -> None:
-    """Time that the steps did not have is not held against the device."""
+def test_utilisation_is_the_fraction_of_the_peak_rate_during_steps() -> None:
+    """Time outside of steps does not reduce the utilisation."""
     found = RunReport(10, 100, 1, {"step": 2.0, "data": 2.0}, 1e12, "NVIDIA L4", "bf16", 100e12)
     assert found.utilisation == 0.5
     assert found.goodput == 0.5
-    assert "1 TFLOP a sample, 50 TFLOP/s within steps: 50.00 % of the peak of NVIDIA L4 in bf16" in str(found)
+    assert "1 TFLOP per sample, 50 TFLOP/s during steps: 50.00 % of the peak of NVIDIA L4 in bf16" in str(found)

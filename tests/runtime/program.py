@@ -1,4 +1,4 @@
-"""A program: runs with workers, each in a group of its own that is sent a signal. Argument: a folder; prints how each ended."""
+"""A program: runs with workers, each in its own process group, which gets a signal. Argument: a folder; prints how each run ended."""
 
 import os
 import select
@@ -18,13 +18,13 @@ STEP = 3
 
 
 def heard(number):
-    """Go on once a signal has come; it may come at any time."""
+    """Continue after a signal; it may arrive at any time."""
     while signal.getsignal(number).__self__.received is None:
         os.sched_yield()
 
 
 class Data(Dataset):
-    """Samples that are read in workers; from one on, a worker waits for ever if it is told to."""
+    """Samples that workers read; from a given sample on, a worker can be told to wait forever."""
 
     def __init__(self, hangs_at=None):
         self.x, self.y = tiny_batches(num_batches=1, batch_size=24)[0]
@@ -45,7 +45,7 @@ def loader_of(data):
 
 
 def train(folder, told=None, data=None, resume=False, twice=False, deadline=None):
-    """Train; at a step, tell the parent, and go on once its signal has come."""
+    """Train; at a given step, tell the parent, and continue after its signal."""
     task, calls = tiny_task(), []
 
     def train_step(model, batch):
@@ -93,7 +93,7 @@ def stuck_in_a_save(folder, told):
 
 
 def signalled(fn, number, times=1):
-    """How a process group ended that ran a function, and was sent a signal each time it asked for one."""
+    """Run a function in its own process group, send a signal each time it asks for one, and return how the group ended."""
     asked, told = os.pipe()
     child = os.fork()
     if child == 0:
@@ -104,7 +104,7 @@ def signalled(fn, number, times=1):
         except SystemExit as end:
             sys.stderr.flush()
             os._exit(end.code)
-        except BaseException as error:  # noqa: BLE001  # a child must not go on as its parent
+        except BaseException as error:  # noqa: BLE001  # a child must not continue the parent's program
             print(f"Traceback: {error!r}", file=sys.stderr, flush=True)
             os._exit(1)
     os.close(told)
@@ -138,5 +138,5 @@ if __name__ == "__main__":
     print("twice", signalled(lambda told: train(root / "twice", told, twice=True), signal.SIGINT, times=2), flush=True)
     code = signalled(lambda told: stuck_in_a_save(root / "deadline", told), signal.SIGTERM)
     stands = fl.load(newest(root / "deadline" / "before"), tiny_task()).progress.step == whole.progress.step
-    print("deadline", code, "the checkpoint before stands" if stands else "lost", flush=True)
+    print("deadline", code, "the previous checkpoint is valid" if stands else "lost", flush=True)
     print("done", signalled(lambda told: os.close(told) or train(root / "done"), signal.SIGCONT, times=0), flush=True)

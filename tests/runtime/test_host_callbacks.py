@@ -1,4 +1,4 @@
-"""The host of eager steps does everything on the spot."""
+"""The host callbacks of eager steps run at once."""
 
 import torch
 from torch import nn
@@ -13,22 +13,22 @@ from fnlight.testing import assert_trees_equal
 from tests.small_steps import created, data, loss_fn
 
 
-def test_a_number_is_that_of_the_step_that_is_under_way() -> None:
-    """It is computed from the live store, at once."""
+def test_a_number_is_computed_for_the_current_step() -> None:
+    """It is computed from the live store at once."""
     store = Store(nn.Linear(1, 1), Optim(None), {})
     store.step.begin(Progress(step=4))
     assert store.host.number(store, lambda live: 0.5 * live.progress.step) == 2.0
 
 
-def test_a_look_happens_at_once() -> None:
-    """Behind an eager stage there is nothing to wait for."""
+def test_a_check_runs_at_once() -> None:
+    """In an eager step, `later` does not delay the call."""
     store = Store(nn.Linear(1, 1), Optim(None), {"mine": {"seen": torch.ones(()), "count": 0}})
     store.host.later(store, lambda live: live.memory["mine"].update(count=int(live.memory["mine"]["seen"])))
     assert store.memory["mine"]["count"] == 1
 
 
-def test_nothing_keeps_an_eager_step_from_being_taken() -> None:
-    """Conditions and reasons are for graphs: an eager step with both is taken, bitwise, and the condition is not asked."""
+def test_conditions_of_graphs_do_not_stop_an_eager_step() -> None:
+    """`only_if` and `refuse` have an effect on graphs only: an eager step with both is taken, bit-identical, and the condition is not called."""
     asked = []
 
     def speaking(grad_fn):

@@ -1,4 +1,4 @@
-"""A signal ends a run at a step boundary with a durable checkpoint, and the run that goes on ends bitwise where it would have."""
+"""A signal ends a run at a step boundary with a durable checkpoint, and the resumed run ends with bit-identical weights."""
 
 import os
 import shutil
@@ -44,7 +44,7 @@ USUAL = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def ringing(fn, at, number=signal.SIGTERM):
-    """A step function in whose n-th call a signal comes."""
+    """A step function that raises a signal in its n-th call."""
     calls = []
 
     def wrapped(model, batch):
@@ -57,7 +57,7 @@ def ringing(fn, at, number=signal.SIGTERM):
 
 
 class Ringing(list):
-    """Batches, before the n-th of which, counted over all epochs, a signal comes while it is waited for."""
+    """Batches; a signal is raised during the wait for the n-th one, counted over all epochs."""
 
     def __init__(self, batches, at):
         super().__init__(batches)
@@ -91,7 +91,7 @@ def whole(tmp_path_factory):
 
 
 def assert_goes_on(folder, stopped, whole, name="SIGTERM"):
-    """The checkpoint is durable and says why the run ended; resumed, it ends bitwise where the uninterrupted one did."""
+    """The checkpoint is durable and says why the run ended; the resumed run is bit-identical to the uninterrupted one."""
     found = newest(folder)
     assert found is not None
     assert verify(found) == []
@@ -109,7 +109,7 @@ def assert_goes_on(folder, stopped, whole, name="SIGTERM"):
 @pytest.mark.parametrize("number", USUAL)
 @pytest.mark.parametrize("at", [1, 3, 4, 8])
 def test_a_signal_in_training_ends_the_run_after_that_step(at, number, tmp_path, whole):
-    """The step that was under way is completed and saved, and nothing is lost."""
+    """The current step is completed and saved."""
     task = tiny_task()
     task = attrs.evolve(task, train_step=ringing(task.train_step, at, number))
     state = fit(started(task), Loaders(**LOADERS), configured(tmp_path))
@@ -118,10 +118,12 @@ def test_a_signal_in_training_ends_the_run_after_that_step(at, number, tmp_path,
 
 
 @pytest.mark.parametrize(("evaluation", "batch"), [(0, 1), (0, 2), (1, 1), (2, 2)])
-def test_an_interrupted_evaluation_leaves_no_record_and_is_made_up_for(evaluation, batch, tmp_path, whole):
-    """The evaluation that a signal cut short is done in full when the run goes on, before its first step."""
+def test_an_interrupted_evaluation_leaves_no_record_and_runs_after_the_resume(evaluation, batch, tmp_path, whole):
+    """The resumed run does the interrupted evaluation in full before its first step."""
     task = tiny_task()
-    task = attrs.evolve(task, eval_step=ringing(task.eval_step, 1 + evaluation * len(LOADERS["val"]) + batch))  # one batch is tried before
+    task = attrs.evolve(
+        task, eval_step=ringing(task.eval_step, 1 + evaluation * len(LOADERS["val"]) + batch)
+    )  # the sanity evaluation uses one batch
     state = fit(started(task), Loaders(**LOADERS), configured(tmp_path))
     assert state.stopped == "SIGTERM"
     assert state.store.memory["evaluate_every val"] == {"owed": True}
@@ -129,8 +131,8 @@ def test_an_interrupted_evaluation_leaves_no_record_and_is_made_up_for(evaluatio
     assert_goes_on(tmp_path, state, whole)
 
 
-def test_a_made_up_evaluation_is_logged_and_heeded_by_stop_rules(tmp_path):
-    """What an interrupted evaluation would have brought comes to the sinks and may end the run before its first step."""
+def test_a_deferred_evaluation_reaches_sinks_and_stop_rules(tmp_path):
+    """The metrics of a deferred evaluation reach the sinks and can end the run before its first step."""
     task = tiny_task()
     config = configured(tmp_path, sinks=(), stop=patience("val/loss", 1, min_delta=1e9))
     whole = fit(
@@ -147,15 +149,15 @@ def test_a_made_up_evaluation_is_logged_and_heeded_by_stop_rules(tmp_path):
 
 
 @pytest.mark.parametrize("at", [1, 3, 5])
-def test_a_signal_while_a_batch_is_waited_for_ends_the_wait(at, tmp_path, whole):
-    """A run that waits for data, for the first batch too, ends at once on the state of its last step."""
+def test_a_signal_ends_the_wait_for_a_batch(at, tmp_path, whole):
+    """A run that waits for data, also for the first batch, ends at once with the state of its last step."""
     state = fit(started(), Loaders(train=Ringing(LOADERS["train"], at), val=LOADERS["val"]), configured(tmp_path))
     assert state.progress.step == at - 1
     assert_goes_on(tmp_path, state, whole)
 
 
 def test_a_signal_in_the_sanity_evaluation_ends_the_run_before_its_first_step(tmp_path, whole):
-    """Start-up listens too, and what was to be trained on is saved."""
+    """A signal during start-up ends the run, and the state is saved."""
     task = tiny_task()
     task = attrs.evolve(task, eval_step=ringing(task.eval_step, 1))
     state = fit(started(task), Loaders(**LOADERS), configured(tmp_path, sanity_batches=2))
@@ -163,8 +165,8 @@ def test_a_signal_in_the_sanity_evaluation_ends_the_run_before_its_first_step(tm
     assert_goes_on(tmp_path, state, whole)
 
 
-def test_a_signal_while_a_checkpoint_is_loaded_leaves_it_as_it_was(tmp_path, whole):
-    """A resumed run that is told to end before it trains ends where it began."""
+def test_a_signal_during_the_load_does_not_change_the_checkpoint(tmp_path, whole):
+    """A resumed run that gets a signal before its first step ends with the state that it loaded."""
     task = tiny_task()
     fit(started(attrs.evolve(task, train_step=ringing(task.train_step, 4))), Loaders(**LOADERS), configured(tmp_path))
 
@@ -180,16 +182,16 @@ def test_a_signal_while_a_checkpoint_is_loaded_leaves_it_as_it_was(tmp_path, who
     assert_goes_on(tmp_path, state, whole)
 
 
-def test_an_evaluation_of_ones_own_has_no_partial_result():
-    """`evaluate` raises rather than return means over a part of the data."""
+def test_an_interrupted_evaluate_call_has_no_partial_result():
+    """`evaluate` raises an error instead of returning means over a part of the data."""
     task = tiny_task()
     task = attrs.evolve(task, eval_step=ringing(task.eval_step, 2))
     with Signals() as signals, pytest.raises(Interrupted, match="SIGTERM came before all batches were done"):
         evaluate(started(task), LOADERS["val"], signals=signals)
 
 
-def test_a_prediction_ends_with_an_error_rather_than_early():
-    """`predict` hands out what it has and then raises, so that nobody takes a part for the whole."""
+def test_an_interrupted_predict_call_raises_an_error():
+    """`predict` yields the finished predictions and then raises, so a part cannot be taken for the whole."""
     task = tiny_task()
     task = attrs.evolve(task, predict_step=ringing(lambda model, batch: model(batch[0]), 2))
     with Signals() as signals:
@@ -199,8 +201,8 @@ def test_a_prediction_ends_with_an_error_rather_than_early():
             next(outputs)
 
 
-def test_a_loop_of_ones_own_listens(tmp_path):
-    """`run` and `evaluate_every` take what listens; the last state that the loop sees says why it ended."""
+def test_a_manual_loop_takes_signals(tmp_path):
+    """`run` and `evaluate_every` take a `Signals`; the last state of the loop says why it ended."""
     task = tiny_task()
     with Signals() as signals:
         step = pipe(
@@ -213,7 +215,7 @@ def test_a_loop_of_ones_own_listens(tmp_path):
 
 
 def test_a_signal_between_two_steps_yields_the_last_state_once_more():
-    """Whoever loops sees a state with `stopped`, whenever the signal came."""
+    """A manual loop gets a last state with `stopped`, whenever the signal arrives."""
     seen = []
     with Signals() as signals:
         for state, _ in run(pipe(tiny_task().train_step, grad(), apply()), started(), LOADERS["train"], signals=signals):
@@ -224,7 +226,7 @@ def test_a_signal_between_two_steps_yields_the_last_state_once_more():
 
 
 class Kept(list):
-    """Batches that keep their own place."""
+    """Batches that keep their own position."""
 
     def __init__(self, batches, at):
         super().__init__(batches)
@@ -246,8 +248,8 @@ class Kept(list):
         self.place = 0
 
 
-def test_a_loader_that_keeps_its_own_place_is_not_left_in_the_middle_of_a_batch():
-    """The wait for such a loader is not cut short, since its place would be lost; the run ends one step later."""
+def test_a_loader_that_keeps_its_own_position_is_not_interrupted_in_a_batch():
+    """The wait for such a loader is not interrupted, because its position would be lost; the run ends one step later."""
 
     class Only:
         def __init__(self, inner):
@@ -267,8 +269,8 @@ def test_a_loader_that_keeps_its_own_place_is_not_left_in_the_middle_of_a_batch(
     assert state.memory["loader"]["loader"] == {"place": 2}
 
 
-def test_previous_handlers_are_called_and_back_in_place_afterwards():
-    """Whoever listened before hears the signal too, and alone again afterwards."""
+def test_previous_handlers_are_called_and_restored():
+    """A previous handler is called, too, and is the only one afterwards."""
     heard = []
     before = {number: signal.getsignal(number) for number in USUAL}
     own = {number: lambda number, frame: heard.append(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
@@ -287,8 +289,8 @@ def test_previous_handlers_are_called_and_back_in_place_afterwards():
             signal.signal(number, handler)
 
 
-def test_handlers_are_put_back_after_an_error_too():
-    """An exception in a step leaves no handler behind."""
+def test_handlers_are_restored_after_an_error():
+    """After an exception in a step, the previous handlers are installed."""
     before = [signal.getsignal(number) for number in USUAL]
 
     def failing(model, batch):
@@ -304,7 +306,7 @@ def test_handlers_are_put_back_after_an_error_too():
 
 
 def test_a_signal_that_is_ignored_stays_ignored():
-    """As under nohup: what the parent told the process to ignore is not listened to."""
+    """As under nohup: a signal that the parent process ignores stays ignored."""
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         with Signals() as signals:
@@ -316,7 +318,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path, capfd):
-    """The step is left in the middle, and the checkpoint before it stands."""
+    """The step is interrupted, and the previous checkpoint stays valid."""
     task, calls = tiny_task(), []
 
     def train_step(model, batch):
@@ -336,8 +338,8 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, capfd):
     assert load(newest(tmp_path), tiny_task()).progress.step == 3
 
 
-def test_fits_within_one_that_listens_all_end():
-    """A second fit does not begin when a signal came during the first."""
+def test_a_signal_ends_all_fits_inside_one_with_block():
+    """A second fit does not start if a signal arrived during the first one."""
     task = tiny_task()
     config = FitConfig(max_steps=4, signals=True, device="cpu", progress=False)
     with Signals():
@@ -347,7 +349,7 @@ def test_fits_within_one_that_listens_all_end():
     assert fit(started(), LOADERS["train"], config).stopped == "4 steps done"
 
 
-def test_a_run_that_is_over_says_so_rather_than_that_a_signal_came():
+def test_a_complete_run_does_not_say_that_a_signal_ended_it():
     """A signal in the last step changes nothing: the training is complete."""
     task = tiny_task()
     task = attrs.evolve(task, train_step=ringing(task.train_step, 4))
@@ -357,7 +359,7 @@ def test_a_run_that_is_over_says_so_rather_than_that_a_signal_came():
 
 
 def test_only_the_main_thread_can_listen():
-    """Elsewhere there is a clear error before any work."""
+    """In another thread there is a clear error before any work."""
     errors = []
 
     def body():
@@ -372,8 +374,8 @@ def test_only_the_main_thread_can_listen():
     assert errors[0].startswith("signals reach the main thread only, but this is a worker; leave signals=True out here")
 
 
-def test_what_cannot_be_listened_to_is_refused():
-    """Names, deadlines and opening twice are checked, and each error says what to do."""
+def test_wrong_signal_arguments_are_refused():
+    """Wrong names, wrong deadlines and opening twice are errors, and each error says what to do."""
     with pytest.raises(ConfigError, match=r"Signals\('SIGFOO'\): there is no such signal"):
         Signals("SIGFOO")
     with pytest.raises(ConfigError, match="must be seconds above 0, or None"):
@@ -383,8 +385,8 @@ def test_what_cannot_be_listened_to_is_refused():
     assert repr(Signals("SIGTERM", deadline=3)) == "Signals('SIGTERM', deadline=3)"
 
 
-def test_nothing_is_left_of_a_deadline():
-    """The thread and the pipe of a deadline are gone with what listened."""
+def test_the_thread_and_the_pipe_of_a_deadline_are_removed():
+    """After the with block, the thread and the pipe of the deadline are closed."""
     threads, files = threading.active_count(), os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
     with Signals(deadline=1000) as signals:
         signal.raise_signal(signal.SIGTERM)
@@ -394,8 +396,8 @@ def test_nothing_is_left_of_a_deadline():
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_the_script_for_slurm_passes_a_signal_on_and_puts_the_job_back(tmp_path):
-    """The batch script of the documentation: SIGUSR1 reaches the program, and its exit code of 138 puts the job into the queue again."""
+def test_the_slurm_script_forwards_a_signal_and_requeues_the_job(tmp_path):
+    """The batch script of the documentation: SIGUSR1 reaches the program, and its exit code 138 requeues the job."""
     script = next(text for _, language, text in fences(ROOT / "docs" / "signals.md") if language == "sh")
     train = "import os, signal, sys\nsignal.signal(signal.SIGUSR1, lambda *_: sys.exit(138))\nos.kill(os.getppid(), signal.SIGUSR1)\nwhile True:\n    signal.pause()\n"
     (tmp_path / "train.py").write_text(train)
@@ -407,7 +409,7 @@ def test_the_script_for_slurm_passes_a_signal_on_and_puts_the_job_back(tmp_path)
     assert (done.returncode, done.stdout) == (138, "requeue 7\n"), done.stderr
 
 
-def test_whole_groups_of_processes_end_cleanly(tmp_path):
+def test_process_groups_end_cleanly(tmp_path):
     """With workers, a signal to the whole group ends the run with a checkpoint and the exit code of the signal."""
     done = subprocess.run(
         [sys.executable, "tests/runtime/program.py", str(tmp_path)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -417,7 +419,7 @@ def test_whole_groups_of_processes_end_cleanly(tmp_path):
     ends = dict(line.split(" ", 1) for line in done.stdout.splitlines())
     assert ends == {
         "SIGTERM": "143 resumed", "SIGUSR1": f"{128 + signal.SIGUSR1} resumed", "SIGINT": "130 resumed", "waiting": "143 resumed",
-        "predict": "143", "twice": "130", "deadline": "143 the checkpoint before stands", "done": "0",
+        "predict": "143", "twice": "130", "deadline": "143 the previous checkpoint is valid", "done": "0",
     }, done.stderr  # fmt: skip
-    assert "1 s are over" in done.stderr
+    assert "did not end within 1 s" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: every second has one cause, all runs of a state add up, and nothing but time depends on it."""
+"""Wall time of a run: every second has one cause, the runs of a state add up, and results do not depend on it."""
 
 import os
 
@@ -20,7 +20,7 @@ from tests.small_runs import Slow, config, created, eval_step, loader, train_ste
 
 
 class Hours:
-    """A clock that whoever does something moves."""
+    """A clock that functions move forward."""
 
     def __init__(self):
         self.now = 0.0
@@ -29,7 +29,7 @@ class Hours:
         return self.now
 
     def taking(self, seconds, fn):
-        """The function, which takes so long."""
+        """The function, which moves the clock by some seconds."""
 
         def slow(*args):
             self.now += seconds
@@ -59,7 +59,7 @@ def spent_in_a_run(tmp_path, num_steps=6):
 
 
 def test_every_second_has_one_cause(tmp_path):
-    """What the steps are charged with is what nothing else took, the first one and its batch being the start."""
+    """The steps get the time of no other cause; the first step and its batch count as start-up."""
     times = spent_in_a_run(tmp_path).wall_time
     assert times.seconds() == {
         "step": 50.0, "start": 12.0, "data": 10.0, "evaluate": 200.0, "log": 4000.0, "save": 0.0, "stall": 0.0, "lost": 0.0,
@@ -68,8 +68,8 @@ def test_every_second_has_one_cause(tmp_path):
     assert times.goodput == 50.0 / 4272.0
 
 
-def test_a_run_that_goes_on_adds_up(tmp_path):
-    """What is loaded knows what was spent before, and a second run is charged with its own start."""
+def test_the_times_of_a_resumed_run_add_up(tmp_path):
+    """A loaded state has the times of earlier runs, and a second run adds its own start-up."""
     first = spent_in_a_run(tmp_path / "a", 4)
     loaded = load(save(first, tmp_path / "b"), first.task)
     assert loaded.wall_time.seconds() == first.wall_time.seconds()
@@ -79,8 +79,8 @@ def test_a_run_that_goes_on_adds_up(tmp_path):
     assert (state.wall_time.runs, state.wall_time.total) == (2, first.wall_time.total)
 
 
-def test_a_log_that_asks_gets_the_shares_of_its_window():
-    """The shares of a record add up to 1, and samples a second are those of the wall's clock."""
+def test_a_log_with_times_has_the_fractions_of_its_window():
+    """The fractions of a record add up to 1, and samples per second are over wall time."""
     hours, sink = Hours(), RecordingSink()
     data, fn = Slow(list(loader(shuffle=False)), 1.0), hours.taking(3.0, train_step)
     step = pipe(fn, grad(), apply(), log_to(sink, every=steps(2), wall_time=True), stop_when(max_steps(4)))
@@ -92,22 +92,22 @@ def test_a_log_that_asks_gets_the_shares_of_its_window():
         assert sum(value for name, value in record.metrics.items() if name.startswith("time/")) == pytest.approx(1.0)
 
 
-def test_a_log_that_does_not_ask_gets_nothing_of_it():
-    """Records of two equal runs are equal unless somebody asks for their times."""
+def test_a_log_without_times_has_none():
+    """The records of two equal runs are equal if times are not logged."""
     sink = RecordingSink()
     list(run(pipe(train_step, grad(), apply(), log_to(sink, every=steps(2)), stop_when(max_steps(4))), created(), loader()))
     assert {name for record in sink.records for name in record.metrics} == {"train/loss", "lr"}
 
 
-def test_states_that_took_another_time_are_equal(tmp_path):
-    """Time does not count in comparisons."""
+def test_states_with_different_times_are_equal(tmp_path):
+    """Comparisons of states ignore the times."""
     a, b = (spent_in_a_run(tmp_path / name) for name in "ab")
     b.store.wall_time.total += 5.0
     assert_trees_equal(a, b)
 
 
-def test_a_copy_counts_for_itself():
-    """What a copy spends is not charged to the state that it was made of."""
+def test_a_copy_counts_its_own_time():
+    """The time of a copy is not added to the original state."""
     state = created()
     other = state.copy()
     other.store.wall_time.begin(lambda: 0.0)
@@ -120,13 +120,13 @@ def broken(model, batch):
 
 
 def an_hour_ago(folder):
-    """Let the newest checkpoint of a run look as if it had been written an hour ago."""
+    """Change the newest checkpoint of a run so that it looks one hour old."""
     manifest = os.path.join(newest(folder), "state.json")
     os.utime(manifest, (os.path.getatime(manifest), os.path.getmtime(manifest) - 3600))
 
 
-def test_what_a_run_that_was_cut_off_had_not_saved_is_lost(tmp_path):
-    """Going on from a checkpoint of a run that did not end in order counts the time since it was written."""
+def test_the_time_after_the_last_save_of_a_killed_run_is_lost(tmp_path):
+    """Resuming a run that did not end normally counts the time since its checkpoint as lost."""
     calls = iter([train_step] * 5 + [broken])
     with pytest.raises(KeyboardInterrupt):
         fit(created(lambda *given: next(calls)(*given)), loader(), config(dir=tmp_path, save_every=steps(2), max_steps=9))
@@ -137,8 +137,8 @@ def test_what_a_run_that_was_cut_off_had_not_saved_is_lost(tmp_path):
     assert state.wall_time.runs == 2
 
 
-def test_time_between_runs_that_ended_in_order_is_nobodys(tmp_path):
-    """A run that ended at its last step and is prolonged another day has lost nothing."""
+def test_time_between_runs_that_ended_normally_is_not_counted(tmp_path):
+    """If a run ended normally and is made longer a day later, no time is lost."""
     fit(created(), loader(), config(dir=tmp_path, max_steps=4))
     an_hour_ago(tmp_path)
     times = fit(created(), loader(), config(dir=tmp_path, max_steps=6, resume=True)).wall_time
@@ -147,27 +147,27 @@ def test_time_between_runs_that_ended_in_order_is_nobodys(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [{"total": -1.0}, {"data": "1"}, {"runs": 1.0}, {"save": True}, {"runs": -1}, {"log": 1e999}])
-def test_times_of_a_stranger_are_numbers_or_refused(wrong):
-    """Whatever a file says, what is read are seconds."""
-    with pytest.raises(ValueError, match="the times of a run are"):
+def test_wrong_times_in_a_file_are_refused(wrong):
+    """Times that are not finite seconds of at least 0 are an error."""
+    with pytest.raises(ValueError, match="the wall times of a run must be finite seconds"):
         WallTime.from_json(wrong)
 
 
-def test_a_checkpoint_that_knows_nothing_of_times_is_read():
-    """As one that was written before there were any."""
+def test_a_checkpoint_without_times_can_be_read():
+    """An older checkpoint has no times."""
     assert WallTime.from_json({}).seconds() == {"step": 0.0, **dict.fromkeys(CAUSES, 0.0)}
 
 
 def test_a_broken_section_is_a_broken_checkpoint(tmp_path, monkeypatch):
-    """It is named as one, like all that fnlight does not write."""
+    """Times that fnlight cannot have written are a BrokenCheckpointError."""
     monkeypatch.setattr(WallTime, "to_json", lambda self: {"total": "much"})
     save(created(), tmp_path / "a")
-    with pytest.raises(BrokenCheckpointError, match="the times of a run"):
+    with pytest.raises(BrokenCheckpointError, match="the wall times of a run"):
         load(tmp_path / "a", created().task)
 
 
-def test_a_clock_that_is_set_back_takes_nothing_away():
-    """No cause ever has less than before, and none more than all."""
+def test_a_clock_that_goes_back_does_not_reduce_times():
+    """The time of a cause never decreases, and is never more than the total."""
     hours = Hours()
     data, fn = Slow(list(loader(shuffle=False)), -1.0), hours.taking(-2.0, train_step)
     step = pipe(fn, grad(), apply(), log_to(hours.taking(-3.0, print), every=steps(2)), stop_when(max_steps(5)))
@@ -175,8 +175,8 @@ def test_a_clock_that_is_set_back_takes_nothing_away():
     assert set(state.wall_time.seconds().values()) == {0.0}
 
 
-def test_a_run_that_fails_leaves_no_clock_running():
-    """However a run ends, what its state counts has ended with it."""
+def test_a_failed_run_stops_its_clock():
+    """However a run ends, its state stops counting time."""
     hours, state = Hours(), created(broken)
     with pytest.raises(KeyboardInterrupt):
         list(run(pipe(broken, grad(), apply()), state, loader(), donate=True, clock=hours))

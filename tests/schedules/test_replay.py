@@ -1,4 +1,4 @@
-"""Laws of `fnlight.schedules.replay`: parity with every torch scheduler, and results that depend on arguments alone."""
+"""Laws of `fnlight.schedules.replay`: parity with every torch scheduler, and results that depend on the arguments alone."""
 
 import copy
 import inspect
@@ -73,18 +73,18 @@ def optimizer(kind: str = "SGD", lr: Any = 0.1) -> Any:
 
 
 def options(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the groups hold, but the parameters and the schedulers' own notes."""
+    """The options of the groups, without the parameters and the keys that schedulers add."""
     known = ("lr", "momentum", "betas", "weight_decay", "nesterov", "eps", "amsgrad")
     return [{k: copy.deepcopy(g[k]) for k in known if k in g} for g in groups]
 
 
 def configured(made: Any) -> list[dict[str, Any]]:
-    """The groups as `prepare` keeps them."""
+    """The groups as `prepare` stores them."""
     return [{**{k: copy.deepcopy(v) for k, v in g.items() if k != "params"}, "initial_lr": g["lr"]} for g in made.param_groups]
 
 
 def plain_loop(make: Callable[[Any], Any], made: Any, steps: int, values: Sequence[float] | None = None) -> list[list[dict[str, Any]]]:
-    """What the groups hold before each step of a loop that uses the real scheduler."""
+    """The options before each step of a manual loop with the real scheduler."""
     scheduler, found = make(made), []
     for i in range(steps):
         found.append(options(made.param_groups))
@@ -97,12 +97,12 @@ def plain_loop(make: Callable[[Any], Any], made: Any, steps: int, values: Sequen
 def replayed(
     schedule: TorchSchedule, held: list[dict[str, Any]], count: int, values: Sequence[float] | None = None
 ) -> list[dict[str, Any]]:
-    """What the groups hold when a schedule has been asked at one count only."""
+    """The options that a schedule returns for a single count."""
     return [options([{**group, **found}])[0] for group, found in zip(held, schedule.groups(held, count, values), strict=True)]
 
 
 def test_every_scheduler_of_torch_is_in_the_table() -> None:
-    """No scheduler that torch has, now or in a later version, goes untested."""
+    """Every scheduler of torch, also of a later version, is tested."""
     found = {
         name
         for module in (lr_scheduler, swa_utils)
@@ -114,8 +114,8 @@ def test_every_scheduler_of_torch_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_replayed_scheduler_equals_the_real_one_in_a_plain_loop_bitwise(name: str, kind: str) -> None:
-    """At every count each group holds exactly what the real scheduler would have put there, momentum and betas too."""
+def test_a_replayed_scheduler_is_bit_identical_to_the_real_one_in_a_manual_loop(name: str, kind: str) -> None:
+    """At every count each group has exactly the options that the real scheduler sets, also momentum and betas."""
     values = VALUES if name == "ReduceLROnPlateau" else None
     truth = plain_loop(MAKERS[name], optimizer(kind), STEPS, values)
     made = optimizer(kind)
@@ -126,8 +126,8 @@ def test_a_replayed_scheduler_equals_the_real_one_in_a_plain_loop_bitwise(name: 
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_what_a_replay_gives_does_not_depend_on_what_was_asked_before(name: str) -> None:
-    """Asked in any order, also for other groups in between, a schedule gives what a fresh one gives."""
+def test_a_replay_does_not_depend_on_earlier_calls(name: str) -> None:
+    """Called in any order, also for other groups in between, a schedule returns the same as a new one."""
     made = optimizer()
     held, other = configured(made), configured(optimizer("AdamW", lr=0.3))
     schedule = from_torch(MAKERS[name]).resolved(made.param_groups)
@@ -139,8 +139,8 @@ def test_what_a_replay_gives_does_not_depend_on_what_was_asked_before(name: str)
             assert schedule.groups(groups, n, VALUES[:n]) == fresh.groups(groups, n, VALUES[:n])
 
 
-def test_an_option_that_stands_again_as_at_first_is_given_back_too() -> None:
-    """What the scheduler has ever changed is in the result, so that nothing stale stays in a group."""
+def test_an_option_that_returns_to_its_first_value_is_in_the_result() -> None:
+    """Every option that the scheduler ever changed is in the result, so no group keeps an old value."""
     schedule = from_torch(lambda o: CyclicLR(o, 0.1, 0.3, step_size_up=2, base_momentum=0.7, max_momentum=0.9))
     held = configured(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9))
     assert [schedule.groups(held, n)[0] for n in (2, 4)] == [
@@ -149,8 +149,8 @@ def test_an_option_that_stands_again_as_at_first_is_given_back_too() -> None:
     ]
 
 
-def test_a_history_that_differs_from_the_last_one_is_replayed_from_its_start() -> None:
-    """A monitored schedule looks at the values themselves, not at how many there are."""
+def test_a_different_history_is_replayed_from_its_start() -> None:
+    """A monitored schedule compares the values, not only their number."""
     schedule = from_torch(MAKERS["ReduceLROnPlateau"], monitored=True)
     held = configured(optimizer())
     worse, better = [1.0] * 6, [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
@@ -161,7 +161,7 @@ def test_a_history_that_differs_from_the_last_one_is_replayed_from_its_start() -
 
 
 def test_a_replay_draws_no_random_numbers_and_leaves_the_groups_alone() -> None:
-    """Replaying changes neither the global generators nor what it was given."""
+    """Replaying changes neither the global random generators nor its arguments."""
     held = configured(optimizer())
     before, state, python = copy.deepcopy(held), torch.get_rng_state(), random.getstate()
     from_torch(MAKERS["OneCycleLR"]).groups(held, 10)
@@ -171,7 +171,7 @@ def test_a_replay_draws_no_random_numbers_and_leaves_the_groups_alone() -> None:
 
 
 def test_the_scheduler_never_sees_the_real_optimizer() -> None:
-    """The optimizer itself is not patched, and its groups keep what they held."""
+    """The optimizer is not patched, and its groups do not change."""
     made = optimizer()
     before = options(made.param_groups)
     schedule = from_torch(MAKERS["OneCycleLR"]).resolved(made.param_groups)
@@ -181,7 +181,7 @@ def test_the_scheduler_never_sees_the_real_optimizer() -> None:
     assert "initial_lr" not in made.param_groups[0]
 
 
-def test_a_learning_rate_that_is_a_tensor_stays_one() -> None:
+def test_a_tensor_learning_rate_stays_a_tensor() -> None:
     """A tensor learning rate is replayed in its own precision and never shared with the replay."""
     made = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=torch.tensor(0.1))
     truth = plain_loop(MAKERS["ExponentialLR"], torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=torch.tensor(0.1)), 9)
@@ -192,8 +192,8 @@ def test_a_learning_rate_that_is_a_tensor_stays_one() -> None:
     assert torch.equal(third, kept)
 
 
-def test_a_copy_of_a_schedule_gives_the_same() -> None:
-    """A deep copy, made half-way, agrees with the schedule and with a fresh one afterwards."""
+def test_a_copy_of_a_schedule_returns_the_same() -> None:
+    """A deep copy made half-way agrees with the schedule and with a new one afterwards."""
     schedule, held = from_torch(MAKERS["CyclicLR"]), configured(optimizer())
     schedule.groups(held, 7)
     twin = copy.deepcopy(schedule)
@@ -202,7 +202,7 @@ def test_a_copy_of_a_schedule_gives_the_same() -> None:
 
 
 def test_threads_may_share_a_schedule() -> None:
-    """Asked from several threads at once, a schedule gives each what it asked for."""
+    """Called from several threads at once, a schedule returns the right result to each."""
     schedule, held = from_torch(MAKERS["ExponentialLR"]), configured(optimizer())
     wrong: list[int] = []
 
@@ -218,18 +218,18 @@ def test_threads_may_share_a_schedule() -> None:
 
 
 def test_after_a_failure_of_the_scheduler_the_replay_starts_again() -> None:
-    """A scheduler that refuses a step, as OneCycleLR does past its end, leaves no half-way replay behind."""
+    """If a scheduler refuses a step, as OneCycleLR does after its end, no half-finished replay is kept."""
     schedule, held = from_torch(lambda o: OneCycleLR(o, 0.1, total_steps=5)), configured(optimizer())
     schedule.groups(held, 3)
     with pytest.raises(
-        ConfigError, match=r"OneCycleLR, replayed by from_torch, refuses its step 6: Tried to step 6 times.*; train no longer"
+        ConfigError, match=r"OneCycleLR, replayed by from_torch, refuses its step 6: Tried to step 6 times.*; train for fewer steps"
     ):
         schedule.groups(held, 7)
     assert schedule.groups(held, 4) == from_torch(lambda o: OneCycleLR(o, 0.1, total_steps=5)).groups(held, 4)
 
 
-def test_a_scheduler_with_an_end_says_where_it_is() -> None:
-    """The last count that OneCycleLR has a value for is known beforehand, and is the last one that it gives."""
+def test_the_end_of_a_scheduler_is_known() -> None:
+    """The last count of OneCycleLR is known before the run, and it is the last one that works."""
     schedule, held = from_torch(lambda o: OneCycleLR(o, 0.1, total_steps=5)), configured(optimizer())
     last = schedule.last(held)
     assert last == 5
@@ -240,7 +240,7 @@ def test_a_scheduler_with_an_end_says_where_it_is() -> None:
 
 
 def test_a_scheduler_of_the_user_is_replayed_like_one_of_torch() -> None:
-    """Any object with ``step`` works, and one whose step wants a value is found to be monitored."""
+    """Any object with ``step`` works; if ``step`` needs a value, the schedule is monitored."""
 
     class Halve:
         def __init__(self, made: Any) -> None:
@@ -258,13 +258,13 @@ def test_a_scheduler_of_the_user_is_replayed_like_one_of_torch() -> None:
 
 
 def test_make_must_return_a_scheduler() -> None:
-    """A factory that forgets its return is refused with what to look for."""
+    """A factory without a return is refused, and the error says what to look for."""
     with pytest.raises(ConfigError, match=r"must return a scheduler, but returned None; is a `return` missing\?"):
         from_torch(lambda o: None).groups(configured(optimizer()), 0)
 
 
 def test_make_must_use_the_optimizer_that_it_is_given() -> None:
-    """A factory that closes over the real optimizer is refused, since it would change it."""
+    """A factory that uses the real optimizer is refused, because it would change it."""
     made = optimizer()
     with pytest.raises(ConfigError, match="must use the optimizer that it is given, but its StepLR changes another one"):
         from_torch(lambda o: StepLR(made, 3)).groups(configured(made), 0)
@@ -283,7 +283,7 @@ def test_make_must_use_the_optimizer_that_it_is_given() -> None:
 def test_plateau_decides_as_torch_does(
     values: list[float], factor: float, patience: int, threshold: float, mode: Any, cooldown: int, floor: float, threshold_mode: Any
 ) -> None:
-    """Over any values the factor is what ReduceLROnPlateau makes of a learning rate of 1."""
+    """For any values the factor equals that of ReduceLROnPlateau with a learning rate of 1."""
     made = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     real = ReduceLROnPlateau(made, mode, factor, patience, threshold, threshold_mode, cooldown, min_lr=floor, eps=0.0)
     ours = plateau(factor, patience, threshold, mode, cooldown, floor, threshold_mode)
@@ -293,10 +293,10 @@ def test_plateau_decides_as_torch_does(
     assert ours.over(values) == made.param_groups[0]["lr"]
 
 
-def test_a_plateau_prints_as_the_code_that_makes_it() -> None:
-    """What a plateau prints makes an equal one."""
+def test_the_repr_of_a_plateau_is_the_code_that_makes_it() -> None:
+    """Evaluating the repr of a plateau gives an equal one."""
     ours = plateau(factor=0.3, mode="max", threshold_mode="abs")
-    assert eval(repr(ours), {"plateau": plateau}) == ours  # the law is about the code that is printed
+    assert eval(repr(ours), {"plateau": plateau}) == ours  # the test is about the repr as code
     assert ours != plateau()
 
 
@@ -313,7 +313,7 @@ def test_a_plateau_prints_as_the_code_that_makes_it() -> None:
         ({"threshold_mode": "both"}, r"plateau\(threshold_mode\) must be one of \('rel', 'abs'\), but got 'both'"),
     ],
 )
-def test_a_bad_argument_of_plateau_is_refused(given: dict[str, Any], message: str) -> None:
+def test_a_wrong_argument_of_plateau_is_refused(given: dict[str, Any], message: str) -> None:
     """Every argument is checked when the plateau is made."""
     with pytest.raises(ConfigError, match=message):
         Plateau(**given)

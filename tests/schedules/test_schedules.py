@@ -1,4 +1,4 @@
-"""Laws of `fnlight.schedules`: parity with torch, pureness, and clear refusals."""
+"""Laws of `fnlight.schedules`: parity with torch, purity, and clear errors."""
 
 import math
 from collections.abc import Callable
@@ -117,7 +117,7 @@ EVERY = {
 
 
 def torch_factors(make: Callable[[Any], Any], steps: int) -> list[float]:
-    """What a plain loop sees, with a base learning rate of 1."""
+    """The learning rates of a manual loop with a base learning rate of 1."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0, momentum=0.9)
     scheduler, found = make(optimizer), []
     for i in range(steps):
@@ -130,7 +130,7 @@ def torch_factors(make: Callable[[Any], Any], steps: int) -> list[float]:
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_schedule_equals_torch_s_scheduler_at_every_step(name: str) -> None:
-    """Where torch has the same schedule, the factors agree to 1e-12 at every count."""
+    """If torch has the same schedule, the factors agree to 1e-12 at every count."""
     schedule, make, steps = PAIRS[name]
     assert [schedule(count) for count in range(steps)] == pytest.approx(torch_factors(make, steps), rel=1e-12, abs=1e-12)
 
@@ -143,7 +143,7 @@ def test_a_schedule_equals_torch_s_scheduler_at_every_step(name: str) -> None:
     anneal=st.sampled_from(["cos", "linear"]),
 )
 def test_one_cycle_equals_torch_s_for_any_arguments(total: int, warm: float, start_div: float, final_div: float, anneal: Any) -> None:
-    """One cycle agrees with OneCycleLR to 1e-9 for any length, rise, divisors and form."""
+    """One cycle agrees with OneCycleLR to 1e-9 for any length, warm-up, divisors and shape."""
     assume(warm * total != 1.0)  # torch divides by zero there
     ours = one_cycle(total, warm, start_div, final_div, anneal)
     options = {"pct_start": warm, "div_factor": start_div, "final_div_factor": final_div, "anneal_strategy": anneal}
@@ -152,17 +152,17 @@ def test_one_cycle_equals_torch_s_for_any_arguments(total: int, warm: float, sta
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_a_schedule_prints_as_the_code_that_makes_it(name: str) -> None:
-    """Evaluating what a schedule prints gives the same schedule."""
+def test_the_repr_of_a_schedule_is_the_code_that_makes_it(name: str) -> None:
+    """Evaluating the repr of a schedule gives the same schedule."""
     schedule = EVERY[name]
-    again = eval(repr(schedule), vars(schedules))  # the law is about the code that is printed
+    again = eval(repr(schedule), vars(schedules))  # the test is about the repr as code
     assert [again(count) for count in range(30)] == [schedule(count) for count in range(30)]
     assert repr(schedule).startswith(f"{name}(")
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_schedule_is_pure(name: str) -> None:
-    """Asked in any order and as often as one likes, a schedule gives the same factor."""
+    """A schedule returns the same factor for a count in any order of calls."""
     schedule = EVERY[name]
     forward = [schedule(count) for count in range(25)]
     assert [schedule(count) for count in reversed(range(25))] == forward[::-1]
@@ -170,15 +170,15 @@ def test_a_schedule_is_pure(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine", "warmup_cosine", "polynomial", "one_cycle", "wsd", "join"])
-def test_past_its_end_a_schedule_holds_its_last_value(name: str) -> None:
-    """A schedule with an end gives its last factor for ever."""
+def test_a_schedule_keeps_its_last_value_after_its_end(name: str) -> None:
+    """After its end a schedule always returns its last factor."""
     schedule = EVERY[name]
     assert {schedule(count) for count in (10, 11, 50, 10**9)} == {schedule(10)}
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_schedule_knows_where_it_ends(name: str) -> None:
-    """From `total` on the factor is the same for ever, and not from any count before; without an end there is no total."""
+    """The factor is constant from `total` on, and not from any earlier count; a schedule without an end has no total."""
     schedule = EVERY[name]
     if schedule.total is None:
         assert name in ("constant", "warmup", "step_decay", "exponential", "cyclic", "cosine_restarts")
@@ -187,15 +187,15 @@ def test_a_schedule_knows_where_it_ends(name: str) -> None:
     assert schedule(schedule.total - 1) != schedule(schedule.total)
 
 
-def test_schedules_in_a_row_end_where_the_last_one_does() -> None:
-    """The end of a warm-up is that of what follows; a function of the user's own has no known end."""
+def test_a_sequence_of_schedules_ends_with_its_last_one() -> None:
+    """A warm-up ends with the schedule that follows it; a user's function has no known end."""
     assert (warmup(5).total, warmup(5, then=cosine(10)).total, warmup(5, then=exponential(0.5)).total) == (5, 15, None)
     assert (join([constant(), cosine(10)], [7]).total, join([constant(), lambda count: 1.0], [7]).total) == (17, None)
 
 
 @pytest.mark.parametrize("shape, middle", [("linear", 0.5), ("cos", 0.5), ("sqrt", 1 - math.sqrt(0.5))])
-def test_a_wsd_rises_stays_and_falls_over_its_last_steps(shape: Any, middle: float) -> None:
-    """Before the fall the factor is 1, half-way through it that of its form, at the end the last one."""
+def test_wsd_warms_up_stays_constant_and_decays_over_its_last_steps(shape: Any, middle: float) -> None:
+    """Before the decay the factor is 1, half-way through it depends on the shape, and at the end it is the last factor."""
     course = wsd(warmup=4, total=100, decay=20, shape=shape)
     assert [course(count) for count in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert {course(count) for count in range(4, 81)} == {1.0}
@@ -203,20 +203,20 @@ def test_a_wsd_rises_stays_and_falls_over_its_last_steps(shape: Any, middle: flo
     assert course(100) == 0.0
 
 
-def test_a_stable_part_may_be_prolonged_without_another_start() -> None:
-    """Two courses that differ in their total agree until the first one falls: a checkpoint of the plain serves both."""
+def test_the_stable_part_of_wsd_can_be_made_longer() -> None:
+    """Two schedules with different totals agree until the first decay starts, so both can resume from one checkpoint of the stable part."""
     short, long = wsd(warmup=4, total=50, decay=10), wsd(warmup=4, total=90, decay=10)
     assert [short(count) for count in range(41)] == [long(count) for count in range(41)]
 
 
-def test_the_first_step_of_a_warm_up_learns() -> None:
-    """The factors of a rise over n steps are 1/n, 2/n, ..., 1, never 0."""
+def test_the_first_factor_of_a_warm_up_is_not_zero() -> None:
+    """The factors of a warm-up over n steps are 1/n, 2/n, ..., 1."""
     assert [warmup(5)(count) for count in range(7)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0])
     assert warmup(0)(0) == 1.0
 
 
-def test_what_follows_a_warm_up_counts_from_its_end() -> None:
-    """The schedule behind a warm-up starts at its own count 0."""
+def test_the_schedule_after_a_warm_up_counts_from_its_end() -> None:
+    """The schedule after a warm-up starts at its own count 0."""
     asked: list[int] = []
     schedule = warmup(3, then=lambda count: asked.append(count) or 0.5)
     assert [schedule(count) for count in range(3, 6)] == [0.5, 0.5, 0.5]
@@ -224,20 +224,20 @@ def test_what_follows_a_warm_up_counts_from_its_end() -> None:
 
 
 def test_warmup_cosine_is_a_warm_up_followed_by_a_cosine() -> None:
-    """`warmup_cosine` is the join of its two parts, and `total` counts both."""
+    """`warmup_cosine` equals a warm-up followed by a cosine, and `total` includes both."""
     whole, rise, wave = warmup_cosine(warmup=10, total=100, final=0.1), warmup(10), cosine(90, final=0.1)
     assert [whole(c) for c in range(150)] == [rise(c) if c < 10 else wave(c - 10) for c in range(150)]
     assert whole(100) == pytest.approx(0.1)
 
 
 def test_each_joined_schedule_counts_from_its_boundary() -> None:
-    """At a boundary the next schedule takes over at its own count 0."""
+    """At a boundary the next schedule starts at its own count 0."""
     schedule = join([lambda c: c, lambda c: 100 + c, lambda c: 200 + c], [2, 5])
     assert [schedule(count) for count in range(8)] == [0, 1, 100, 101, 102, 200, 201, 202]
 
 
 def test_a_function_of_the_user_is_shown_by_its_name() -> None:
-    """A schedule made of the user's function prints that function's name, not its address."""
+    """The repr of a schedule with a user's function has the name of that function, not its address."""
 
     def dip(count: int) -> float:
         return 0.5 if count == 3 else 1.0
@@ -256,7 +256,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: cosine(5, final=-0.1), r"cosine\(final\) must be a finite number, at least 0, but got -0.1"),
     (lambda: warmup(-1), r"warmup\(warmup\) must be a whole number of at least 0, but got -1"),
     (lambda: warmup(3, then=0.5), r"warmup\(then\) must be a schedule, .* but got 0.5; write constant"),
-    (lambda: warmup_cosine(5, 5), r"total counts all steps and must be above warmup, but got warmup=5, total=5"),
+    (lambda: warmup_cosine(5, 5), r"total must be above warmup, as it includes the warmup, but got warmup=5, total=5"),
     (lambda: step_decay(0), r"step_decay\(period\) must be a whole number of at least 1, but got 0"),
     (lambda: exponential(-0.1), r"exponential\(rate\) must be a finite number, at least 0, but got -0.1"),
     (lambda: polynomial(5, power=0.0), r"polynomial\(power\) must be a finite number, above 0, but got 0.0"),
@@ -269,22 +269,22 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: cyclic(2, mode="square"), r"cyclic\(mode\) must be one of \['exp_range', .*\], but got 'square'"),
     (
         lambda: cyclic(2, gamma=0.9),
-        r"cyclic\(gamma=0.9\) shrinks cycles of mode=\"exp_range\", but the mode is 'triangular'; leave gamma out",
+        r"cyclic\(gamma=0.9\) has an effect with mode=\"exp_range\" only, but the mode is 'triangular'; leave gamma out",
     ),
     (lambda: cosine_restarts(0), r"cosine_restarts\(period\) must be a whole number of at least 1, but got 0"),
     (lambda: cosine_restarts(5, mult=0), r"cosine_restarts\(mult\) must be a whole number of at least 1, but got 0"),
-    (lambda: wsd(60, 100, 50), r"rise and fall must fit into total, but got warmup=60, decay=50, total=100"),
+    (lambda: wsd(60, 100, 50), r"warmup \+ decay must be at most total, but got warmup=60, decay=50, total=100"),
     (lambda: wsd(6, 100, 50, shape="exp"), r"wsd\(shape\) must be one of \['cos', 'linear', 'sqrt'\], but got 'exp'"),
     (lambda: join([constant()], [3]), r"one boundary fewer than schedules, but got 1 schedules and 1 boundaries"),
     (lambda: join([], []), r"one boundary fewer than schedules, but got 0 schedules"),
     (lambda: join([constant(), 0.5], [3]), r"join\(schedules\)\[1\] must be a schedule"),
-    (lambda: join([constant()] * 3, [5, 5]), r"join\(boundaries\) must rise, but got \[5, 5\]"),
+    (lambda: join([constant()] * 3, [5, 5]), r"join\(boundaries\) must increase, but got \[5, 5\]"),
     (lambda: join([constant()] * 2, [0]), r"join\(boundaries\) must be a whole number of at least 1, but got 0"),
 ]
 
 
 @pytest.mark.parametrize("make, message", REFUSED)
-def test_a_bad_argument_is_refused_with_what_was_expected_and_what_came(make: Callable[[], Any], message: str) -> None:
+def test_a_wrong_argument_is_refused_with_the_expected_and_the_given_value(make: Callable[[], Any], message: str) -> None:
     """Every argument is checked when the schedule is made, before any training."""
     with pytest.raises(ConfigError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""`Console`: a bar on a terminal, plain lines elsewhere, and never in the way of the training."""
+"""`Console`: a bar on a terminal, plain lines elsewhere; it never stops the training."""
 
 import io
 import os
@@ -21,7 +21,7 @@ from tests.repo.source import ROOT
 
 
 class Clock:
-    """A clock that is set by hand."""
+    """A clock that a test sets."""
 
     now = 0.0
 
@@ -54,7 +54,7 @@ def plain(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
 
-def test_a_line_says_where_the_run_stands() -> None:
+def test_a_line_shows_steps_epoch_metrics_and_times() -> None:
     """A line holds steps, epoch, the record's metrics, the rate, and elapsed and remaining time."""
     shown = lines(
         (100.0, Record(50, 0, {"train/loss": 0.123456, "lr": 0.001})),
@@ -70,7 +70,7 @@ def test_a_line_says_where_the_run_stands() -> None:
 
 
 def test_there_is_a_line_every_few_seconds_and_at_every_evaluation_and_the_last() -> None:
-    """Records in between are passed over, but evaluations never, nor the last record."""
+    """Records in between are skipped, but evaluations and the last record are always shown."""
     records = [(0.5 * i, Record(i, 0, {"train/loss": 1.0} | ({"val/loss": 2.0} if i == 13 else {}))) for i in range(1, 26)]
     assert [int(line.split()[1]) for line in lines(*records)] == [1, 11, 13, 23, 25]
     assert [int(line.split()[1]) for line in lines(*records, interval=2)] == [1, 5, 9, 13, 17, 21, 25]
@@ -78,7 +78,7 @@ def test_there_is_a_line_every_few_seconds_and_at_every_evaluation_and_the_last(
 
 
 @pytest.mark.parametrize("name", ["train/acc", "train_epoch/loss", "lr", "lr/0", "loss"])
-def test_training_metrics_do_not_break_the_pace(name: str) -> None:
+def test_training_metrics_are_not_shown_before_the_interval_is_over(name: str) -> None:
     """Only names of an evaluation, such as val/loss, are shown at once."""
     assert len(lines(*((0.1 * i, Record(i, 0, {name: 1.0})) for i in range(30)))) == 2
 
@@ -89,12 +89,12 @@ def test_the_last_line_is_printed_once() -> None:
 
 
 def test_without_a_total_there_is_no_remaining_time() -> None:
-    """What is not known is not shown."""
+    """The remaining time is left out if the total is unknown."""
     assert lines((0.0, Record(1, 0, {})), (10.0, Record(3, 0, {})))[1] == "step 3  epoch 0  0.2 steps/s  0:10 elapsed"
 
 
 def test_a_resumed_run_counts_its_own_steps() -> None:
-    """Rate and remaining time know nothing of the steps of an earlier process."""
+    """Rate and remaining time do not count the steps of an earlier process."""
     shown = lines((0.0, Record(5_000, 5, {})), (10.0, Record(5_010, 5, {})), total_steps=5_020)
     assert shown[1] == "step 5010/5020  epoch 5  1 steps/s  0:10 elapsed  0:10 left"
 
@@ -106,8 +106,8 @@ def test_a_run_past_its_total_has_nothing_left() -> None:
     )
 
 
-def test_a_console_that_is_closed_or_starts_over_begins_afresh() -> None:
-    """After close, and when steps go back, elapsed time and rate begin anew."""
+def test_a_closed_console_or_a_smaller_step_restarts_times_and_rate() -> None:
+    """After close, and when the step is smaller than before, elapsed time and rate start at zero."""
     clock, stream = Clock(), io.StringIO()
     console = Console(clock=clock, stream=stream, force_terminal=False, interval=0)
     for clock.now, step in ((0.0, 10), (1.0, 20), (2.0, 5), (3.0, 6)):
@@ -122,8 +122,8 @@ def test_a_console_that_is_closed_or_starts_over_begins_afresh() -> None:
     ]  # fmt: skip
 
 
-def test_samples_and_waiting_are_means_since_the_beginning() -> None:
-    """Each record tells of the time since the one before; what is shown is that of all of it, and no metric gives way for it."""
+def test_samples_and_waiting_time_are_means_over_the_run() -> None:
+    """Each record covers the time since the previous one; the display shows the mean over all of it, beside the metrics."""
     timed = [
         Record(n, 0, {"train/loss": 0.5, "samples/s": rate, "time/data": share})
         for n, rate, share in ((10, 9.0, 0.9), (20, 8.0, 0.5), (30, 20.0, 0.1))
@@ -134,14 +134,14 @@ def test_samples_and_waiting_are_means_since_the_beginning() -> None:
     assert shown[2] == "step 30  epoch 0  train/loss 0.5  5 steps/s  17 samples/s  data 20%  0:04 elapsed"
 
 
-def test_times_are_no_evaluation() -> None:
-    """A record of training that tells its times does not break the pace of the lines."""
+def test_times_do_not_count_as_an_evaluation() -> None:
+    """A training record with times is not shown before the interval is over."""
     timed = {"train/loss": 0.5, "samples/s": 9.0, "time/data": 0.5, "time/step": 0.5}
     assert len(lines(*((100.0 + n, Record(n, 0, timed)) for n in range(1, 5)))) == 2
 
 
 def test_the_losses_and_three_others_are_shown_unless_names_are_chosen() -> None:
-    """By default there are at most five names, those of losses always; chosen names are shown alone."""
+    """By default at most five metrics are shown, the losses first; chosen names replace them."""
     given = {"train/a": 1.0, "train_epoch/a": 9.0, "val/b": 2.0, "lr": 3.0, "val/c": 4.0, "val/loss": 5.0, "train/loss": 6.0}
     record = (0.0, Record(1, 0, given | {"note": Text("x")}))
     assert lines(record) == ["step 1  epoch 0  train/loss 6  val/loss 5  train/a 1  val/b 2  lr 3  0:00 elapsed"]
@@ -150,7 +150,7 @@ def test_the_losses_and_three_others_are_shown_unless_names_are_chosen() -> None
 
 
 def test_the_bar_shows_steps_times_and_the_newest_metrics(screen: io.StringIO) -> None:
-    """A terminal shows one bar, redrawn in place, which keeps metrics of records before, and a dash for those to come."""
+    """A terminal shows one bar, redrawn in place; it keeps earlier metrics and shows a dash for metrics that have no value yet."""
     clock = Clock()
     console = Console(200, ["train/loss", "val/acc", "val/none"], stream=screen, clock=clock, force_terminal=True)
     console(Record(50, 0, {"train/loss": 0.5}))
@@ -165,8 +165,8 @@ def test_the_bar_shows_steps_times_and_the_newest_metrics(screen: io.StringIO) -
     assert screen.getvalue().endswith("\x1b[?25h"), "the cursor must be shown again"
 
 
-def test_the_bar_is_drawn_ten_times_a_second_at_most(screen: io.StringIO) -> None:
-    """Many records cost few drawings; evaluations and the last record are drawn all the same."""
+def test_the_bar_is_redrawn_at_most_ten_times_a_second(screen: io.StringIO) -> None:
+    """Many records cost few redraws; evaluations and the last record are always drawn."""
     clock = Clock()
     console = Console(stream=screen, clock=clock, force_terminal=True)
     for i in range(1, 101):
@@ -179,8 +179,8 @@ def test_the_bar_is_drawn_ten_times_a_second_at_most(screen: io.StringIO) -> Non
     assert {1, 55, 100} <= set(shown)
 
 
-def test_without_a_total_the_terminal_counts(screen: io.StringIO) -> None:
-    """There is no bar without an end, but a count."""
+def test_without_a_total_the_terminal_shows_a_count(screen: io.StringIO) -> None:
+    """Without a total there is no bar, only the number of steps."""
     console = Console(stream=screen, clock=Clock(), force_terminal=True)
     console(Record(7, 0, {}))
     console.close()
@@ -198,8 +198,8 @@ def test_the_bar_starts_no_thread_and_leaves_the_streams(screen: io.StringIO) ->
     assert before == during
 
 
-def test_a_bar_that_nobody_closes_gives_the_cursor_back(screen: io.StringIO) -> None:
-    """When the console is forgotten its bar ends."""
+def test_a_bar_that_is_never_closed_shows_the_cursor_again(screen: io.StringIO) -> None:
+    """The bar ends when the console is garbage collected."""
     console = Console(10, stream=screen, force_terminal=True)
     console(Record(1, 0, {}))
     assert "\x1b[?25h" not in screen.getvalue()
@@ -209,7 +209,7 @@ def test_a_bar_that_nobody_closes_gives_the_cursor_back(screen: io.StringIO) -> 
 
 @pytest.mark.parametrize("term", ["dumb", "unknown"])
 def test_a_dumb_terminal_gets_lines(term: str, screen: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A terminal that cannot redraw is no place for a bar."""
+    """A terminal that cannot redraw gets plain lines."""
     monkeypatch.setenv("TERM", term)
     console = Console(10, stream=screen, clock=Clock(), force_terminal=True)
     console(Record(1, 0, {"train/loss": 1.0}))
@@ -219,7 +219,7 @@ def test_a_dumb_terminal_gets_lines(term: str, screen: io.StringIO, monkeypatch:
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_stream_that_breaks_ends_the_display_not_the_training(terminal: bool, screen: io.StringIO) -> None:
-    """A closed stream, none at all, or a reader that went away raise nothing."""
+    """A closed stream, no stream, and a pipe without a reader raise no error."""
     read, written = os.pipe()
     os.close(read)
     pipe = io.TextIOWrapper(io.FileIO(written, "w"), write_through=True)
@@ -231,12 +231,12 @@ def test_a_stream_that_breaks_ends_the_display_not_the_training(terminal: bool, 
         console.close()
         assert console._run is None
     with pytest.raises(BrokenPipeError, match="Broken pipe"):
-        pipe.write("what was to be written is lost")
+        pipe.write("lost text")
     pipe.close()
 
 
-def test_no_stream_at_all_is_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process without a standard error, as of a windowed program, trains all the same."""
+def test_without_a_standard_error_nothing_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process without a standard error, such as a windowed program, trains normally."""
     monkeypatch.setattr(sys, "stderr", None)
     console = Console(10)
     console(Record(1, 0, {"val/loss": 1.0}))
@@ -244,8 +244,8 @@ def test_no_stream_at_all_is_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     assert console._run is None
 
 
-def test_a_stream_of_few_letters_gets_what_it_can_show() -> None:
-    """A name that an ASCII stream cannot hold is shown as far as possible."""
+def test_an_ascii_stream_gets_replacement_characters() -> None:
+    """Letters that an ASCII stream cannot encode are replaced."""
     raw = io.BytesIO()
     console = Console(stream=io.TextIOWrapper(raw, "ascii"), clock=Clock(), force_terminal=False)
     console(Record(1, 0, {"val/größe": 1.0}))
@@ -256,14 +256,14 @@ def test_a_stream_of_few_letters_gets_what_it_can_show() -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"total_steps": -1}, r"Console\(total_steps=...\) must be a number of steps, or None where it is unknown, but got -1"),
+        ({"total_steps": -1}, r"Console\(total_steps=...\) must be a number of steps, or None if it is unknown, but got -1"),
         ({"total_steps": 1.5}, r"Console\(total_steps=...\) must be a number of steps"),
         ({"interval": -1}, r"Console\(interval=...\) must be seconds, at least 0, but got -1"),
         ({"interval": float("nan")}, r"Console\(interval=...\) must be seconds"),
         ({"metrics": [1]}, r"Console\(metrics=...\) must be names such as 'val/loss', or None, but got \[1\]"),
     ],
 )
-def test_what_cannot_mean_anything_is_refused(options: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> None:
     """Arguments are checked when the console is made."""
     with pytest.raises(ConfigError, match=message):
         Console(**options)
@@ -282,8 +282,8 @@ print("the end")
 """
 
 
-def test_in_a_pipe_there_are_plain_lines_and_the_output_is_the_programs_own() -> None:
-    """A real process in a pipe writes plain lines to its standard error, and its standard output holds what it printed."""
+def test_in_a_pipe_there_are_plain_lines_on_standard_error_only() -> None:
+    """A real process in a pipe writes plain lines to standard error; standard output holds only what the program printed."""
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     assert done.stdout == "result 1\nresult 2\nresult 3\nthe end\n"
@@ -295,7 +295,7 @@ def test_in_a_pipe_there_are_plain_lines_and_the_output_is_the_programs_own() ->
 
 
 def terminal_output(to_terminal: tuple[str, ...], tmp_path: Path) -> tuple[str, str]:
-    """What a real process writes to a real terminal, and what it writes to a file, as streams are sent to either."""
+    """The output of a real process on a real terminal and in a file; `to_terminal` names the streams that go to the terminal."""
     ours, theirs = pty.openpty()
     with (tmp_path / "out").open("wb") as file:
         streams: dict[str, Any] = {name: theirs if name in to_terminal else file for name in ("stdout", "stderr")}
@@ -312,15 +312,15 @@ def _all_of(descriptor: int) -> Iterator[bytes]:
         while True:
             try:
                 data = ours.read(4096)
-            except OSError:  # how Linux says that nobody holds the other end
+            except OSError:  # Linux raises this when the other end is closed
                 return
             if not data:
                 return
             yield data
 
 
-def test_on_a_real_terminal_there_is_a_bar_below_what_is_printed(tmp_path: Path) -> None:
-    """A process on a pseudo terminal draws a bar, and what it prints meanwhile stands above, each line whole."""
+def test_on_a_real_terminal_the_bar_is_below_printed_text(tmp_path: Path) -> None:
+    """A process on a pseudo terminal draws a bar, and printed lines appear above it, complete."""
     text, file = terminal_output(("stdout", "stderr"), tmp_path)
     assert file == ""
     assert "\x1b[?25l" in text, "a bar hides the cursor"

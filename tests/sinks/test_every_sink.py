@@ -1,4 +1,4 @@
-"""What holds for every sink: nothing before the first record, any number of closes, and a text that makes it again."""
+"""What holds for every sink: no file before the first record, repeated close calls, and a repr that makes it again."""
 
 import io
 import json
@@ -30,7 +30,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("make", FILES)
 def test_nothing_is_created_before_the_first_record(make: Any, tmp_path: Path) -> None:
-    """A sink that got no record leaves no file and no directory, however often it is flushed and closed."""
+    """A sink that got no record creates no file and no directory, even if it is flushed and closed several times."""
     sink = make(tmp_path)
     sink.flush()
     sink.close()
@@ -39,8 +39,8 @@ def test_nothing_is_created_before_the_first_record(make: Any, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("make", FILES)
-def test_a_sink_makes_parents_and_closes_twice_and_opens_again(make: Any, tmp_path: Path) -> None:
-    """Parent directories are made, a second close does nothing, and a record after it is written like any other."""
+def test_a_sink_creates_parents_closes_twice_and_opens_again(make: Any, tmp_path: Path) -> None:
+    """Parent directories are created, a second close does nothing, and a later record is written normally."""
     sink = make(tmp_path)
     for step in (1, 2):
         sink(Record(step, 0, {"loss": float(step)}))
@@ -48,13 +48,13 @@ def test_a_sink_makes_parents_and_closes_twice_and_opens_again(make: Any, tmp_pa
         sink.close()
         sink.close()
     written = b"".join(path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file())
-    assert written.count(b"loss") in (1, 2), "one column, or one entry a record"
+    assert written.count(b"loss") in (1, 2), "one column, or one entry per record"
     assert len(written) > 30
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize("make", FILES)
-def test_what_was_recorded_can_be_read_at_once(make: Any, tmp_path: Path) -> None:
+def test_a_record_can_be_read_at_once(make: Any, tmp_path: Path) -> None:
     """A record is in the file when the call returns, without a flush, so a killed run loses nothing that was recorded."""
     sink = make(tmp_path)
 
@@ -72,34 +72,34 @@ def test_what_was_recorded_can_be_read_at_once(make: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_the_text_of_a_sink_makes_it_again(text: str) -> None:
+def test_the_repr_of_a_sink_makes_it_again(text: str) -> None:
     """``repr`` is source text that a configuration reads back."""
     assert repr(parse(text)) == text
 
 
-def test_a_path_object_is_written_as_text(tmp_path: Path) -> None:
+def test_a_path_object_is_stored_as_text(tmp_path: Path) -> None:
     """A ``Path`` gives the same sink as its text."""
     assert repr(JSONL(tmp_path / "x")) == repr(JSONL(str(tmp_path / "x")))
 
 
 @pytest.mark.parametrize("kind", [JSONL, CSV, TensorBoard])
 @pytest.mark.parametrize("path", ["", None, 3, b"log"])
-def test_what_is_no_path_is_refused_when_the_sink_is_made(kind: Any, path: Any) -> None:
-    """A path that cannot be one is an error before any work."""
+def test_a_value_that_is_not_a_path_is_refused_when_the_sink_is_made(kind: Any, path: Any) -> None:
+    """A wrong path is an error before any work."""
     with pytest.raises(ConfigError, match=rf"{kind.__name__}\(path\) must be the path of a file or directory to write to, but got"):
         kind(path)
 
 
 @pytest.mark.parametrize("kind", [JSONL, CSV, TensorBoard])
-def test_an_address_is_refused_rather_than_made_a_directory(kind: Any) -> None:
-    """Sinks write to local paths only, and say so."""
+def test_a_url_is_refused(kind: Any) -> None:
+    """Sinks write to local paths only, and the error says so."""
     with pytest.raises(ConfigError, match="writes to local paths only, but got 's3://bucket/log'"):
         kind("s3://bucket/log")
 
 
 @pytest.mark.parametrize("make", FILES)
-def test_a_place_that_cannot_be_written_is_named(make: Any, tmp_path: Path) -> None:
-    """The error says which sink, which path and what to do, and stays an error of the operating system."""
+def test_the_error_names_a_path_that_cannot_be_written(make: Any, tmp_path: Path) -> None:
+    """The error names the sink, the path and what to do, and keeps its OSError type."""
     (tmp_path / "a").write_text("a file where a directory should be")
     sink = make(tmp_path)
     with pytest.raises(OSError, match=rf"{type(sink).__name__}\('.*a.*\) cannot write '{tmp_path}/a/.*give (another path|a path)"):
@@ -112,7 +112,7 @@ def test_a_place_that_cannot_be_written_is_named(make: Any, tmp_path: Path) -> N
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device here")
 @pytest.mark.parametrize("kind", [JSONL, CSV])
-def test_a_full_disk_is_named(kind: Any) -> None:
+def test_the_error_of_a_full_disk_says_what_to_do(kind: Any) -> None:
     """The error of a full disk says to free some space."""
     sink = kind("/dev/full")
     with pytest.raises(
@@ -123,15 +123,15 @@ def test_a_full_disk_is_named(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [JSONL, CSV])
-def test_a_directory_in_place_of_a_file_is_named(kind: Any, tmp_path: Path) -> None:
-    """A path that is a directory asks for the name of a file."""
+def test_a_directory_instead_of_a_file_is_refused(kind: Any, tmp_path: Path) -> None:
+    """If the path is a directory, the error asks for the name of a file."""
     with pytest.raises(IsADirectoryError, match="give the name of a file in that directory"):
         kind(tmp_path)(Record(1, 0, {"loss": 0.5}))
 
 
 @pytest.mark.parametrize("make", [*FILES, pytest.param(lambda p: Console(stream=io.StringIO(), force_terminal=False), id="Console")])
 @pytest.mark.parametrize("value", ["0.5", None, torch.zeros(2), object()])
-def test_a_metric_that_is_no_number_is_named(make: Any, value: Any, tmp_path: Path) -> None:
+def test_a_metric_that_is_not_a_number_is_refused(make: Any, value: Any, tmp_path: Path) -> None:
     """The error names the metric, the step and the type."""
     sink = make(tmp_path)
     with pytest.raises(
@@ -142,7 +142,7 @@ def test_a_metric_that_is_no_number_is_named(make: Any, value: Any, tmp_path: Pa
 
 
 def test_fan_out_gives_each_record_to_all_in_order() -> None:
-    """Every sink gets every record, in the order of the sinks; plain functions do."""
+    """Every sink gets every record, in the order of the sinks; a sink may be a plain function."""
     seen: list[tuple[str, int]] = []
     sink = fan_out(lambda r: seen.append(("a", r.step)), lambda r: seen.append(("b", r.step)))
     sink(Record(1, 0, {}))
@@ -152,8 +152,8 @@ def test_fan_out_gives_each_record_to_all_in_order() -> None:
     assert seen == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
 
 
-def test_a_sink_that_fails_does_not_keep_a_record_from_the_others(tmp_path: Path) -> None:
-    """The others write what the failing one could not, and its error is raised afterwards; so it is with close."""
+def test_the_other_sinks_get_a_record_that_one_sink_failed_on(tmp_path: Path) -> None:
+    """The other sinks write the record, and the error is raised afterwards; close works the same way."""
 
     class Failing:
         def __call__(self, record: Any) -> None:
@@ -170,19 +170,19 @@ def test_a_sink_that_fails_does_not_keep_a_record_from_the_others(tmp_path: Path
     assert after._file is None
 
 
-def test_fan_out_reads_as_it_is_written() -> None:
+def test_the_repr_of_fan_out_is_its_source_text() -> None:
     """``repr`` is source text; functions show their name."""
     assert repr(fan_out(JSONL("a"), fan_out(CSV("b")), print)) == "fan_out(JSONL('a'), fan_out(CSV('b')), print)"
 
 
-def test_fan_out_refuses_what_is_no_sink() -> None:
-    """A path is no sink."""
+def test_fan_out_refuses_a_value_that_is_not_a_sink() -> None:
+    """A path is not a sink."""
     with pytest.raises(ConfigError, match=r"fan_out takes functions of a record, but got str: 'log\.jsonl'"):
         fan_out(JSONL("a"), "log.jsonl")
 
 
-def test_a_training_that_is_done_again_from_the_middle_is_logged_once(tmp_path: Path) -> None:
-    """Three epochs, then the last two again from the state of the first: every file holds each step once."""
+def test_steps_that_are_trained_twice_are_logged_once(tmp_path: Path) -> None:
+    """Train three epochs, then repeat the last two from the state after the first: every file holds each step once."""
 
     def train_step(model: Any, batch: Any) -> Any:
         return model(batch).square().mean()

@@ -1,4 +1,4 @@
-"""`JSONL`: lines that any reader reads, whole ones only, and none twice."""
+"""`JSONL`: lines that every JSON reader can read; no incomplete lines, no duplicates."""
 
 import json
 import math
@@ -22,12 +22,12 @@ from tests.repo.source import ROOT
 
 
 def strict(line: str) -> Any:
-    """Read a line as the standard says, which knows no NaN."""
-    return json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    """Read a line as standard JSON, which has no NaN."""
+    return json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 def rows(path: Path) -> list[Any]:
-    """All lines, each of which must be whole."""
+    """All lines; each one must be complete."""
     text = path.read_text(encoding="utf-8")
     assert not text or text.endswith("\n")
     return [strict(line) for line in text.split("\n")[:-1]]
@@ -38,7 +38,7 @@ def steps(path: Path) -> list[int]:
     return [row["step"] for row in rows(path)]
 
 
-def test_one_line_a_record(tmp_path: Path) -> None:
+def test_one_line_per_record(tmp_path: Path) -> None:
     """A line holds step, epoch and the metrics as floats; media are left out."""
     sink, path = JSONL(tmp_path / "log.jsonl"), tmp_path / "log.jsonl"
     media = {"i": Image(torch.zeros(2, 2)), "h": Histogram(torch.zeros(2)), "f": Figure(None), "t": Text("x")}
@@ -54,7 +54,7 @@ def test_one_line_a_record(tmp_path: Path) -> None:
 
 @given(st.dictionaries(st.text(), st.floats(), max_size=5), st.integers(0, 2**53), st.integers(0, 2**31))
 def test_any_names_and_any_floats_are_read_back_exactly(metrics: dict[str, float], step: int, epoch: int) -> None:
-    """A strict parser reads every record back bit by bit; ``float`` turns NaN and the infinities into what they were."""
+    """A strict parser reads every record back exactly; ``float`` restores NaN and the infinities."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             json.dumps(list(metrics), ensure_ascii=False).encode()
@@ -72,7 +72,7 @@ def test_any_names_and_any_floats_are_read_back_exactly(metrics: dict[str, float
 
 
 def test_a_resumed_run_leaves_no_duplicates(tmp_path: Path) -> None:
-    """Reopening at step s drops the lines of steps from s on, and no others."""
+    """Reopening at step s drops the lines of step s and later, and no others."""
     path = tmp_path / "log.jsonl"
     for first in (10, 30, 20):
         sink = JSONL(path)
@@ -83,7 +83,7 @@ def test_a_resumed_run_leaves_no_duplicates(tmp_path: Path) -> None:
 
 
 def test_a_run_that_starts_over_without_closing_leaves_no_duplicates(tmp_path: Path) -> None:
-    """A step below the last one counts as reopening."""
+    """A step that is smaller than the last one counts as reopening."""
     sink = JSONL(tmp_path / "log.jsonl")
     for step in (10, 20, 30, 15, 20):
         sink(Record(step, 0, {}))
@@ -92,7 +92,7 @@ def test_a_run_that_starts_over_without_closing_leaves_no_duplicates(tmp_path: P
 
 
 def test_two_records_of_one_step_are_two_lines(tmp_path: Path) -> None:
-    """Nothing is dropped while a file is open: training and evaluation may come one after the other."""
+    """Nothing is dropped while a file is open: a training record and an evaluation record may have the same step."""
     sink = JSONL(tmp_path / "log.jsonl")
     sink(Record(10, 0, {"train/loss": 1.0}))
     sink(Record(10, 0, {"val/loss": 2.0}))
@@ -100,8 +100,8 @@ def test_two_records_of_one_step_are_two_lines(tmp_path: Path) -> None:
     assert [row["metrics"] for row in rows(tmp_path / "log.jsonl")] == [{"train/loss": 1.0}, {"val/loss": 2.0}]
 
 
-def test_a_line_torn_anywhere_is_repaired(tmp_path: Path) -> None:
-    """Wherever a killed run broke off, the whole lines stay and the torn one goes."""
+def test_an_incomplete_last_line_is_dropped(tmp_path: Path) -> None:
+    """Wherever a killed run was cut off, the complete lines stay and the incomplete one is dropped."""
     path = tmp_path / "log.jsonl"
     sink = JSONL(path)
     for step in (1, 2):
@@ -115,8 +115,8 @@ def test_a_line_torn_anywhere_is_repaired(tmp_path: Path) -> None:
         assert steps(path) == [*range(1, whole[:cut].count(b"\n") + 1), 3]
 
 
-def test_zeros_behind_the_end_are_repaired(tmp_path: Path) -> None:
-    """Zeros, which a file system may leave after a power failure, are no line."""
+def test_zeros_after_the_end_are_dropped(tmp_path: Path) -> None:
+    """A file system may leave zeros after a power failure; they are not a line."""
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"step": 1, "epoch": 0, "metrics": {}}\n{"step": 2' + bytes(100))
     sink = JSONL(path)
@@ -126,17 +126,17 @@ def test_zeros_behind_the_end_are_repaired(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ['{"text": "mine"}\n', "[\n1\n]", "step,epoch\n1,0\n", "[1]\n", "\n", "notes"])
-def test_a_file_of_somebody_else_is_left_alone(text: str, tmp_path: Path) -> None:
-    """A file that is no log is neither cut nor continued, and the error says so."""
+def test_a_file_that_is_not_a_log_is_not_changed(text: str, tmp_path: Path) -> None:
+    """A file that is not a log is neither cut nor appended to, and the error says so."""
     path = tmp_path / "log.jsonl"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="this file holds lines that are no records, so it is left alone; give the path of a new file"):
+    with pytest.raises(ConfigError, match="this file holds lines that are not records, so it was not changed; give the path of a new file"):
         JSONL(path)(Record(1, 0, {}))
     assert path.read_text() == text
 
 
-def test_a_disk_that_fills_up_within_a_line_leaves_whole_lines(tmp_path: Path) -> None:
-    """A line that does not fit is taken back, the error names the file, and once there is room the log goes on."""
+def test_a_disk_that_fills_up_within_a_line_leaves_complete_lines(tmp_path: Path) -> None:
+    """A line that does not fit is removed, the error names the file, and logging continues when there is space."""
     program = """
 import resource, sys
 from fnlight.sinks import JSONL
@@ -161,8 +161,8 @@ sink(Record(step, 0, {"loss": 0.5}))
     assert failed >= 2
 
 
-def test_a_killed_run_leaves_lines_that_the_next_one_continues(tmp_path: Path) -> None:
-    """After SIGKILL at any moment every line but the last is whole, and the next run goes on behind them."""
+def test_the_next_run_continues_the_log_of_a_killed_run(tmp_path: Path) -> None:
+    """After SIGKILL at any moment every line but the last is complete, and the next run appends to them."""
     program = """
 import itertools, sys
 from fnlight.sinks import JSONL

@@ -1,4 +1,4 @@
-"""`CSV`: a table that keeps everything, also when columns are added on the way."""
+"""`CSV`: a table that keeps every value, also when columns are added during a run."""
 
 import csv
 import math
@@ -32,7 +32,7 @@ def write(path: Path, *records: Record) -> None:
     sink.close()
 
 
-def test_one_row_a_record(tmp_path: Path) -> None:
+def test_one_row_per_record(tmp_path: Path) -> None:
     """The header is step, epoch and the names; media are left out, missing cells are empty."""
     path = tmp_path / "log.csv"
     write(path, Record(1, 0, {"b": 0.1, "a": torch.tensor(2), "i": Image(torch.zeros(2, 2))}), Record(2, 1, {"a": float("inf")}))
@@ -40,7 +40,7 @@ def test_one_row_a_record(tmp_path: Path) -> None:
 
 
 def test_a_new_name_widens_the_table_and_keeps_every_cell(tmp_path: Path) -> None:
-    """Names that turn up later get a column of their own; rows before have an empty cell there."""
+    """A metric that appears later gets its own column; earlier rows have an empty cell there."""
     path = tmp_path / "log.csv"
     write(path, Record(1, 0, {}), Record(2, 0, {"a": 1.0}), Record(3, 0, {"b": 2.0, "c": 3.0}), Record(4, 0, {"a": 4.0}))
     assert path.read_text() == "step,epoch,a,b,c\n1,0,,,\n2,0,1.0,,\n3,0,,2.0,3.0\n4,0,4.0,,\n"
@@ -51,8 +51,8 @@ RECORDS = st.lists(st.dictionaries(st.text(st.characters(codec="utf-8")), st.flo
 
 
 @given(RECORDS)
-def test_whatever_was_recorded_is_read_back(given_metrics: list[dict[str, float]]) -> None:
-    """Any names on one line and any floats come back exactly, in whatever order names turn up."""
+def test_every_record_is_read_back_exactly(given_metrics: list[dict[str, float]]) -> None:
+    """Any one-line names and any floats are read back exactly, in any order of names."""
     metrics = [{n: v for n, v in m.items() if n.splitlines() == [n] and n not in ("step", "epoch")} for m in given_metrics]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "log.csv"
@@ -66,7 +66,7 @@ def test_whatever_was_recorded_is_read_back(given_metrics: list[dict[str, float]
 
 
 def test_a_resumed_run_leaves_no_duplicates_and_keeps_its_columns(tmp_path: Path) -> None:
-    """Reopening at step s drops the rows from s on; the columns stay, and new ones may come at once."""
+    """Reopening at step s drops the rows of step s and later; the columns stay, and new ones can be added."""
     path = tmp_path / "log.csv"
     write(path, *(Record(step, 0, {"a": 1.0}) for step in (10, 20, 30)))
     write(path, Record(20, 1, {"b": 2.0}), Record(30, 1, {"a": 3.0}))
@@ -74,14 +74,14 @@ def test_a_resumed_run_leaves_no_duplicates_and_keeps_its_columns(tmp_path: Path
 
 
 def test_a_run_that_starts_over_without_closing_leaves_no_duplicates(tmp_path: Path) -> None:
-    """A step below the last one counts as reopening; two records of one step are two rows."""
+    """A step that is smaller than the last one counts as reopening; two records of one step are two rows."""
     path = tmp_path / "log.csv"
     write(path, *(Record(step, 0, {"a": 1.0}) for step in (10, 20, 30, 15, 15)))
     assert [row["step"] for row in rows(path)] == ["10", "15", "15"]
 
 
-def test_a_row_torn_anywhere_is_repaired(tmp_path: Path) -> None:
-    """Wherever a killed run broke off, header included, the whole rows stay and the torn one goes."""
+def test_an_incomplete_last_row_is_dropped(tmp_path: Path) -> None:
+    """Wherever a killed run was cut off, also in the header, the complete rows stay and the incomplete one is dropped."""
     path = tmp_path / "log.csv"
     write(path, Record(1, 0, {"a": 0.25}), Record(2, 0, {"a": 0.75}))
     whole = path.read_bytes()
@@ -94,7 +94,7 @@ def test_a_row_torn_anywhere_is_repaired(tmp_path: Path) -> None:
 
 
 def test_a_failure_while_widening_leaves_the_table_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wider table is written beside the old one and put in its place at once, or not at all."""
+    """The wider table is a second file, which replaces the old one in one operation or not at all."""
     path = tmp_path / "log.csv"
     sink = CSV(path)
     sink(Record(1, 0, {"a": 1.0}))
@@ -114,8 +114,8 @@ def test_a_failure_while_widening_leaves_the_table_as_it_was(tmp_path: Path, mon
     assert path.read_text() == "step,epoch,a,b\n1,0,1.0,\n2,0,,2.0\n"
 
 
-def test_widening_keeps_a_link_and_the_rights_of_the_file(tmp_path: Path) -> None:
-    """A link stays a link, and what others may read they may read afterwards."""
+def test_widening_keeps_a_link_and_the_permissions_of_the_file(tmp_path: Path) -> None:
+    """A symbolic link stays a link, and the mode of the file stays."""
     (tmp_path / "real").mkdir()
     path = tmp_path / "log.csv"
     path.symlink_to(tmp_path / "real" / "log.csv")
@@ -128,20 +128,20 @@ def test_widening_keeps_a_link_and_the_rights_of_the_file(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("text", ["name,age\nx,1\n", "step,epoch\nfirst,0\n", "notes", "\n", 'step,epoch,"x\n'])
-def test_a_file_of_somebody_else_is_left_alone(text: str, tmp_path: Path) -> None:
-    """A file that is no such table is neither cut nor continued, and the error says so."""
+def test_a_file_that_is_not_a_table_is_not_changed(text: str, tmp_path: Path) -> None:
+    """A file that is not such a table is neither cut nor appended to, and the error says so."""
     path = tmp_path / "log.csv"
     path.write_text(text)
     with pytest.raises(
-        ConfigError, match=r"this file is no table with columns step,epoch,...; it is left alone; give the path of a new file"
+        ConfigError, match=r"this file is not a table with columns step,epoch,..., so it was not changed; give the path of a new file"
     ):
         write(path, Record(1, 0, {"a": 1.0}))
     assert path.read_text() == text
 
 
 @pytest.mark.parametrize("name", ["step", "epoch", "two\nlines", ""])
-def test_a_name_that_cannot_head_a_column_is_refused(name: str, tmp_path: Path) -> None:
-    """A metric called like a column that is there, or with a line break, is an error and no lost value."""
-    with pytest.raises(ConfigError, match="a column must have a name of its own on one line; rename it"):
+def test_a_name_that_cannot_be_a_column_is_refused(name: str, tmp_path: Path) -> None:
+    """A metric with the name of an existing column, or with a line break, is an error, not a lost value."""
+    with pytest.raises(ConfigError, match="a column needs a unique name on one line; rename the metric"):
         CSV(tmp_path / "log.csv")(Record(1, 0, {name: 1.0}))
     assert list(tmp_path.iterdir()) == []

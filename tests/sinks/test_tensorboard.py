@@ -28,7 +28,7 @@ from tests.repo.source import ROOT
 
 
 def read(folder: Path) -> EventAccumulator:
-    """What TensorBoard finds in a directory."""
+    """The data that TensorBoard reads from a directory."""
     found = EventAccumulator(str(folder), size_guidance={"images": 0, "histograms": 0, "tensors": 0, "scalars": 0})
     found.Reload()
     return found
@@ -44,7 +44,7 @@ def write(folder: Path, *records: Record, **options: Any) -> EventAccumulator:
 
 
 def pixels(folder: Path, picture: Any) -> np.ndarray:
-    """The pixels that TensorBoard shows of a picture, shape [H, W] or [H, W, C]."""
+    """The pixels that TensorBoard shows for an image, shape [H, W] or [H, W, C]."""
     (event,) = write(folder, Record(1, 0, {"picture": picture})).Images("picture")
     shown = PIL.Image.open(io.BytesIO(event.encoded_image_string))
     assert (event.width, event.height) == shown.size
@@ -57,7 +57,7 @@ def curve(found: EventAccumulator, name: str) -> list[tuple[int, float]]:
 
 
 def test_scalars_are_read_back(tmp_path: Path) -> None:
-    """Numbers, tensors of any dtype, monoids and infinities are points of a curve."""
+    """Numbers, tensors of any dtype, accumulators and infinities become scalars."""
     found = write(
         tmp_path,
         Record(10, 0, {"train/loss": 0.5, "b": torch.tensor(1.5, dtype=torch.bfloat16), "c": Mean(3.0, 2)}),
@@ -70,28 +70,28 @@ def test_scalars_are_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-def test_a_grey_picture_has_its_pixels(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Floats in 0..1 of any precision become bytes; what lies outside is clipped and NaN is black."""
+def test_a_grey_image_keeps_its_pixels(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Floats in 0..1 of any precision become bytes; other values are clipped, and NaN is black."""
     picture = torch.tensor([[0.0, 0.5, 1.0], [-3.0, 7.0, float("nan")]], dtype=dtype, requires_grad=True)
     assert pixels(tmp_path, Image(picture)).tolist() == [[0, 128, 255], [0, 255, 0]]
 
 
-def test_bytes_and_bools_are_pixels_as_they_are(tmp_path: Path) -> None:
-    """uint8 is taken as it is, and True is white."""
+def test_bytes_and_bools_are_valid_pixels(tmp_path: Path) -> None:
+    """uint8 values are kept, and True is white."""
     assert pixels(tmp_path / "a", Image(torch.tensor([[[0, 7, 255]]], dtype=torch.uint8))).tolist() == [[0, 7, 255]]
     assert pixels(tmp_path / "b", Image(torch.tensor([[True, False]]))).tolist() == [[255, 0]]
 
 
 @pytest.mark.parametrize("channels", [3, 4])
-def test_a_coloured_picture_has_its_channels(channels: int, tmp_path: Path) -> None:
-    """A picture of shape [C, H, W] keeps its channels; NumPy arrays do as well."""
+def test_a_colour_image_keeps_its_channels(channels: int, tmp_path: Path) -> None:
+    """An image of shape [C, H, W] keeps its channels, also as a NumPy array."""
     picture = torch.arange(channels * 6, dtype=torch.uint8).reshape(channels, 2, 3)
     assert np.array_equal(pixels(tmp_path / "a", Image(picture)), picture.permute(1, 2, 0).numpy())
     assert np.array_equal(pixels(tmp_path / "b", Image(picture.numpy())), picture.permute(1, 2, 0).numpy())
 
 
-def test_a_batch_of_pictures_is_a_grid(tmp_path: Path) -> None:
-    """Five pictures stand in two rows of three, two pixels apart, in reading order."""
+def test_a_batch_of_images_is_a_grid(tmp_path: Path) -> None:
+    """Five images fill two rows of three, two pixels apart, in reading order."""
     batch = torch.stack([torch.full((1, 3, 4), 40 * (i + 1), dtype=torch.uint8) for i in range(5)])
     shown = pixels(tmp_path, Image(batch))
     assert shown.shape == (2 * 3 + 2, 3 * 4 + 2 * 2)
@@ -101,7 +101,7 @@ def test_a_batch_of_pictures_is_a_grid(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
 def test_a_histogram_counts_every_value(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Counts, bounds and sums are those of the values, whatever their dtype and shape."""
+    """Counts, bounds and sums match the values, for every dtype and shape."""
     values = torch.tensor([[0, 1, 1], [3, 3, 3]]).to(dtype)
     (event,) = write(tmp_path, Record(1, 0, {"weights": Histogram(values)})).Histograms("weights")
     found, numbers = event.histogram_value, values.double()
@@ -113,8 +113,8 @@ def test_a_histogram_counts_every_value(dtype: torch.dtype, tmp_path: Path) -> N
     assert filled[-1][0] == numbers.max()
 
 
-def test_a_histogram_leaves_out_what_has_no_place(tmp_path: Path) -> None:
-    """NaN and infinities are not counted; where nothing is left the histogram is empty; equal values fill one bin."""
+def test_a_histogram_leaves_out_non_finite_values(tmp_path: Path) -> None:
+    """NaN and infinities are not counted; without finite values the histogram is empty; equal values fill one bin."""
     nan, inf = float("nan"), float("inf")
     shown = {"a": Histogram(torch.tensor([1.0, nan, inf, 1.0])), "b": Histogram(torch.tensor([nan])), "c": Histogram(torch.zeros(0))}
     found = write(tmp_path, Record(1, 0, shown))
@@ -123,7 +123,7 @@ def test_a_histogram_leaves_out_what_has_no_place(tmp_path: Path) -> None:
 
 
 def test_a_figure_is_drawn_and_stays_usable(tmp_path: Path) -> None:
-    """A matplotlib figure is a picture of its size, and the figure is the caller's as before."""
+    """A matplotlib figure becomes an image of its size, and the caller can still use the figure."""
     drawing = Drawing(figsize=(2, 1), dpi=50)
     drawing.add_subplot().plot([1, 2, 3])
     shown = pixels(tmp_path, Figure(drawing))
@@ -133,7 +133,7 @@ def test_a_figure_is_drawn_and_stays_usable(tmp_path: Path) -> None:
 
 
 def test_a_text_is_read_back(tmp_path: Path) -> None:
-    """A text stands in the Text tab, letter by letter."""
+    """A text is shown unchanged in the Text tab."""
     found = write(tmp_path, Record(5, 0, {"note": Text("a *note*, ünïcode")}))
     (event,) = found.Tensors("note")
     assert (event.step, event.tensor_proto.string_val[0].decode()) == (5, "a *note*, ünïcode")
@@ -150,28 +150,28 @@ def test_all_kinds_in_one_record(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
 
 
-def test_a_resumed_run_has_no_zigzag(tmp_path: Path) -> None:
-    """What earlier files say of the steps from the first new one on is no longer shown, and nothing else is lost."""
+def test_the_curves_of_a_resumed_run_do_not_overlap(tmp_path: Path) -> None:
+    """TensorBoard hides the later steps of earlier files from the first new step on, and nothing else."""
     for first in (10, 30, 20):
         found = write(
             tmp_path, *(Record(step, 0, {"loss": step + first / 100, "t": Text(f"{first}")}) for step in range(first, first + 30, 10))
         )
     assert [step for step, _ in curve(found, "loss")] == [10, 20, 30, 40]
     assert [round(value % 1, 2) for _, value in curve(found, "loss")] == [0.1, 0.2, 0.2, 0.2]
-    server = PluginAccumulator(str(tmp_path))  # the reader behind the tabs, which takes everything for a tensor
+    server = PluginAccumulator(str(tmp_path))  # the reader of the web page, which treats every value as a tensor
     server.Reload()
     assert [event.step for event in server.Tensors("loss")] == [10, 20, 30, 40]
     assert [event.tensor_proto.string_val[0].decode() for event in server.Tensors("t")] == ["10", "20", "20", "20"]
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_run_that_starts_over_without_closing_has_no_zigzag(tmp_path: Path) -> None:
-    """A step below the last one counts as reopening."""
+def test_the_curves_of_a_run_that_starts_over_without_closing_do_not_overlap(tmp_path: Path) -> None:
+    """A step that is smaller than the last one counts as reopening."""
     assert curve(write(tmp_path, *(Record(step, 0, {"a": 1.0}) for step in (10, 20, 30, 15, 20))), "a") == [(10, 1.0), (15, 1.0), (20, 1.0)]
 
 
-def test_a_file_torn_anywhere_does_not_hide_the_next_one(tmp_path: Path) -> None:
-    """Wherever a killed run broke off, TensorBoard shows its whole records and those of the resumed run."""
+def test_an_incomplete_file_does_not_hide_the_next_one(tmp_path: Path) -> None:
+    """Wherever a killed run was cut off, TensorBoard shows its complete records and those of the resumed run."""
     write(tmp_path / "whole", Record(1, 0, {"a": 1.0}), Record(2, 0, {"a": 2.0}))
     (whole,) = (tmp_path / "whole").iterdir()
     data = whole.read_bytes()
@@ -185,7 +185,7 @@ def test_a_file_torn_anywhere_does_not_hide_the_next_one(tmp_path: Path) -> None
 
 
 def test_files_sort_in_the_order_in_which_they_were_written(tmp_path: Path) -> None:
-    """Each file's name sorts behind all others, also of one second or of a clock that was ahead."""
+    """The name of a new file sorts after all others, also within one second or after a clock that was ahead."""
     (tmp_path / "events.out.tfevents.9999999000.elsewhere.1.0").write_bytes(b"")
     for step in (1, 2, 3):
         write(tmp_path, Record(step, 0, {"a": float(step)}))
@@ -196,7 +196,7 @@ def test_files_sort_in_the_order_in_which_they_were_written(tmp_path: Path) -> N
 
 
 def hparams_tab(folder: Path) -> list[Any]:
-    """The rows of the HParams tab, from the very code that fills it."""
+    """The rows of the HParams tab, from the code of TensorBoard that fills it."""
     runs = EventMultiplexer()
     runs.AddRunsFromDirectory(str(folder))
     runs.Reload()
@@ -223,8 +223,8 @@ def test_the_hparams_tab_compares_runs_with_their_final_metrics(tmp_path: Path) 
     assert [session.status for group in tab for session in group.sessions] == [api_pb2.STATUS_SUCCESS] * 2
 
 
-def test_a_run_that_is_under_way_or_resumed_keeps_its_row(tmp_path: Path) -> None:
-    """The row is there before the run ends, and stays one row when it goes on from its first step."""
+def test_a_running_or_resumed_run_keeps_its_row(tmp_path: Path) -> None:
+    """The row exists before the run ends, and a resumed run has the same row."""
     sink = TensorBoard(tmp_path / "a", hparams={"lr": 0.1})
     sink(Record(0, 0, {"loss": 1.0}))
     assert [list(group.hparams) for group in hparams_tab(tmp_path)] == [["lr"]]
@@ -238,16 +238,19 @@ def test_a_run_that_is_under_way_or_resumed_keeps_its_row(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "picture, message",
     [
-        (Image(torch.zeros(2, 5, 5)), r"Image 'x' at step 3 cannot be drawn: it must have shape \[H, W\], .* but has \[2, 5, 5\]"),
-        (Image(torch.zeros(0, 3, 5, 5)), r"Image 'x' at step 3 cannot be drawn: it must have shape"),
+        (
+            Image(torch.zeros(2, 5, 5)),
+            r"Image 'x' at step 3 cannot be converted for TensorBoard: it must have shape \[H, W\], .* but has \[2, 5, 5\]",
+        ),
+        (Image(torch.zeros(0, 3, 5, 5)), r"Image 'x' at step 3 cannot be converted for TensorBoard: it must have shape"),
         (Image(torch.zeros(5, 5, dtype=torch.int64)), r"its dtype must be floating \(values in 0..1\), uint8 or bool, but is torch.int64"),
-        (Figure("a figure"), r"Figure 'x' at step 3 cannot be drawn: 'str' object has no attribute 'savefig'"),
-        (Histogram("numbers"), r"Histogram 'x' at step 3 cannot be drawn"),
-        (Text(3), r"Text 'x' at step 3 cannot be drawn: it must be text, but is int"),  # pyright: ignore[reportArgumentType]
+        (Figure("a figure"), r"Figure 'x' at step 3 cannot be converted for TensorBoard: 'str' object has no attribute 'savefig'"),
+        (Histogram("numbers"), r"Histogram 'x' at step 3 cannot be converted for TensorBoard"),
+        (Text(3), r"Text 'x' at step 3 cannot be converted for TensorBoard: it must be a str, but is int"),  # pyright: ignore[reportArgumentType]
     ],
 )
-def test_media_that_cannot_be_drawn_are_named(picture: Any, message: str, tmp_path: Path) -> None:
-    """The error names the metric, the step and what is wrong, and writes nothing."""
+def test_wrong_media_are_refused(picture: Any, message: str, tmp_path: Path) -> None:
+    """The error names the metric, the step and the fault, and nothing is written."""
     with pytest.raises(StepError, match=message):
         TensorBoard(tmp_path)(Record(3, 0, {"x": picture}))
     assert list(tmp_path.iterdir()) == []
@@ -259,8 +262,8 @@ def test_hparams_must_be_a_mapping() -> None:
         TensorBoard("a", hparams=[1])  # pyright: ignore[reportArgumentType]
 
 
-def test_it_is_light_and_quiet(tmp_path: Path) -> None:
-    """In a process of its own: nothing heavy before the first record, then no TensorFlow, no thread and no word on any stream."""
+def test_it_imports_late_and_prints_nothing(tmp_path: Path) -> None:
+    """In a separate process: no slow import before the first record, then no TensorFlow, no thread and no output."""
     program = """
 import sys, threading, warnings
 warnings.simplefilter("error")

@@ -309,7 +309,7 @@ def frozen_gen(model):
     "configure, error, match",
     [
         (None, OptimizerError, r"has the phases disc, gen, but no configure_optimizers"),
-        (lambda m: both(m)["disc"], OptimizerError, r"must return a dict of an optimizer for each, but returned SGD"),
+        (lambda m: both(m)["disc"], OptimizerError, r"must return a dict with an optimizer for each, but returned SGD"),
         (lambda m: {"disc": both(m)["disc"]}, OptimizerError, r"phases are \['disc', 'gen'\] and configure_optimizers returned \['disc'\]"),
         (none_for_gen, OptimizerError, r"the phase 'gen' has no parameters to train"),
         (frozen_gen, OptimizerError, r"the phase 'gen' has no parameters to train"),
@@ -329,7 +329,7 @@ def test_parameters_that_no_phase_trains_are_warned_of():
         return {**both(model), "gen": torch.optim.SGD(model.gen[0].parameters(), lr=0.1)}
 
     with pytest.warns(
-        OptimizerWarning, match=r"holds no gen\.1\.weight, gen\.1\.bias, gen\.3\.weight, gen\.3\.bias, which require gradients"
+        OptimizerWarning, match=r"does not hold gen\.1\.weight, gen\.1\.bias, gen\.3\.weight, gen\.3\.bias, which require gradients"
     ):
         TrainState.create(task_of(configure=configure))
 

@@ -189,7 +189,9 @@ def test_two_runs_that_share_a_rule_get_their_own_answers():
 def test_a_monitor_that_no_evaluation_yields_is_named():
     """The error lists the names that exist; before the first evaluation nothing is known."""
     assert patience("val/accuracy", 3)(after()) is None
-    with pytest.raises(MonitorError, match=r"'val/accuracy' is monitored, but no evaluation yields it; there are \['val/loss'\]"):
+    with pytest.raises(
+        MonitorError, match=r"'val/accuracy' is monitored, but no evaluation has this metric; the metrics are \['val/loss'\]"
+    ):
         patience("val/accuracy", 3)(after(0.5))
 
 
