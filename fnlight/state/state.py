@@ -20,10 +20,11 @@ from fnlight.errors import DonatedStateError, OptimizerError, ParallelError, che
 from fnlight.metrics import Tally
 from fnlight.optim import Optim, choose_fused, named_state, prepare, prepare_each, to_device, weights_to_use
 from fnlight.runtime import WallTime
+from fnlight.state.copy_model import check_generators, copied
 from fnlight.state.history import History, Record
 from fnlight.state.progress import Progress, step_key
 from fnlight.state.store import Store
-from fnlight.state.task import Task, copied, empty
+from fnlight.state.task import Task, empty
 from fnlight.tensors import existing, isolated, map_nodes, move, version_of
 
 A_STATE = "a TrainState, such as fl.TrainState.create(task) or fl.load(path, task) gives"
@@ -92,6 +93,7 @@ class TrainState:
                 f"the model has lazy tensors without a shape, {lazy[:5]}; call it once on a batch before making a Task, or make it anew where it "
                 "was donated to another state"
             )
+        check_generators(task.model)
         home = None if device is None else existing(device)
         memo = {id(t): t for t in (*task.model.parameters(), *task.model.buffers())} if donate else _memo
         with isolated(home):
@@ -168,7 +170,7 @@ class TrainState:
     def module(self) -> nn.Module:
         """A module of its own with these weights, in the modes of the live one; of a schedule-free optimizer, with the averaged ones."""
         store = self.live
-        module = copy.deepcopy(store.module) if store.place is None else store.place.plain(store.module)
+        module = copied(store.module) if store.place is None else store.place.plain(store.module)
         for name, value in weights_to_use(self.store.optims.values(), self.store.module).items():
             module.get_parameter(name).data.copy_(value if store.place is None else store.place.full({name: value})[name])
         return module

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fnlight.metrics import Tally
 from fnlight.optim import Optim, reported
 from fnlight.runtime import HostCallbacks, WallTime
+from fnlight.state.copy_model import copied
 from fnlight.state.progress import Progress
-from fnlight.state.task import copied
 from fnlight.tensors import end_step_on, seed_generators
 
 
