@@ -38,6 +38,9 @@ def grad() -> Combinator:
                 raise StepError(
                     "train_step must return the loss and leave backward() to fnlight, but has gone backward itself; leave that out, or use fl.manual"
                 )
+            for p in store.frozen:
+                if p.requires_grad:  # its gradient would be neither applied nor cleared
+                    raise StepError(_unfrozen(store))
             weight, metrics = 1.0, {}
             if total.__class__ is not Tensor or total.dim() or not total.requires_grad:
                 total, weight, metrics = _read(total, store)
@@ -113,6 +116,16 @@ def _detached(name: str, value: Any) -> Any:
     if value.__class__ is Mean and isinstance(value.total, Tensor) and value.total.requires_grad:
         return Mean(value.total.detach(), value.weight)
     return value
+
+
+def _unfrozen(store: StoreView) -> str:
+    """Say which parameters a step has unfrozen."""
+    frozen = {id(p) for p in store.frozen}
+    names = [name for name, p in store.module.named_parameters() if id(p) in frozen and p.requires_grad]
+    return (
+        f"train_step has set requires_grad=True on {', '.join(names[:5])}, which did not require gradients when the state was made; let them require "
+        "gradients from the start, and say when they train with the combinator fl.unfreeze_at({name: epoch})"
+    )
 
 
 def _bad_loss(out: Any) -> str:
