@@ -16,6 +16,8 @@ from fnlight.tensors import buffers_of, gradient_hooks, is_lazy, is_sharded
 
 _TABLES = frozenset({"_parameters", "_modules", "_buffers"})
 
+_COMPRESSED = frozenset({torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})  # their deepcopy fails in torch 2.13
+
 
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """An independent copy of a module, with all that a training needs.
@@ -44,6 +46,7 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     memo = {} if memo is None else memo
     results = [v for _, v in _attributes(model) if isinstance(v, Tensor) and v.grad_fn is not None and id(v) not in memo]
     memo.update({id(v): v.detach().clone() for v in results})
+    memo.update({id(b): b.clone() for b in model.buffers() if b.layout in _COMPRESSED and id(b) not in memo})
     memo.update(_tied((*model.parameters(), *model.buffers()), memo))
     before = dict(memo)
     try:
