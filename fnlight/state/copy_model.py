@@ -130,7 +130,7 @@ def _tied(tensors: Iterable[Tensor], memo: dict[int, Any]) -> dict[int, Any]:
 def _copies(group: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     memory = group[0].untyped_storage().clone()
     for old in group:
-        new = torch.empty(0, dtype=old.dtype, device=old.device).set_(memory, old.storage_offset(), old.shape, old.stride())  # pyright: ignore[reportArgumentType]
+        new = torch.empty(0, dtype=old.dtype, device=old.device).set_(memory, old.storage_offset(), old.shape, old.stride())
         yield old, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 
