@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fnlight.tensors import buffers_of, gradient_hooks, is_lazy, is_sharded
-
-_TABLES = frozenset({"_parameters", "_modules", "_buffers"})
+from fnlight.tensors import attributes_of, buffers_of, gradient_hooks, is_lazy, is_sharded
 
 _COMPRESSED = frozenset({torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})  # their deepcopy fails in torch 2.13
 
@@ -79,9 +77,8 @@ def _rebound(hook: Any, memo: dict[int, Any]) -> Any:
 def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """What modules hold besides parameters and modules, by path; of dicts, lists and tuples, what is in them."""
     for prefix, inner in model.named_modules():
-        for name, value in (*vars(inner).items(), *buffers_of(inner).items()):
-            if name not in _TABLES:
-                yield from _inside(f"{prefix}.{name}".lstrip("."), value, ())
+        for name, value in (*attributes_of(inner).items(), *buffers_of(inner).items()):
+            yield from _inside(f"{prefix}.{name}".lstrip("."), value, ())
 
 
 def _inside(path: str, value: Any, above: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
