@@ -65,6 +65,7 @@ class StoreView(Protocol):
 
     module: nn.Module
     params: list[nn.Parameter]  # those that are trained
+    frozen: list[nn.Parameter]  # those that did not require gradients when the state was made
     named: dict[str, nn.Parameter]  # all, by qualified name
     memory: dict[str, Any]  # any tree, by the name of the combinator that owns it
     device: torch.device

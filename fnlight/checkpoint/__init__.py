@@ -24,7 +24,7 @@ from fnlight.checkpoint.retention import Retention, best, delete, every, is_ther
 from fnlight.checkpoint.staging import Buffers
 from fnlight.checkpoint.tensors import chunks
 from fnlight.checkpoint.weights import LoadReport, load_weights
-from fnlight.checkpoint.write import amend, describe_state, save, write
+from fnlight.checkpoint.write import amend, check_savable, describe_state, save, write
 
 __all__ = [
     "LoadReport",

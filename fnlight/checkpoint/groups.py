@@ -17,6 +17,7 @@ from fnlight.optim import HOST, OTHER, RAW, Optim, class_name, named_groups, pla
 from fnlight.tensors import equal, map_tensors, spread_like
 
 _ABSENT = object()
+_SLOTS = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg", "momentum": "momentum_buffer"}
 _KERNELS = ("fused", "foreach")  # how it is computed: the business of this machine, never of a file
 
 
@@ -85,7 +86,8 @@ def _place_optimizer(
     if section is None:
         return []
     _place_slots(optim, module, section, tensors=tensors, loaded=loaded)
-    return _place_groups(optim, module, section["groups"], tensors) + _unheld(optim, module, section, loaded)
+    notes = _place_groups(optim, module, section["groups"], tensors)
+    return notes + _begin_slots(optim) + _unheld(optim, module, section, loaded)
 
 
 def _another(path: str, saved: str, own: str) -> str:
@@ -129,6 +131,20 @@ def _place_slots(
             }
     for key, value in decode(section["slots"].get(OTHER, {}), tensors.pop).items():
         state[key] = value
+
+
+def _begin_slots(optim: Optim) -> list[str]:
+    """Begin the slots that an option needs which was off when the checkpoint was saved: with zeros, as torch does at the first step."""
+    begun: dict[str, str] = {}
+    if not type(optim.optimizer).__module__.startswith("torch.optim"):
+        return []  # what an option of another library needs is not known
+    for group in optim.optimizer.param_groups:
+        for option, slot in _SLOTS.items():
+            lacking = [p for p in group["params"] if optim.optimizer.state.get(p) and slot not in optim.optimizer.state[p]]
+            for p in lacking if group.get(option) else ():
+                optim.optimizer.state[p][slot] = torch.zeros_like(p.detach(), device=HOST if optim.offload else p.device)
+                begun[option] = slot
+    return [f"{option} was off in the checkpoint and is on now: its {slot} begins with zeros" for option, slot in begun.items()]
 
 
 def _of_dtype(value: Any, saved: torch.dtype | None, p: Tensor) -> Any:

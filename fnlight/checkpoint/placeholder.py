@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from fnlight.state import Store
+from fnlight.state import Store, copied
 from fnlight.tensors import give_memory, is_lazy, is_sharded, like_parts, local, lying_like
 
 
@@ -121,7 +121,7 @@ def twin(store: Store) -> tuple[Store, Lent]:
     memo: dict[int, Any] = {}
     lent = Lent()
     lent.borrow(_tensors(store), memo)
-    module = copy.deepcopy(store.module, memo) if store.place is None else store.place.copy(store.module, memo)
+    module = copied(store.module, memo) if store.place is None else store.place.copy(store.module, memo)
     return Store(module, copy.deepcopy(store.optims if store.phases else store.optim, memo), {}, store.place), lent
 
 

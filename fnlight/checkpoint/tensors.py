@@ -77,7 +77,7 @@ def chunks(tensors: Mapping[str, Tensor], offsets: Mapping[str, Sequence[int]] |
 
 def _chunks(tensors: Mapping[str, Tensor], offsets: Mapping[str, Sequence[int]] | None) -> Iterator[memoryview]:
     for name, tensor in tensors.items():
-        _check(name, tensor)
+        check_tensor(name, tensor)
     order = sorted(tensors, key=lambda name: (-_stored(tensors[name]).itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # one key only: several are written in random order by the library
     if offsets is not None:
@@ -106,7 +106,19 @@ def _stored(tensor: Tensor) -> torch.dtype:
     return _AS_REAL.get(tensor.dtype, tensor.dtype)
 
 
-def _check(name: str, tensor: Tensor) -> None:
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor that the format cannot hold.
+
+    Args:
+        name: Its name in the file.
+        tensor: Any tensor.
+
+    Raises:
+        CheckpointError: If it has no bytes to write (sparse, meta), or a dtype or name that the format lacks.
+
+    Example:
+        >>> check_tensor("x", torch.zeros(2))
+    """
     if name == "__metadata__":
         raise CheckpointError("a parameter or buffer is called '__metadata__', which the safetensors format keeps for itself; rename it")
     if tensor.layout != torch.strided or tensor.is_meta:

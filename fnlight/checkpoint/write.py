@@ -16,7 +16,7 @@ from fnlight.checkpoint.folder import Folder
 from fnlight.checkpoint.manifest import FILES, MEMORY, MODEL, OPTIMIZER, STATE, render
 from fnlight.checkpoint.places import Path, at
 from fnlight.checkpoint.reader import examine
-from fnlight.checkpoint.tensors import chunks, describe
+from fnlight.checkpoint.tensors import check_tensor, chunks, describe
 from fnlight.checkpoint.weights import extra_states, split_buffers
 from fnlight.errors import CheckpointError, check_type
 from fnlight.metrics import with_parts
@@ -190,6 +190,25 @@ def describe_state(state: TrainState, together: bool = True) -> tuple[dict[str, 
     if not tensors[MEMORY]:
         del tensors[MEMORY]
     return body, tensors
+
+
+def check_savable(state: TrainState) -> None:
+    """Refuse, before any work, a state that a checkpoint cannot hold; nothing is copied or written.
+
+    Args:
+        state: Any state of one process.
+
+    Raises:
+        CheckpointError: If an extra state is no data, or a tensor is sparse, on the meta device, or of a dtype that the format lacks.
+
+    Example:
+        >>> from fnlight.state import Task
+        >>> check_savable(TrainState.create(Task(torch.nn.Linear(2, 1), lambda model, batch: model(batch).sum())))
+    """
+    _, tensors = describe_state(state)
+    for held in tensors.values():
+        for name, tensor in held.items():
+            check_tensor(name, tensor)
 
 
 def _collector(tensors: dict[str, Tensor]) -> Put:

@@ -5,7 +5,7 @@ from typing import Any
 
 import attrs
 
-from fnlight.checkpoint import writable
+from fnlight.checkpoint import check_savable, writable
 from fnlight.data import Loaders
 from fnlight.errors import ConfigError, Interrupted, LoaderError, OptimizerWarning, TaskWarning, warn
 from fnlight.fit.compose import TRUE, eval_step_of, known_steps
@@ -31,6 +31,7 @@ def preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pipe
         signals: What listens; when a signal comes, the evaluation that is tried is given up.
 
     Raises:
+        CheckpointError: If the state holds what cannot be saved, and is to be.
         ConfigError: If state, loaders and configuration do not fit.
         LoaderError: If a loader can be gone over only once, but would be twice.
 
@@ -51,6 +52,8 @@ def preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pipe
             _check_ends(optim, loaders, config)
     if config.dir is not None:
         writable(config.dir)
+        if state.store.place is None:  # of several ranks, each has its own part
+            check_savable(state)
     if state.store.params and not state.store.module.training:
         warn(
             "the model is in eval mode: dropout is off and BatchNorm does not learn its statistics; if that is not meant, call model.train() "

@@ -41,6 +41,9 @@ def grad() -> Combinator:
                 raise StepError(
                     "train_step must return the loss and leave backward() to fnlight, but has gone backward itself; leave that out, or use fl.manual"
                 )
+            for p in store.frozen:
+                if p.requires_grad:  # its gradient would be neither applied nor cleared
+                    raise StepError(_unfrozen(store))
             weight, metrics, counts = 1.0, {}, None
             if total.__class__ is not Tensor or total.dim() or not total.requires_grad:
                 counts = _samples_of(total, part)
@@ -126,6 +129,16 @@ def _bad_weight(weight: Tensor) -> str:
     return (
         "the weight of a loss Mean(total, weight) must not depend on the parameters: gradients are divided by it as by a number; write "
         "weight.detach() if that is meant, or return total / weight as a plain loss"
+    )
+
+
+def _unfrozen(store: StoreView) -> str:
+    """Say which parameters a step has unfrozen."""
+    frozen = {id(p) for p in store.frozen}
+    names = [name for name, p in store.module.named_parameters() if id(p) in frozen and p.requires_grad]
+    return (
+        f"train_step has set requires_grad=True on {', '.join(names[:5])}, which did not require gradients when the state was made; let them require "
+        "gradients from the start, and say when they train with the combinator fl.unfreeze_at({name: epoch})"
     )
 
 

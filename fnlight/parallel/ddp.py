@@ -1,6 +1,5 @@
 """Data parallel: every rank holds the whole model, and gradients are averaged by torch's ``DistributedDataParallel`` as they come."""
 
-import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
@@ -229,7 +228,7 @@ class Replicated:
 
     def plain(self, module: nn.Module) -> nn.Module:
         """An independent module."""
-        return copy.deepcopy(module)
+        return copied(module)
 
     def full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every rank has the whole tensors."""

@@ -1,11 +1,11 @@
 """A copy of a module that torch has cut: torch itself copies none, so what it has added is left out, and may be added again."""
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 
+from fnlight.state import copied
 from fnlight.tensors import fsdp_state, strip_sharding
 
 
@@ -46,7 +46,7 @@ def stripped_copy(
     for inner, kind in cut:
         inner.__class__ = kind.__bases__[1]  # a class of its own refuses to be copied
     try:
-        twin = copy.deepcopy(module, memo)
+        twin = copied(module, memo)
     finally:
         for inner, kind in cut:
             inner.__class__ = kind

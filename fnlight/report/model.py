@@ -1,6 +1,5 @@
 """A table of the modules of a model: names, types, parameters, output shapes and modes."""
 
-import copy
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fnlight.errors import ConfigError
-from fnlight.state import Task, TrainState
+from fnlight.state import Task, TrainState, copied
 from fnlight.tensors import isolated, leaves, map_tensors
 
 _SHAPES = 3  # tensors of one output whose shapes are listed
@@ -207,7 +206,7 @@ def _shapes(
     first = next((t for t in (*module.parameters(), *module.buffers())), None)
     device = torch.device("cpu") if first is None else first.device
     with isolated(device), torch.no_grad(), ExitStack() as hooks:
-        module = copy.deepcopy(module).eval()
+        module = copied(module).eval()
         batch = map_tensors(lambda t: t.detach().to(device, copy=True), batch)
         for path in paths:
             handle = module.get_submodule(path).register_forward_hook(_recorder(found, path))

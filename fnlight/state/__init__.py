@@ -3,11 +3,12 @@
 Read `state` first; `history` is what rules, retentions and plateaus look at.
 """
 
+from fnlight.state.copy_model import copied
 from fnlight.state.history import History, Record
 from fnlight.state.progress import Progress, step_key
 from fnlight.state.state import A_STATE, TrainState
 from fnlight.state.store import RunScope, StepScratch, Store
-from fnlight.state.task import Task, copied, hooked
+from fnlight.state.task import Task, hooked
 
 __all__ = [
     "History",

@@ -20,10 +20,11 @@ from fnlight.errors import DonatedStateError, OptimizerError, ParallelError, che
 from fnlight.metrics import Tally
 from fnlight.optim import Optim, choose_fused, named_state, prepare, prepare_each, to_device, weights_to_use
 from fnlight.runtime import WallTime
+from fnlight.state.copy_model import check_generators, copied
 from fnlight.state.history import History, Record
 from fnlight.state.progress import Progress, step_key
 from fnlight.state.store import Store
-from fnlight.state.task import Task, copied, empty
+from fnlight.state.task import Task, empty
 from fnlight.tensors import existing, isolated, map_nodes, move, version_of
 
 A_STATE = "a TrainState, such as fl.TrainState.create(task) or fl.load(path, task) gives"
@@ -93,12 +94,8 @@ class TrainState:
                 f"the model has lazy tensors without a shape, {lazy[:5]}; call it once on a batch before making a Task, or make it anew where it "
                 "was donated to another state"
             )
-        sparse = [name for name, p in task.model.named_parameters() if p.layout != torch.strided]
-        if sparse:
-            raise TypeError(
-                f"the parameters {sparse[:5]} are sparse, which torch can neither copy nor save as parameters; keep them dense, and make what is "
-                "computed with them sparse, as in weight.to_sparse_csr()"
-            )
+        check_generators(task.model)
+        _check_dense(task.model)
         home = None if device is None else existing(device)
         memo = {id(t): t for t in (*task.model.parameters(), *task.model.buffers())} if donate else _memo
         with isolated(home):
@@ -175,7 +172,7 @@ class TrainState:
     def module(self) -> nn.Module:
         """A module of its own with these weights, in the modes of the live one; of a schedule-free optimizer, with the averaged ones."""
         store = self.live
-        module = copy.deepcopy(store.module) if store.place is None else store.place.plain(store.module)
+        module = copied(store.module) if store.place is None else store.place.plain(store.module)
         for name, value in weights_to_use(self.store.optims.values(), self.store.module).items():
             module.get_parameter(name).data.copy_(value if store.place is None else store.place.full({name: value})[name])
         return module
@@ -253,6 +250,15 @@ class TrainState:
         optimizers = ", ".join(f"{name}: {kind}" if name else kind for name, kind in kinds.items())
         ended = f", stopped: {self.stopped}" if self.stopped else ""
         return f"TrainState(step={p.step}, epoch={p.epoch}, batch={p.batch}, {count:,} parameters, {optimizers}{ended})"
+
+
+def _check_dense(model: nn.Module) -> None:
+    sparse = [name for name, p in model.named_parameters() if p.layout != torch.strided]
+    if sparse:
+        raise TypeError(
+            f"the parameters {sparse[:5]} are sparse, which torch can neither copy nor save as parameters; keep them dense, and make what is "
+            "computed with them sparse, as in weight.to_sparse_csr()"
+        )
 
 
 def _configure(task: Task, module: nn.Module) -> Optim | dict[str, Optim]:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fnlight.metrics import Tally
 from fnlight.optim import Optim, reported
 from fnlight.runtime import HostCallbacks, WallTime
+from fnlight.state.copy_model import copied
 from fnlight.state.progress import Progress
-from fnlight.state.task import copied
 from fnlight.tensors import end_step_on, seed_generators
 
 
@@ -88,7 +88,7 @@ class Store:
       attempt by ``microbatch("auto")``; `wall_time` by `fnlight.loop.run` and by loading. `version` counts how often the tensors were given
       away: `TrainState.donated`, `TrainState.advanced`, `TrainState.moved` and `fnlight.checkpoint.refill` write it.
     - **What follows from module and optimizer**; made by `bind`. `named`, `params` (`fnlight.gradients.freezing` leaves some out for a step),
-      `device`, `phases`, `seeder` and `end_step`. `owner` is the pipe whose combinators have their memory here, written by that pipe;
+      `frozen` (those that did not require gradients then), `device`, `phases`, `seeder` and `end_step`. `owner` is the pipe whose combinators have their memory here, written by that pipe;
       `bound` is what the placement keeps for this module, such as hooks, written by the placement.
     - **One run**: `run`, a `RunScope`.
     - **One step**: `step`, a `StepScratch`.
@@ -115,6 +115,7 @@ class Store:
         "bound",
         "device",
         "end_step",
+        "frozen",
         "host",
         "memory",
         "module",
@@ -152,6 +153,7 @@ class Store:
         self.optim = Optim(None) if isinstance(optim, Mapping) else optim
         self.named = dict(module.named_parameters())
         self.params = [p for p in self.named.values() if p.requires_grad]
+        self.frozen = [p for p in self.named.values() if not p.requires_grad]
         first = next((t for t in (*module.parameters(), *module.buffers())), None)
         self.device = torch.device("cpu") if first is None else first.device
         self.end_step = end_step_on(self.device)
@@ -166,6 +168,7 @@ class Store:
         phase = Store(self.module, optim, {}, self.place, run=self.run)
         phase.named = {name: p for name, p in self.named.items() if id(p) in held}
         phase.params = [p for p in phase.named.values() if p.requires_grad]
+        phase.frozen = self.frozen
         return phase
 
     def seed(self, key: int) -> None:

@@ -1,6 +1,5 @@
 """A task: a model paired with the pure functions that train, evaluate and use it."""
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -62,36 +61,6 @@ def _check_phases(given: Mapping[Any, Any]) -> None:
             raise TypeError(f"Task(train_step=...) must name its phases with strings without a slash, but got the name {name!r}")
         if not callable(fn):
             raise TypeError(f"Task(train_step={{{name!r}: ...}}) must be a function or a Phase, but got {type(fn).__name__}")
-
-
-def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """An independent copy of a module, with the hooks on gradients that ``copy.deepcopy`` leaves behind.
-
-    Args:
-        model: Any module.
-        memo: What ``copy.deepcopy`` has copied already, by identity; it is added to.
-
-    Returns:
-        The copy; its parameters call the very hooks of the model's.
-
-    Example:
-        >>> import torch
-        >>> model = nn.Linear(1, 1, bias=False)
-        >>> _ = model.weight.register_hook(lambda grad: 10 * grad)
-        >>> twin = copied(model)
-        >>> twin(torch.ones(1, 1)).sum().backward()
-        >>> twin.weight.grad.item()
-        10.0
-    """
-    twin = copy.deepcopy(model, memo)
-    for old, new in zip(model.parameters(), twin.parameters(), strict=True):
-        if new is not old and new.requires_grad:
-            before, after = gradient_hooks(old)
-            for hook in before:
-                new.register_hook(hook)
-            for hook in after:
-                new.register_post_accumulate_grad_hook(hook)
-    return twin
 
 
 def hooked(model: nn.Module) -> list[str]:

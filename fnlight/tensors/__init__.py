@@ -7,6 +7,7 @@ from fnlight.tensors._private_torch import (
     BATCH_NORMS,
     NORMS,
     BatchNorm,
+    attributes_of,
     broadcast_each,
     buffers_of,
     derived_buffers,

@@ -206,6 +206,11 @@ def buffers_of(module: nn.Module) -> dict[str, Any]:
     return module._buffers
 
 
+def attributes_of(module: nn.Module) -> dict[str, Any]:
+    """What ``vars`` gives of a module without its tables of parameters, buffers and modules; torch has no public way to tell these apart."""
+    return {name: value for name, value in vars(module).items() if name not in ("_parameters", "_buffers", "_modules")}
+
+
 def derived_buffers(module: nn.Module) -> Collection[str]:
     """The names of a module's own buffers that are not saved (``persistent=False``)."""
     found = getattr(module, "_non_persistent_buffers_set", None)

@@ -191,6 +191,25 @@ def test_optimizer(run: str) -> None:
     assert state.progress.step == 15
 
 
+@pytest.mark.parametrize(
+    "kind, options, slot",
+    [
+        (torch.optim.Adam, {"amsgrad": True}, "max_exp_avg_sq"),
+        (torch.optim.RMSprop, {"centered": True}, "grad_avg"),
+        (torch.optim.RMSprop, {"momentum": 0.9}, "momentum_buffer"),
+    ],
+)
+def test_option_switched_on(tmp_path: Path, kind: Any, options: dict[str, Any], slot: str) -> None:
+    """What the option needs begins with zeros and a warning, so the next step is that of torch with such a slot."""
+    folder = str(tmp_path / "other")
+    train(folder, make(configure=lambda model: kind(model.parameters(), lr=0.01)), max_steps=9, resume=False)
+    (option,) = options
+    with pytest.warns(fl.errors.CheckpointWarning, match=f"{option} was off in the checkpoint and is on now: its {slot} begins with zeros"):
+        state = train(folder, make(configure=lambda model: kind(model.parameters(), lr=0.01, **options)))
+    assert state.progress.step == 15
+    assert all(slots[slot].any() for slots in state.opt_state.values())
+
+
 def test_parameters_renamed(run: str) -> None:
     """Weights, slots and averages follow their new names, and the run ends in the bits that it would have ended in."""
     model = net(trunk=nn.Linear(2, 4), drop=nn.Dropout(0.2), out=nn.Linear(4, 1))

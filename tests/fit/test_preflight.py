@@ -1,9 +1,10 @@
 """What can be known to be wrong is found before the first step, and costs no training."""
 
 import pytest
+import torch
 from torch import nn
 
-from fnlight.errors import ConfigError, MonitorError, ParallelError, TaskWarning
+from fnlight.errors import CheckpointError, ConfigError, MonitorError, ParallelError, TaskWarning
 from fnlight.fit import fit
 from fnlight.triggers import at_end, epochs, patience, reached, steps
 from tests.small_runs import both, config, counted, created, loader
@@ -60,3 +61,39 @@ def test_a_model_in_eval_mode_is_trained_as_it_is_with_a_warning():
     with pytest.warns(TaskWarning, match=r"the model is in eval mode: dropout is off .*call model.train\(\)"):
         state = fit(created(model=nn.Linear(3, 3).eval()), both(), config(max_steps=1))
     assert not state.store.module.training
+
+
+class Unsaved(nn.Linear):
+    """A layer whose extra state is a set, which is no data for a checkpoint."""
+
+    def get_extra_state(self):
+        return {1, 2}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def sparse(make):
+    """A model with a sparse buffer."""
+    model = nn.Linear(3, 3)
+    model.register_buffer("adjacency", make(torch.eye(3)))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Unsaved(3, 3), "^extra/ holds set: .*a checkpoint holds dicts"),
+        (lambda: sparse(torch.Tensor.to_sparse), "^adjacency is sparse"),
+        (lambda: sparse(torch.Tensor.to_sparse_csr), "^adjacency is sparse"),
+    ],
+    ids=["extra state", "COO", "CSR"],
+)
+def test_what_cannot_be_saved_is_refused_before_the_first_step(make, message, tmp_path):
+    """With its name; a run that saves nothing trains."""
+    fn, calls = counted()
+    with pytest.raises(CheckpointError, match=message):
+        fit(created(fn, model=make()), loader(), config(max_steps=1, dir=str(tmp_path / "run")))
+    assert calls == []
+    assert fit(created(fn, model=make()), loader(), config(max_steps=1)).progress.step == 1

@@ -9,6 +9,7 @@ from fnlight.errors import StepError
 from fnlight.gradients import grad
 from fnlight.metrics import Mean
 from fnlight.pipe import pipe
+from fnlight.state import Task, TrainState
 from fnlight.step import apply, update
 from fnlight.tensors import TRAIN, fold_in, isolated, seed_generators
 from tests.small_steps import created, data, loss_fn, sum_fn
@@ -60,3 +61,17 @@ def test_a_train_step_that_returns_something_else_is_told_what_to_return(fn, mes
         update(state, data())
     assert state.progress.step == 0
     assert state.params["weight"].shape == (3, 3)
+
+
+def test_a_step_that_unfreezes_a_parameter_is_told_its_name():
+    """At once: otherwise its gradients would be applied by the optimizer, but never cleared."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)).requires_grad_(True)
+    model[0].requires_grad_(False)
+
+    def unfreezing(model, batch):
+        model[0].weight.requires_grad_(True)
+        return model(batch).sum()
+
+    task = Task(model, unfreezing, configure_optimizers=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(StepError, match=r"has set requires_grad=True on 0\.weight, which did not .*fl\.unfreeze_at"):
+        update(TrainState.create(task), torch.ones(1, 2))

@@ -35,6 +35,7 @@ from fnlight import (
     steps,
     stop_when,
 )
+from fnlight.data import num_samples
 from fnlight.tensors import TRAIN, fold_in, isolated, seed_generators
 from fnlight.testing import RecordingSink, assert_trees_equal, trees_equal
 from tests.laws.tasks import TASKS, draw_near
@@ -100,7 +101,8 @@ def plain_loop(task, batches, num_epochs, seed):
                     p.grad *= 1 / weight
                 optimizer.step()
                 optimizer.zero_grad()
-            losses.append((float(total.detach()), float(weight)))
+            samples = 1 if isinstance(loss, Mean) else num_samples(batch)  # a plain loss counts with the samples of its batch
+            losses.append((float(total.detach()), float(weight), samples))
             step += 1
     return model, losses
 
@@ -114,9 +116,11 @@ def test_fit_is_a_plain_loop(name):
     with isolated():
         model, losses = plain_loop(task, case.batches(), 3, seed=6)
     assert_trees_equal(state.module(), model)
-    assert log.steps("train/loss") == {i: total / weight for i, (total, weight) in enumerate(losses, 1)}
+    assert log.steps("train/loss") == {i: total / weight for i, (total, weight, _) in enumerate(losses, 1)}
     parts = [losses[i : i + 3] for i in (0, 3, 6)]
-    assert [r.metrics["train/loss"] for r in state.history] == [sum(t for t, _ in each) / sum(w for _, w in each) for each in parts]
+    assert [r.metrics["train/loss"] for r in state.history] == [
+        sum(t * n for t, _, n in each) / sum(w * n for _, w, n in each) for each in parts
+    ]
 
 
 def plain_adversaries(task, batches, num_epochs, seed):
@@ -131,7 +135,7 @@ def plain_adversaries(task, batches, num_epochs, seed):
             loss.backward()
             disc.step()
             model.zero_grad()
-            losses.append({"disc": float(loss.detach())})
+            losses.append({"disc": float(loss.detach()), "samples": num_samples(batch)})
             step += 1
             if step % 2 == 0:
                 gen.param_groups[0]["lr"] = 0.1 * cosine(total=5)(updates)
@@ -157,7 +161,8 @@ def test_fit_of_two_optimizers_is_a_plain_loop():
     assert log.steps("train/disc/loss") == {i: each["disc"] for i, each in enumerate(losses, 1)}
     assert log.steps("train/gen/loss") == {i: each["gen"] for i, each in enumerate(losses, 1) if "gen" in each}
     assert state.progress.updates == {"disc": 9, "gen": 4}
-    means = [sum(each["gen"] for each in part if "gen" in each) / n for part, n in ((losses[:3], 1), (losses[3:6], 2), (losses[6:], 1))]
+    turns = [[each for each in losses[i : i + 3] if "gen" in each] for i in (0, 3, 6)]
+    means = [sum(each["gen"] * each["samples"] for each in part) / sum(each["samples"] for each in part) for part in turns]
     assert [r.metrics["train/gen/loss"] for r in state.history] == means
 
 
