@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fnlight.checkpoint.encode import decode
-from fnlight.checkpoint.manifest import OPTIMIZER
+from fnlight.checkpoint.listing import OPTIMIZER
 from fnlight.checkpoint.opened import Opened
 from fnlight.checkpoint.twin import fitted
 from fnlight.device import spread_like

@@ -193,11 +193,12 @@ def as_listed(found: Mapping[str, Tensor], listed: Mapping[str, Any]) -> dict[st
     """
     tensors: dict[str, Tensor] = {}
     for name, (dtype, shape) in listed.items():
-        tensor = found[name]
-        if dtype in ("complex128", "complex32"):
+        tensor, stored = found.get(name), [*shape, 2] if dtype in ("complex128", "complex32") else shape
+        if tensor is not None and len(stored) > len(shape) and list(tensor.shape) == stored:
             tensor = torch.view_as_complex(tensor)
-        if describe(tensor) != [dtype, shape]:
-            raise ValueError(f"{name} is {describe(tensor)} in the file, but {[dtype, shape]} in state.json")
+        if tensor is None or describe(tensor) != [dtype, shape]:
+            held = "nothing" if tensor is None else describe(tensor)
+            raise ValueError(f"{name:.80} is {held} in the file, but {[dtype, shape]} in state.json")
         tensors[name] = tensor
     if len(found) != len(tensors):
         raise ValueError(f"{sorted(set(found) - set(tensors))[:5]} stand in the file, but not in state.json")

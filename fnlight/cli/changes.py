@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from fnlight.checkpoint import Retention, checkpoints, step_path
-from fnlight.checkpoint.manifest import MODEL
+from fnlight.checkpoint.head import history_of
+from fnlight.checkpoint.listing import MODEL
 from fnlight.checkpoint.places import at, open_checkpoint
 from fnlight.checkpoint.retention import prune as remove
 from fnlight.checkpoint.tensors import chunks
-from fnlight.cli.content import Content, content, history_of
+from fnlight.cli.content import Content, content
 from fnlight.cli.page import Place, count, line, size, table
 from fnlight.errors import CheckpointError, ConfigError
 from fnlight.parse import parse

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fnlight.checkpoint import checkpoints, load
 from fnlight.checkpoint import verify as problems_of
-from fnlight.checkpoint.manifest import FILES, MODEL
+from fnlight.checkpoint.listing import FILES, MODEL
 from fnlight.checkpoint.places import at, is_run, open_checkpoint
 from fnlight.checkpoint.write import describe_state
 from fnlight.cli.compare import HEAD, Gap, gaps

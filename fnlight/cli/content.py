@@ -7,11 +7,13 @@ import attrs
 from torch import Tensor
 
 from fnlight.checkpoint.encode import decode
+from fnlight.checkpoint.head import history_of
 from fnlight.checkpoint.layout import physical
-from fnlight.checkpoint.manifest import FILES, MODEL, STATE
+from fnlight.checkpoint.listing import FILES, MODEL
+from fnlight.checkpoint.manifest import STATE
 from fnlight.checkpoint.places import at, open_checkpoint
 from fnlight.errors import BrokenCheckpointError
-from fnlight.state import History, Record
+from fnlight.history import History
 
 
 @attrs.frozen(eq=False)
@@ -44,22 +46,6 @@ class Content:
         if self.body is None or key not in self.body["memory"]:
             return None
         return decode(self.body["memory"][key], self.tensors["memory.safetensors"].__getitem__)
-
-
-def history_of(body: Mapping[str, Any]) -> History:
-    """The records of a manifest.
-
-    Args:
-        body: Its sections.
-
-    Returns:
-        The history.
-
-    Example:
-        >>> history_of({"history": [[10, 1, {"val/loss": 0.5}]]})[0].step
-        10
-    """
-    return History(Record(step, epoch, decode(metrics, {}.__getitem__)) for step, epoch, metrics in body["history"])
 
 
 def content(path: str) -> Content:

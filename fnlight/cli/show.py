@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fnlight.checkpoint import checkpoints, verify
 from fnlight.checkpoint.layout import physical
-from fnlight.checkpoint.manifest import FILES, MODEL, STATE, parse
+from fnlight.checkpoint.listing import FILES, MODEL
+from fnlight.checkpoint.manifest import STATE, parse
 from fnlight.checkpoint.places import at, is_run
 from fnlight.cli.content import Content, content
 from fnlight.cli.page import Place, count, line, size, table
@@ -82,13 +83,21 @@ def _overview(found: Content, body: Mapping[str, Any]) -> None:
         ["written by", f"fnlight {body['fnlight']}, torch {body['torch']}"],
         *([name, size(number)] for name, number in found.sizes.items()),
     ]
-    optimizer = body["optimizer"]
-    for i, group in enumerate(optimizer["groups"] if optimizer else ()):
-        rates = f"lr {group['values'].get('lr')}"
-        rows.append([f"group {i}", f"{optimizer['class'].rpartition('.')[2]}, {count(len(group['params']), 'parameter')}, {rates}"])
+    rows += _groups(body["optimizer"])
     rows.append(["memory", ", ".join(body["memory"]) or "-"])
     line()
     table("", ["", ""], rows, left=2)
+
+
+def _groups(section: Mapping[str, Any] | None) -> list[list[str]]:
+    """A row for each group of the optimizer, or of each of several."""
+    found: list[list[str]] = []
+    for name, optimizer in (section["phases"] if section is not None and "phases" in section else {"": section}).items():
+        for i, group in enumerate(optimizer["groups"] if optimizer is not None else ()):
+            rate = group["values"].get("lr")
+            about = f"{optimizer['class'].rpartition('.')[2]}, {count(len(group['params']), 'parameter')}, lr {rate!s:.40}"
+            found.append([f"{name} group {i}".lstrip(), about])
+    return found
 
 
 def _goodput(times: Times) -> str:
