@@ -124,14 +124,15 @@ def decode(value: Any, get: Callable[[str], Any], deep: int = 0) -> Any:
         >>> decode({"$tuple": [1, {"$float": "-inf"}]}, {}.__getitem__)
         (1, -inf)
     """
-    if isinstance(value, list):
-        return [decode(item, get, deep + 1) for item in _shallow(value, deep)]
-    if not isinstance(value, dict):
+    if not isinstance(value, list | dict):
         return value
-    _shallow(value, deep)
+    if deep > DEEPEST:
+        raise ValueError(f"it is nested more than {DEEPEST} deep")
+    if isinstance(value, list):
+        return [decode(item, get, deep + 1) if isinstance(item, list | dict) else item for item in value]
     tag = next(iter(value), "")
     if not tag.startswith("$"):
-        return {_plain(key): decode(item, get, deep + 1) for key, item in value.items()}
+        return {_plain(key): decode(item, get, deep + 1) if isinstance(item, list | dict) else item for key, item in value.items()}
     if len(value) != 1:
         raise ValueError(f"the tag {tag!r:.40} is one of several keys")
     content = value[tag]
@@ -144,12 +145,6 @@ def decode(value: Any, get: Callable[[str], Any], deep: int = 0) -> Any:
     if not isinstance(content, list):
         raise ValueError(f"the tag {tag!r:.40} with the content {content!r:.40} is unknown")  # noqa: TRY004  # a file is no argument
     return _decode_items(tag, content, get, deep)
-
-
-def _shallow(value: Any, deep: int) -> Any:
-    if deep > DEEPEST:
-        raise ValueError(f"it is nested more than {DEEPEST} deep")
-    return value
 
 
 def _decode_items(tag: str, content: list[Any], get: Callable[[str], Any], deep: int) -> Any:

@@ -11,6 +11,7 @@ import attrs
 import torch
 
 from fnlight.checkpoint.encode import decode, is_real, no_tensor
+from fnlight.checkpoint.header import uncollected
 from fnlight.checkpoint.listing import MEMORY, MODEL, OPTIMIZER, Listed, check_files
 from fnlight.dtype import DTYPES
 from fnlight.history import History, Record
@@ -135,7 +136,8 @@ def history_of(body: Mapping[str, Any]) -> History:
         >>> history_of({"history": [[10, 1, {"val/loss": 0.5}]]})[0].step
         10
     """
-    return History(Record(step, epoch, decode(metrics, no_tensor)) for step, epoch, metrics in body["history"])
+    with uncollected():
+        return History(Record(step, epoch, decode(metrics, no_tensor)) for step, epoch, metrics in body["history"])
 
 
 def is_metric(value: Any) -> bool:
@@ -256,14 +258,11 @@ def _alike(value: Any, configured: Any) -> bool:
 
 def _check_trees(body: Mapping[str, Any], get: Get) -> None:
     """Check what lies in the file of the memory: that of combinators, buffers outside the ``state_dict``, and extra states."""
-    for section in ("memory", "buffers", "extra"):
-        good = isinstance(body[section], dict) and not any(key.startswith("$") for key in body[section])
-        _must(good, section, "trees by name", body[section])
+    _must(isinstance(body["memory"], dict), "memory", "trees by name", body["memory"])
     memory = {key: _decoded(f"memory.{key:.80}", tree, get) for key, tree in body["memory"].items()}
-    for key, tree in body["buffers"].items():
-        _must(isinstance(_decoded(f"buffers.{key:.80}", tree, get), Listed), f"buffers.{key:.80}", "a tensor", tree)
-    for key, tree in body["extra"].items():
-        _decoded(f"extra.{key:.80}", tree, get)
+    buffers, extra = (_decoded(section, body[section], get) for section in ("buffers", "extra"))
+    _must(isinstance(buffers, dict) and all(isinstance(each, Listed) for each in buffers.values()), "buffers", "tensors by name", buffers)
+    _must(isinstance(extra, dict), "extra", "trees by name", extra)
     for key, tree in memory.items():
         if isinstance(tree, dict) and {"saved", "permanent"} <= tree.keys():
             _check_lists(f"memory.{key:.80}", tree)

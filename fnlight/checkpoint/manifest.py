@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fnlight.checkpoint.head import check
-from fnlight.checkpoint.header import no_constant, unique
+from fnlight.checkpoint.header import no_constant, uncollected, unique
 from fnlight.checkpoint.listing import FILES
 from fnlight.checkpoint.migrations import FORMAT, migrate
 from fnlight.errors import BrokenCheckpointError, CheckpointError
@@ -126,9 +126,10 @@ def parse(data: bytes) -> Mapping[str, Any]:
     if digest_of(data[first.end() :]) != first[2].decode("ascii"):
         raise BrokenCheckpointError("state.json is cut short or altered: its digest differs from the one in its first line")
     try:
-        body = json.loads(data, object_pairs_hook=unique, parse_constant=no_constant, parse_float=_finite)
-        body = migrate(body, int(first[1]))
-        check(body)
+        with uncollected():
+            body = json.loads(data, object_pairs_hook=unique, parse_constant=no_constant, parse_float=_finite)
+            body = migrate(body, int(first[1]))
+            check(body)
     except (ValueError, RecursionError) as error:
         raise BrokenCheckpointError(f"state.json holds what fnlight does not write: {printable(str(error)):.300}") from error
     return body

@@ -198,8 +198,9 @@ def _compare(folder: Folder | Bucket, name: str, part: Mapping[str, Any], held: 
             return f"{name} is missing"
         if size != part["size"]:
             return f"{name} has {size} bytes, but {part['size']} were written"
-        if held is None:
-            return None
+        hollow = folder.hollow(name) if isinstance(folder, Folder) else None
+        if held is None or hollow:
+            return hollow
         problem = compare_header(folder.part, name, size, held())
         return _altered(name) if folder.digest(name, part["digest"].partition(":")[0]) != part["digest"] else problem
     except OSError as error:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fnlight.checkpoint.header import Place, read_header
 from fnlight.checkpoint.layout import WHOLE, Layout, overlap, part_name
+from fnlight.checkpoint.tensors import roomy
 from fnlight.shards import Box, box, like_parts
 
 Part = Callable[[str, int, int], Any]
@@ -66,7 +67,7 @@ def read_pieces(
         home = homes[name] = like(name, tuple(shape))
         wanted: Box = ((0,) * len(shape), tuple(shape)) if home is None else box(home)
         stored = (*wanted[1], 2) if kind in _AS_REAL else wanted[1]
-        found[name] = torch.empty(stored, dtype=_stored(kind))
+        found[name] = roomy(stored, _stored(kind))
         layout = layouts[entry["cut"][name]] if name in entry.get("cut", ()) else WHOLE
         for index, offset, cell in layout.cells(shape, wanted):
             common = overlap(wanted, (offset, cell))
@@ -101,8 +102,7 @@ def joined(
         {'x': tensor([1., 1.])}
     """
     found = {
-        name: torch.empty((*shape, 2) if kind in _AS_REAL else tuple(shape), dtype=_stored(kind))
-        for name, (kind, shape) in entry["tensors"].items()
+        name: roomy((*shape, 2) if kind in _AS_REAL else tuple(shape), _stored(kind)) for name, (kind, shape) in entry["tensors"].items()
     }
     for index in range(len(entry["parts"])):
         name = part_name(file, index, len(entry["parts"]))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fnlight.checkpoint.encode import decode
 from fnlight.checkpoint.groups import place_optimizers
 from fnlight.checkpoint.head import casts, history_of
+from fnlight.checkpoint.header import uncollected
 from fnlight.checkpoint.listing import MEMORY, MODEL
 from fnlight.checkpoint.opened import Opened
 from fnlight.checkpoint.pieces import Like
@@ -262,7 +263,8 @@ def _moved(tensors: dict[str, Tensor], device: torch.device) -> Callable[[str], 
 def _memory(section: Any, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
     """The trees of the combinators on the device of the state; the place of a loader is on the CPU."""
     cpu = torch.device("cpu")
-    return {key: decode(tree, _moved(tensors, cpu if key == "loader" else device)) for key, tree in section.items()}
+    with uncollected():
+        return {key: decode(tree, _moved(tensors, cpu if key == "loader" else device)) for key, tree in section.items()}
 
 
 def _derived_buffers(module: nn.Module, found: dict[str, Tensor], lent: Lent) -> list[str]:

@@ -92,8 +92,11 @@ def _overview(found: Content, body: Mapping[str, Any]) -> None:
 def _groups(section: Mapping[str, Any] | None) -> list[list[str]]:
     """A row for each group of the optimizer, or of each of several."""
     found: list[list[str]] = []
-    for name, optimizer in (section["phases"] if section is not None and "phases" in section else {"": section}).items():
-        for i, group in enumerate(optimizer["groups"] if optimizer is not None else ()):
+    phases = {"": section} if section is None or "phases" not in section else section["phases"]
+    for name, optimizer in phases.items():
+        if optimizer is None:
+            continue
+        for i, group in enumerate(optimizer["groups"]):
             rate = group["values"].get("lr")
             about = f"{optimizer['class'].rpartition('.')[2]}, {count(len(group['params']), 'parameter')}, lr {rate!s:.40}"
             found.append([f"{name} group {i}".lstrip(), about])

@@ -299,7 +299,12 @@ class Campaign:
                 yield f"fnlight {name} ends with {code}: {err.getvalue()[:200]}"
             if code == 2 and len(told) != 1:
                 yield f"fnlight {name} says {len(told)} lines: {err.getvalue()[:300]}"
-            if problems and alone and "state.json" not in out.getvalue() + err.getvalue() and ".safetensors" not in err.getvalue():
+            if (
+                problems
+                and alone
+                and "state.json" not in out.getvalue() + err.getvalue()
+                and ".safetensors" not in out.getvalue() + err.getvalue()
+            ):
                 yield f"fnlight {name} does not name the file: {err.getvalue()[:200]}"
             if any(not c.isprintable() and c != "\n" for c in out.getvalue() + err.getvalue()):
                 yield f"fnlight {name} prints what a terminal obeys"

@@ -6,7 +6,7 @@ is damage. Where a value means something to the task alone, either answer will d
 
 import base64
 import binascii
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 SOUND, REFUSED = "sound", "refused"
@@ -26,7 +26,7 @@ def right(body: dict[str, Any], at: tuple[str | int, ...]) -> tuple[str | None, 
     """
     section = str(at[0])
     if section not in body:
-        return (SOUND if section in ("times", "layouts") else REFUSED), section
+        return (SOUND if section == "times" else REFUSED), section
     rule = RULES.get(section)
     good = rule(body, at) if rule is not None else None
     return {True: SOUND, False: REFUSED, None: None}[good], "" if section in ("layouts", "files") else section
@@ -118,20 +118,25 @@ def _memory(body: Any, at: Any) -> bool | None:
     )
 
 
+def _pairs(found: Any) -> list[tuple[Any, Any]] | None:
+    """The pairs of a dict by name, or of one whose names could be taken for tags."""
+    if isinstance(found, dict) and found.keys() == {"$dict"} and isinstance(found["$dict"], list):
+        return [tuple(pair) for pair in found["$dict"] if isinstance(pair, list) and len(pair) == 2]
+    return list(found.items()) if isinstance(found, dict) and not any(key.startswith("$") for key in found) else None
+
+
 def _buffers(body: Any, at: Any) -> bool:
-    found = body["buffers"]
-    return isinstance(found, dict) and all(isinstance(b, dict) and b.keys() == {"$tensor"} for b in found.values()) and _trees(body)
+    pairs = _pairs(body["buffers"])
+    return pairs is not None and all(isinstance(b, dict) and b.keys() == {"$tensor"} for _, b in pairs) and _trees(body)
 
 
 def _extra(body: Any, at: Any) -> bool | None:
-    return None if isinstance(body["extra"], dict) and _trees(body) else False
+    return None if _pairs(body["extra"]) is not None and _trees(body) else False
 
 
 def _trees(body: Any) -> bool:
     names = set(body["files"].get("memory.safetensors", {"tensors": {}})["tensors"])
-    if any(key.startswith("$") for part in ("memory", "buffers", "extra") for key in body[part]):
-        return False
-    return all(tree(value, names) for part in ("memory", "buffers", "extra") for value in body[part].values())
+    return all(tree(value, names) for value in (*body["memory"].values(), body["buffers"], body["extra"]))
 
 
 def _optimizer(body: Any, at: Any) -> bool | None:
@@ -181,7 +186,7 @@ def tree(value: Any, names: set[str], deep: int = 0) -> bool:
     known: dict[str, Callable[[], Any]] = {
         "$tensor": lambda: isinstance(held, str) and held in names and not names.remove(held),
         "$tuple": lambda: isinstance(held, list) and all(tree(item, names, deep + 1) for item in held),
-        "$dict": lambda: isinstance(held, list) and all(_pair(item, names, deep + 1) for item in held),
+        "$dict": lambda: isinstance(held, list) and all(_pair(item, names, deep + 1) for item in held) and _differ(held),
         "$float": lambda: held in ("nan", "inf", "-inf"),
         "$bytes": lambda: isinstance(held, str) and _base64(held),
         "$complex": lambda: isinstance(held, list) and len(held) == 2 and all(map(_real, held)),
@@ -197,6 +202,10 @@ def _pair(item: Any, names: set[str], deep: int) -> bool:
     return plain and not isinstance(item[0], list) and tree(item[0], set(), deep) and tree(item[1], names, deep)
 
 
+def _differ(pairs: list[Any]) -> bool:
+    return len({repr(pair[0]) for pair in pairs}) == len(pairs)
+
+
 def _base64(text: str) -> bool:
     try:
         return bool(base64.b64decode(text, validate=True)) or not text
@@ -208,9 +217,11 @@ def _real(value: Any) -> bool:
     return (type(value) in (int, float) and abs(value) < 1e308 * 1.7) or value in ({"$float": "nan"}, {"$float": "inf"}, {"$float": "-inf"})
 
 
-def _tally(held: Iterable[Any]) -> bool:
-    totals, bad, *parts = [*held, *[None] * (2 - len(list(held)))]
-    if len(parts) > 1 or not isinstance(totals, dict) or any(name.startswith("$") for name in totals):
+def _tally(held: list[Any]) -> bool:
+    if not 2 <= len(held) <= 3:
+        return False
+    totals, bad, *parts = held
+    if not isinstance(totals, dict) or any(name.startswith("$") for name in totals):
         return False
     for fields in totals.values():
         if not isinstance(fields, list) or not fields or fields[0] not in [*SCALARS] or len(fields) != 1 + SCALARS[fields[0]]:
