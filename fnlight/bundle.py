@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fnlight.checkpoint import load, save
 from fnlight.checkpoint.encode import decode, encode
-from fnlight.checkpoint.folder import Folder, make
+from fnlight.checkpoint.folder import Folder, make, refuse_links
 from fnlight.checkpoint.tensors import chunks
 from fnlight.combinator import Combinator
 from fnlight.data import Item
@@ -159,6 +159,7 @@ def _taken(step: Any, state: TrainState, item: Item, finite: bool) -> tuple[Exce
 
 
 def _write(state: TrainState, item: Item, error: Exception, again: bool, dir: str, config: str | None) -> str:
+    refuse_links(os.path.dirname(dir), os.path.basename(dir))
     name = f"step-{state.progress.step + 1:08d}"
     while os.path.exists(os.path.join(dir, name)):
         name += "-again"

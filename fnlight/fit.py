@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 
 from fnlight.checkpoint import checkpoints, newest, restore
+from fnlight.checkpoint.folder import Folder, refuse_links
 from fnlight.checkpoint.lock import held
 from fnlight.checkpoint.manifest import STATE
 from fnlight.compose import compose, loaders_of, settings, text_of, train_source
@@ -195,8 +196,8 @@ def _write_config(config: FitConfig) -> None:
             os.remove(path)
         return
     os.makedirs(config.dir, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
+    refuse_links(config.dir, "config.json")
+    Folder(config.dir).rewrite("config.json", f"{text}\n".encode())
 
 
 def _drain(steps: Iterator[Any]) -> TrainState:

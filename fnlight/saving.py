@@ -14,7 +14,7 @@ import torch
 from fnlight.checkpoint import Retention, amend, checkpoints, last, step_path, writable
 from fnlight.checkpoint.background import Background
 from fnlight.checkpoint.lock import hold, name_of
-from fnlight.checkpoint.places import at
+from fnlight.checkpoint.places import at, own_path
 from fnlight.checkpoint.retention import delete, is_there, staying, sweep
 from fnlight.checkpoint.staging import Buffers
 from fnlight.checkpoint.together import Parts, is_cut, parts_of, write_together
@@ -187,6 +187,7 @@ class Saver:
         """
         self._let_end(state)
         with state.store.times.taken("save"):
+            self._look(state)
             write = self._prepared(state, forever, staged=self.background and not wait, together=together)
             if write is None:
                 return
@@ -195,6 +196,12 @@ class Saver:
             else:
                 write()
                 self._tell()
+
+    def _look(self, state: TrainState) -> None:
+        """Before something is written: is the directory still this run's alone?"""
+        lock = state.store.resources.get(name_of(self.dir))
+        if lock is not None:
+            lock.look()
 
     def _let_end(self, state: TrainState) -> None:
         """Wait for the save before, which is time of the run."""
@@ -211,7 +218,8 @@ class Saver:
         self._let_end(state)
         if _is_listed(state.store.memory[self.key], state.progress):
             with state.store.times.taken("save"):
-                amend(state, step_path(self.dir, state.progress.step))
+                self._look(state)
+                amend(state, own_path(self.dir, state.progress.step))
         else:
             self.save(state, wait=True)
         if state.store.place is not None:
@@ -248,7 +256,7 @@ class Saver:
 
     def _prepared(self, state: TrainState, forever: bool, staged: bool, together: bool) -> Callable[[], None] | None:
         """What writes this version of the state, and then deletes what need not stay; None where another rank does."""
-        tree, path, place = state.store.memory[self.key], step_path(self.dir, state.progress.step), state.store.place
+        tree, path, place = state.store.memory[self.key], own_path(self.dir, state.progress.step), state.store.place
         gone = _enlist(tree, state.progress, forever, self.keep, state.history)
         body, tensors = describe_state(state, together)
         filled: Callable[[], None] = _nothing

@@ -213,7 +213,9 @@ class Folder:
 
     def remove(self) -> None:
         """Delete it: first out of sight in one move, so that no reader sees half of it."""
-        if self.exists():
+        if os.path.islink(self.path):
+            os.unlink(self.path)  # what it leads to is not ours
+        elif self.exists():
             os.rename(self.path, _hidden(self, "gone").path)
         for name in hidden_siblings(self):
             shutil.rmtree(self.parent().child(name).path)
@@ -278,6 +280,28 @@ def _publish(hidden: Folder, target: Folder) -> None:
         if aside.exists():
             os.rename(aside.path, target.path)
         raise
+
+
+def refuse_links(dir: str, *names: str) -> None:
+    """Refuse links in a run's directory where something is to be written: the directory may be a stranger's, and they may lead anywhere.
+
+    Args:
+        dir: The run's directory, which may be a link itself.
+        *names: What will be written in it.
+
+    Raises:
+        CheckpointError: If one of them is a link.
+
+    Example:
+        >>> refuse_links("no/such/run", "config.json")
+    """
+    for name in names:
+        path = os.path.join(dir, name)
+        if os.path.islink(path):
+            raise CheckpointError(
+                f"{path} is a link to {os.readlink(path)!r:.200}, and nothing is written through links that are in a run's directory; delete the link, "
+                f"or make {dir} itself the link"
+            )
 
 
 def make(folder: Folder) -> None:

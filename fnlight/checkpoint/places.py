@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from fnlight.checkpoint.bucket import Bucket
-from fnlight.checkpoint.folder import Folder, cannot_write, hidden_siblings, make
+from fnlight.checkpoint.folder import Folder, cannot_write, hidden_siblings, make, refuse_links
 from fnlight.checkpoint.head import history_of
 from fnlight.checkpoint.listing import FILES
 from fnlight.checkpoint.manifest import STATE, belongs
@@ -18,6 +18,9 @@ from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWar
 
 _STEP = re.compile(r"step-([0-9]{8,})")
 _ASIDE = re.compile(r"\.(step-[0-9]{8,})\.old-[0-9a-f]+")
+
+WRITTEN = (".lock", "config.json", "checkpoints", "bundles", "traces")
+"""What a run writes in its directory."""
 
 Path = str | os.PathLike[str]
 T = TypeVar("T")
@@ -57,6 +60,29 @@ def step_path(dir: Path, step: int) -> str:
         'runs/a/checkpoints/step-00000500'
     """
     return at(dir).child("checkpoints").child(f"step-{step:08d}").path
+
+
+def own_path(dir: Path, step: int) -> str:
+    """The path of the checkpoint of a step, to be written or deleted: there is no link on the way to it from the run's directory.
+
+    Args:
+        dir: The run's directory, or a URL.
+        step: Completed optimizer updates.
+
+    Returns:
+        The path.
+
+    Raises:
+        CheckpointError: If there is a link.
+
+    Example:
+        >>> own_path("runs/a", 500)
+        'runs/a/checkpoints/step-00000500'
+    """
+    run, path = at(dir), step_path(dir, step)
+    if isinstance(run, Folder):
+        refuse_links(run.path, "checkpoints", os.path.join("checkpoints", os.path.basename(path)))
+    return path
 
 
 def checkpoints(dir: Path) -> list[tuple[int, str]]:
@@ -312,14 +338,15 @@ def writable(dir: Path) -> None:
         dir: The run's directory, which is made if need be, or a URL, of which nothing is tried.
 
     Raises:
-        CheckpointError: If it cannot be made, or no file can be written there.
+        CheckpointError: If it cannot be made, no file can be written there, or a link is in the place of what a run writes.
 
     Example:
         >>> writable("memory://runs/a")
     """
-    folder = at(dir).child("checkpoints")
+    run, folder = at(dir), at(dir).child("checkpoints")
     if isinstance(folder, Bucket):
         return
+    refuse_links(run.path, *WRITTEN)
     try:
         make(folder)
         probe = folder.child(".probe")
