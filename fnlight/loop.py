@@ -23,7 +23,7 @@ from fnlight.metrics.ranks import read_all
 from fnlight.pipe import Pipe, pipe
 from fnlight.rng import isolated
 from fnlight.rules import StopRule
-from fnlight.signals import A_SIGNALS, Signals, worker_death
+from fnlight.signals import A_SIGNALS, Signals, exit_code, worker_death
 from fnlight.sinks.deliver import deliver, let_go
 from fnlight.state import A_STATE, Store, TrainState
 from fnlight.when import Tick, condition, epochs, steps
@@ -249,9 +249,9 @@ def _check(name: Any, eval_step: Any, weights: Any, signals: Any) -> None:
 def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "log", times: bool = False) -> Combinator:
     """Send records to sinks: training metrics when they are due, as exact means since the last time, and every evaluation at once.
 
-    Training metrics are called ``train/loss`` and so on, with ``lr`` beside them (``lr/NAME`` where there are several groups); means over an
-    epoch ``train_epoch/loss``. A sink that fails is warned of once, with a `FaultWarning`, and training goes on;
-    ``state.memory["failed_sinks"]`` says what it missed.
+    After a signal, what was not sent is sent by the run that resumes. Training metrics are called ``train/loss`` and so on, with ``lr``
+    beside them (``lr/NAME`` where there are several groups); means over an epoch ``train_epoch/loss``. A sink that fails is warned of once,
+    with a `FaultWarning`, and training goes on; ``state.memory["failed_sinks"]`` says what it missed.
 
     Args:
         *sinks: Any functions of a `Record`.
@@ -281,9 +281,8 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
         if state.store.place is None or state.store.place.writes:
             deliver(sinks, Record(state.progress.step, state.progress.epoch, metrics), state.store.memory, told)
 
-    def logged_now(state: TrainState, due: bool, old: tuple[Record, ...]) -> None:
+    def logged_now(state: TrainState, due: bool, metrics: dict[str, Any]) -> None:
         with state.store.times.taken("log"):
-            metrics = _news(state, old)
             if due:
                 tally, place = state.store.memory[name], state.store.place
                 read = tally.read() if place is None else read_all(tally, place.world.gather)
@@ -302,7 +301,11 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
             state.store.memory[name].add(state.progress.step, metrics)
             due = is_due(Tick(before, state.progress))
             if due or state.history is not old or state.store.media:
-                logged_now(state, due, old)
+                news, put_off = _news(state, old), _evaluations(state, owed=True)
+                if put_off:
+                    put_off[0][f"line {name}"] = [state.progress.step, due, {k: v for k, v in news.items() if not isinstance(v, MEDIA)}]
+                else:
+                    logged_now(state, due, news)
             return state, metrics
 
         return logged
@@ -310,16 +313,17 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
     def start(state: TrainState) -> TrainState:
         told.clear()
         state.store.times.mark(name, state.progress.samples)
-        if state.store.media:  # of an evaluation that was made up for
-            send(state, dict(state.store.media))
+        if not _evaluations(state, owed=True):  # else the line waits further
+            due, news = _taken(state, f"line {name}")
+            logged_now(state, due, {**(state.store.media or {}), **news})
         return state
 
     def finish(before: TrainState, state: TrainState) -> TrainState:
-        if state.store.back == state.version:
-            return state
+        if state.store.back == state.version or exit_code(state.stopped or ""):
+            return state  # after a signal the training is not at its end: the run that resumes it sends what is here
         due = not state.store.memory[name].is_empty()
         if due or state.history is not before.history:
-            logged_now(state, due, before.history)
+            logged_now(state, due, _news(state, before.history))
         return state
 
     label = ", ".join(getattr(s, "__name__", repr(s)) for s in sinks)
@@ -336,6 +340,16 @@ def _news(state: TrainState, old: tuple[Record, ...]) -> dict[str, Any]:
     known = old[-1].metrics if old and old[-1].step == state.history[-1].step else {}
     new = {k: v for k, v in state.history[-1].metrics.items() if k not in known}
     return {(f"train_epoch/{k[6:]}" if k.startswith("train/") else k): v for k, v in new.items()} | (state.store.media or {})
+
+
+def _evaluations(state: TrainState, owed: bool = False) -> list[dict[str, Any]]:
+    """What evaluations remember: whether they are owed, and the lines of logs that wait for them; of all, or of those that are owed."""
+    return [tree for key, tree in state.store.memory.items() if key.startswith("evaluate_every ") and (tree["owed"] or not owed)]
+
+
+def _taken(state: TrainState, key: str) -> tuple[bool, dict[str, Any]]:
+    found = [tree.pop(key) for tree in _evaluations(state) if key in tree]
+    return next(((due, news) for step, due, news in found if step == state.progress.step), (False, {}))
 
 
 def stop_when(*rules: Callable[[TrainState], str | None]) -> Combinator:

@@ -17,7 +17,6 @@ from fnlight.dtype import DTYPES
 from fnlight.history import History, Record
 from fnlight.optim import OTHER, RAW
 from fnlight.state import Progress
-from fnlight.times import Times
 
 Get = Callable[[str], Listed]
 """Gives what is listed of a tensor, once: a second reference to it is none that fnlight wrote."""
@@ -109,7 +108,7 @@ def _check_times(found: Any) -> None:
     _must(isinstance(found, dict), "times", "seconds by cause", found)
     for name, value in found.items():
         _must(type(value) in (int, float) and is_real(value) and value >= 0, f"times.{name:.80}", "a number of at least 0", value)
-    Times.from_json(found)
+    _must(_is_count(found.get("runs", 0)), "times.runs", "a whole number of at least 0", found.get("runs"))
 
 
 def _check_history(found: Any) -> None:
