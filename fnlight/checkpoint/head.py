@@ -13,10 +13,9 @@ import torch
 from fnlight.checkpoint.encode import decode, is_real, no_tensor
 from fnlight.checkpoint.header import uncollected
 from fnlight.checkpoint.listing import MEMORY, MODEL, OPTIMIZER, Listed, check_files
-from fnlight.dtype import DTYPES
-from fnlight.history import History, Record
 from fnlight.optim import OTHER, RAW
-from fnlight.state import Progress
+from fnlight.state import History, Progress, Record
+from fnlight.tensors import DTYPES
 
 Get = Callable[[str], Listed]
 """Gives what is listed of a tensor, once: a second reference to it is none that fnlight wrote."""

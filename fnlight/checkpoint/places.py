@@ -12,7 +12,7 @@ from fnlight.checkpoint.folder import Folder, cannot_write, hidden_siblings, mak
 from fnlight.checkpoint.head import history_of
 from fnlight.checkpoint.listing import FILES
 from fnlight.checkpoint.manifest import STATE, belongs
-from fnlight.checkpoint.opened import Opened, compare_all, examine, fetched
+from fnlight.checkpoint.reader import Opened, compare_all, examine, fetched
 from fnlight.checkpoint.retry import WAITS
 from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning, ConfigError, check_type, warn
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import tyro
 
-from fnlight.checkpoint.manifest import printable
+from fnlight.checkpoint import printable
 from fnlight.cli.changes import export, prune
 from fnlight.cli.checks import diff, verify
 from fnlight.cli.repeat import replay

@@ -6,14 +6,9 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from fnlight.checkpoint.encode import decode
-from fnlight.checkpoint.head import history_of
-from fnlight.checkpoint.layout import physical
-from fnlight.checkpoint.listing import FILES, MODEL
-from fnlight.checkpoint.manifest import STATE
-from fnlight.checkpoint.places import at, open_checkpoint
+from fnlight.checkpoint import FILES, MODEL, STATE, at, decode, history_of, open_checkpoint, physical
 from fnlight.errors import BrokenCheckpointError
-from fnlight.history import History
+from fnlight.state import History
 
 
 @attrs.frozen(eq=False)

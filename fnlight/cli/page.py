@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fnlight.checkpoint.manifest import printable
+from fnlight.checkpoint import printable
 
 Place = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
 """A path or URL."""

@@ -6,11 +6,13 @@ consumes; `TensorLoader` cuts batches out of tensors that lie in memory; `Length
 
 from fnlight.data.buckets import LengthBuckets
 from fnlight.data.combine import Combined, concat, zip_longest, zip_shortest
-from fnlight.data.item import Item, Loaders, batches, group_at
+from fnlight.data.item import Item, Loaders, batches
+from fnlight.data.order import length_of
+from fnlight.data.part import Part
 from fnlight.data.place import placed
-from fnlight.data.readers import num_samples
-from fnlight.data.share import Sharded, Share, sharded
-from fnlight.data.source import Source, check_loader
+from fnlight.data.samples import num_samples
+from fnlight.data.share import Sharded, Share, cut, sharded
+from fnlight.data.source import Source
 from fnlight.data.tensor_loader import TensorLoader
 
 __all__ = [
@@ -19,15 +21,10 @@ __all__ = [
     "LengthBuckets",
     "Loaders",
     "Sharded",
-    "Share",
     "Source",
     "TensorLoader",
     "batches",
-    "check_loader",
     "concat",
-    "group_at",
-    "num_samples",
-    "placed",
     "sharded",
     "zip_longest",
     "zip_shortest",

@@ -27,10 +27,10 @@ from torch.utils.data import (
 )
 
 from fnlight.data.order import Span, Task, tasks
+from fnlight.data.part import Part
 from fnlight.data.workers import follow, owner
-from fnlight.gradients import Part
-from fnlight.rng import COLLATE, LOADER, SAMPLE, fold_in, seed_generators
-from fnlight.signals import held_back, leave_to_parent, listening, worker_death
+from fnlight.runtime import held_back, leave_to_parent, listening, worker_death
+from fnlight.tensors import COLLATE, LOADER, SAMPLE, fold_in, seed_generators
 
 Todo = tuple[Task, int | None, float | None]
 """A task, the samples of its batch (None where the dataset makes the batches itself), and what they count (None for 1)."""

@@ -20,7 +20,7 @@ from fnlight.data.buckets import LengthBuckets
 from fnlight.data.permutation import Permutation, permutation
 from fnlight.data.share import Share
 from fnlight.errors import LoaderError
-from fnlight.rng import SAMPLE, fold_in, isolated, seed_generators
+from fnlight.tensors import SAMPLE, fold_in, isolated, seed_generators
 
 Task = tuple[int, Sequence[int], Any]
 """A key, the numbers that are folded into it, one a sample, and the indices to read (a single one where nothing is collated)."""
@@ -156,7 +156,7 @@ def tasks(loader: DataLoader[Any], span: Span, shuffle: bool = True) -> Iterator
     order = None
     if shuffle and type(sampler) is RandomSampler:
         order = permutation(span.order_key, count)
-    return _sliced_tasks(order, count, size, range(span.start, end), span.key(SAMPLE), collated)
+    return _sliced_tasks(order, count, size, numbers=range(span.start, end), key=span.key(SAMPLE), collated=collated)
 
 
 def _generator(key: int) -> torch.Generator:

@@ -6,7 +6,7 @@ from typing import Any
 import attrs
 from torch.utils.data import DataLoader, IterableDataset
 
-from fnlight.data.readers import num_samples
+from fnlight.data.samples import num_samples
 from fnlight.data.source import Source
 from fnlight.data.tensor_loader import TensorLoader
 from fnlight.errors import LoaderError

@@ -6,56 +6,18 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import attrs
-from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, IterableDataset
 
 from fnlight.data.combine import Triple
 from fnlight.data.keyed import KeyedLoader, KeyedStream
 from fnlight.data.order import Span, check_start, length_of
+from fnlight.data.samples import num_samples
 from fnlight.data.share import Sharded
 from fnlight.data.tensor_loader import Held, TensorLoader
 from fnlight.errors import LoaderError, LoaderWarning, warn
-from fnlight.rng import LOADER, fold_in, seed_generators
-from fnlight.tree import leaves
+from fnlight.tensors import LOADER, fold_in, has_own_iterator, seed_generators
 
 _END: Any = object()
-
-
-def num_samples(batch: Any) -> int:
-    """The number of samples in a batch: the leading dimension of its first tensor that has one, or 1.
-
-    Args:
-        batch: Any tree of tensors.
-
-    Returns:
-        The number.
-
-    Example:
-        >>> import torch
-        >>> num_samples({"name": "a", "x": torch.zeros(3, 2)}), num_samples("text")
-        (3, 1)
-    """
-    first: Any = batch
-    kind = batch.__class__
-    if (kind is tuple or kind is list) and batch:
-        first = batch[0]
-    elif kind is dict:
-        first = next(iter(batch.values()), None)
-    if first.__class__ is Tensor:
-        shape = first.shape
-        if shape:
-            return shape[0]
-    return _search_samples(batch)
-
-
-def _search_samples(batch: Any) -> int:
-    if isinstance(batch, PackedSequence):
-        return int(batch.batch_sizes[0])
-    for _, leaf in leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.dim():
-            return leaf.shape[0]
-    return 1
 
 
 def reader_of(loader: Any, shuffle: bool) -> "Listed | Held | Mapped | Stateful | Iterated":
@@ -81,8 +43,7 @@ def reader_of(loader: Any, shuffle: bool) -> "Listed | Held | Mapped | Stateful 
         return Held(loader, shuffle)
     if callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None)):
         return Stateful(loader, shuffle)
-    kind: Any = type(loader)
-    if not isinstance(loader, DataLoader) or kind.__iter__ is not DataLoader.__iter__ or kind._get_iterator is not DataLoader._get_iterator:
+    if not isinstance(loader, DataLoader) or has_own_iterator(loader):
         return Iterated(loader, shuffle)
     if isinstance(loader.dataset, IterableDataset):
         return Iterated(loader, shuffle, KeyedStream(loader), loader.num_workers == 0)

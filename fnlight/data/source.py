@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fnlight.data.combine import Combined, Triple
 from fnlight.data.order import Span, check_start, length_of
+from fnlight.data.part import Part
 from fnlight.data.readers import Iterated, Stateful, reader_of
 from fnlight.data.share import Sharded, Share
 from fnlight.data.transfer import transferred
 from fnlight.errors import LoaderError, LoaderWarning, warn
-from fnlight.gradients import Part
-from fnlight.rng import ORDER, RANK, fold_in
+from fnlight.tensors import ORDER, RANK, fold_in
 
 
 def check_loader(loader: Any, what: str) -> None:
@@ -161,7 +161,15 @@ class Source:
             LoaderError: If there is no batch, the start lies beyond the end, or an iterator was used up before.
         """
         limited = None if self.limit is None else self.num_batches
-        span = Span(seed, epoch, start, limited, stream, position, follows and (self.ahead is True or epoch + 1 < self.ahead))
+        span = Span(
+            seed=seed,
+            epoch=epoch,
+            start=start,
+            stop=limited,
+            stream=stream,
+            position=position,
+            ahead=follows and (self.ahead is True or epoch + 1 < self.ahead),
+        )
         found = self._reader.epoch(span) if self.share is None else self._shared(span)
         if self.device is None or self.device.type == "cpu":
             return found
@@ -258,7 +266,7 @@ class _Joined:
         if span.stop is not None:
             check_start(span, span.stop, self.loader)
         left = None if span.stop is None else span.stop - span.start
-        found = self.loader.epoch(self.children, span.seed, span.epoch, span.start, span.stream)
+        found = self.loader.epoch(self.children, span.seed, epoch=span.epoch, start=span.start, stream=span.stream)
         for done, (batch, samples, last) in enumerate(itertools.islice(found, left), 1):
             _check_parts(batch)
             yield batch, samples, last or done == left

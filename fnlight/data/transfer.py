@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fnlight.data.combine import Triple
-from fnlight.device import spread_on
-from fnlight.tree import map_tensors
+from fnlight.tensors import map_tensors, spread_on
 
 
 def transferred(found: Iterator[Triple], device: torch.device) -> Iterator[Triple]:

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 import fnlight as fl
-from fnlight.checkpoint import lock
-from fnlight.checkpoint.lock import hold
+from fnlight.checkpoint import hold, lock
 from fnlight.errors import CheckpointError, CheckpointWarning, LockedError
 from fnlight.testing import tiny_batches, tiny_task
 
@@ -21,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 HOLDER = """
 import os, sys, time
-from fnlight.checkpoint.lock import hold
+from fnlight.checkpoint import hold
 held = hold(sys.argv[1], clock=lambda: 0.0)
 child = os.fork()
 if child == 0:
@@ -134,9 +133,7 @@ def test_a_run_whose_directory_another_one_has_taken_ends_before_it_writes(tmp_p
 
     task = tiny_task()
     own = fl.Task(task.model, train_step, configure_optimizers=task.configure_optimizers)
-    config = fl.FitConfig(
-        max_steps=6, dir=tmp_path / "run", save_every=fl.steps(1), save_in_background=False, device="cpu", progress=False
-    )
+    config = fl.FitConfig(max_steps=6, dir=tmp_path / "run", save_every=fl.steps(1), save_in_background=False, device="cpu", progress=False)
     with pytest.raises(LockedError, match="the lock of this run was deleted, and another run has begun since"):
         fl.fit(fl.TrainState.create(own), tiny_batches(), config)
     assert os.listdir(tmp_path / "run") == [".lock"]

@@ -1,6 +1,7 @@
 """Checkpoints that several ranks have written: whole for every reader, checked part by part, and read byte by byte as needed."""
 
 import json
+import re
 import warnings
 from itertools import product
 from pathlib import Path
@@ -13,11 +14,10 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 import fnlight as fl
+from fnlight.checkpoint import at, chunks, parse, verify
 from fnlight.checkpoint.layout import Layout, overlap
-from fnlight.checkpoint.manifest import parse, render
+from fnlight.checkpoint.manifest import render
 from fnlight.checkpoint.pieces import read_pieces
-from fnlight.checkpoint.places import at, verify
-from fnlight.checkpoint.tensors import chunks
 from fnlight.cli import run
 from fnlight.errors import BrokenCheckpointError
 from tests.checkpoint.golden import CASES
@@ -144,7 +144,7 @@ def test_parts_that_do_not_fit_their_manifest_are_named(state, tmp_path):
     says = "model-00001-of-00003.safetensors holds 0.weight as torch.float32 [2, 3], but state.json says torch.float32 [6, 3]"
     assert verify(path)[0] == says
     assert len(verify(path)) == 3
-    with pytest.raises(BrokenCheckpointError, match=r"model-00001-of-00003\.safetensors does not hold the part of 0\.weight"):
+    with pytest.raises(BrokenCheckpointError, match=re.escape(says)):
         fl.load(path, CASE.task())
 
 
@@ -207,5 +207,5 @@ def test_a_checkpoint_of_parts_is_replaced_whole(state, tmp_path):
         assert not [name for name in at(path).names() if "-of-" in name]
     save_in_parts(state, tmp_path / "c")
     (tmp_path / "c" / "notes.txt").write_text("mine")
-    with pytest.raises(fl.CheckpointError, match="it holds notes.txt"):
+    with pytest.raises(fl.errors.CheckpointError, match="it holds notes.txt"):
         fl.save(state, tmp_path / "c")

@@ -248,9 +248,9 @@ class Campaign:
             found = _tried(name, read)
             if isinstance(found, Raw):
                 yield found.text
-            elif problems and not isinstance(found, fl.BrokenCheckpointError):
+            elif problems and not isinstance(found, fl.errors.BrokenCheckpointError):
                 yield f"{name} gives {found!r:.80}, but verify says {problems[0]:.120}"
-            elif not problems and isinstance(found, fl.BrokenCheckpointError):
+            elif not problems and isinstance(found, fl.errors.BrokenCheckpointError):
                 yield f"verify calls it sound, but {name} says {found!s:.200}"
         for name, read in {"newest": lambda: fl.newest(run), "load of the run": lambda: fl.load(run, task)}.items():
             found = _tried(name, read)
@@ -321,7 +321,7 @@ def _tried(name: str, call: Callable[[], Any]) -> Any:
     """What a reader gives, or the error that it may raise, or one that it may not."""
     try:
         return call()
-    except fl.CheckpointError as error:
+    except fl.errors.CheckpointError as error:
         return error
     except BaseException as error:  # whatever it is, it is what was looked for
         if isinstance(error, KeyboardInterrupt):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tests.repo.source import ROOT, lacking
 
-TOP = {"pyproject.toml", "fnlight", "tests", "examples", "docs", "README.md", "LICENSE", "CHANGELOG.md"}
+TOP = {"pyproject.toml", "fnlight", "tests", "examples", "docs", "findings", "README.md", "LICENSE", "CHANGELOG.md"}
 PRIVATE = tuple(f"/{place}" for place in ("work/", "tmp/v", "root/", "home/"))
 
 
