@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fnlight.data import Share, Source
+from fnlight.device import check_context
 from fnlight.errors import ConfigError, StepError, check_type
 from fnlight.gradients import Part
 from fnlight.metrics import MEDIA, Tally
@@ -62,6 +63,7 @@ def evaluate(
     """
     fn = step_of(state, "eval_step", eval_step)
     check_type("evaluate(signals=...)", signals, Signals | None, A_SIGNALS)
+    check_context("evaluate(...)", state.device, trains=False)
     with isolated(state.device), nullcontext() if (place := state.store.place) is None else place.everyone.waiting("in an evaluation"):
         found = evaluate_sources(state, sources_of(loader, state.device, limit, place), fn, weights, signals)
     return {name: value for name, value in found.items() if not isinstance(value, MEDIA)}

@@ -16,7 +16,7 @@ from fnlight.compose import compose, loaders_of, settings, text_of, train_source
 from fnlight.config import FitConfig
 from fnlight.data import Sharded, Source, placed
 from fnlight.data.order import length_of
-from fnlight.device import default_device, existing
+from fnlight.device import check_context, default_device, existing
 from fnlight.errors import BrokenCheckpointError, CheckpointWarning, ConfigError, check_type, warn
 from fnlight.fp8 import to_fp8
 from fnlight.loop import run
@@ -56,6 +56,7 @@ def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
     """
     check_type("fit(state, ...)", state, TrainState, A_STATE)
     check_type("fit(..., config)", config, FitConfig, "a FitConfig")
+    check_context("fit(...)", state.device)
     began = time.perf_counter()
     given = loaders_of(loaders)
     config = _dev_run(state, config) if config.fast_dev_run else config

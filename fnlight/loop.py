@@ -15,7 +15,7 @@ import attrs
 
 from fnlight.combinator import Combinator
 from fnlight.data import Item, Source, batches
-from fnlight.errors import ConfigError, Interrupted, LoaderError, check_type
+from fnlight.errors import ConfigError, Interrupted, LoaderError, check_type, in_step
 from fnlight.evaluate import evaluate_sources, sources_of, step_of
 from fnlight.history import Record
 from fnlight.metrics import MEDIA, Tally
@@ -121,7 +121,9 @@ def _run(
             return state
     except BaseException as failure:
         error = (
-            worker_death(failure) or (store.place and store.place.everyone.lost(failure, f"behind step {state.progress.step}")) or failure
+            worker_death(failure)
+            or (store.place and store.place.everyone.lost(failure, f"behind step {state.progress.step}"))
+            or in_step(failure, state.progress.step)
         )
         if error is failure:
             raise

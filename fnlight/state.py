@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fnlight.device import end_step_on, existing, move
+from fnlight.device import end_step_on, existing, home_of, move
 from fnlight.errors import DonatedStateError, OptimizerError, ParallelError, check_type, described
 from fnlight.history import History, Record
 from fnlight.host import Host
@@ -240,7 +240,7 @@ class TrainState:
                 f"the model has lazy tensors without a shape, {lazy[:5]}; call it once on a batch before making a Task, or make it anew where it "
                 "was donated to another state"
             )
-        home = None if device is None else existing(device)
+        home = home_of(device)
         memo = {id(t): t for t in (*task.model.parameters(), *task.model.buffers())} if donate else _memo
         with isolated(home):
             module = copied(task.model, memo)

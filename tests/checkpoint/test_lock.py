@@ -134,9 +134,7 @@ def test_a_run_whose_directory_another_one_has_taken_ends_before_it_writes(tmp_p
 
     task = tiny_task()
     own = fl.Task(task.model, train_step, configure_optimizers=task.configure_optimizers)
-    config = fl.FitConfig(
-        max_steps=6, dir=tmp_path / "run", save_every=fl.steps(1), save_in_background=False, device="cpu", progress=False
-    )
+    config = fl.FitConfig(max_steps=6, dir=tmp_path / "run", save_every=fl.steps(1), save_in_background=False, device="cpu", progress=False)
     with pytest.raises(LockedError, match="the lock of this run was deleted, and another run has begun since"):
         fl.fit(fl.TrainState.create(own), tiny_batches(), config)
     assert os.listdir(tmp_path / "run") == [".lock"]
