@@ -202,7 +202,7 @@ def open_checkpoint(path: Path, files: tuple[str, ...] = FILES, hold: bool = Fal
         Traceback (most recent call last):
         fnlight.errors.CheckpointError: no checkpoint at no/such/run: there is no such directory
     """
-    return read_checkpoint(path, lambda opened: opened, files, hold, ranks)
+    return read_checkpoint(path, lambda opened: opened, files, hold=hold, ranks=ranks)
 
 
 def read_checkpoint(

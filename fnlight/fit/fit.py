@@ -19,7 +19,7 @@ from fnlight.parallel import World, alone, check_same, ddp, join, placed_on
 from fnlight.precision import to_fp8
 from fnlight.runtime import Signals
 from fnlight.state import A_STATE, TrainState
-from fnlight.tensors import default_device, existing
+from fnlight.tensors import check_context, default_device, existing
 from fnlight.triggers import epochs
 
 
@@ -52,6 +52,7 @@ def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
     """
     check_type("fit(state, ...)", state, TrainState, A_STATE)
     check_type("fit(..., config)", config, FitConfig, "a FitConfig")
+    check_context("fit(...)", state.device)
     began = time.perf_counter()
     given = loaders_of(loaders)
     config = _dev_run(state, config) if config.fast_dev_run else config

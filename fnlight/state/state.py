@@ -24,7 +24,7 @@ from fnlight.state.history import History, Record
 from fnlight.state.progress import Progress, step_key
 from fnlight.state.store import Store
 from fnlight.state.task import Task, copied, empty
-from fnlight.tensors import existing, isolated, map_nodes, move, version_of
+from fnlight.tensors import existing, home_of, isolated, map_nodes, move, version_of
 
 A_STATE = "a TrainState, such as fl.TrainState.create(task) or fl.load(path, task) gives"
 """What the errors of those that take one say."""
@@ -99,7 +99,7 @@ class TrainState:
                 f"the parameters {sparse[:5]} are sparse, which torch can neither copy nor save as parameters; keep them dense, and make what is "
                 "computed with them sparse, as in weight.to_sparse_csr()"
             )
-        home = None if device is None else existing(device)
+        home = home_of(device)
         memo = {id(t): t for t in (*task.model.parameters(), *task.model.buffers())} if donate else _memo
         with isolated(home):
             module = copied(task.model, memo)
