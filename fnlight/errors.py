@@ -126,6 +126,30 @@ class CompileWarning(UserWarning):
     """A step that cannot be compiled as far as was asked; the message says which part and why."""
 
 
+def in_step(error: BaseException, step: int) -> BaseException:
+    """An error that ended a run, with a note that says in which step; Python would take a `StopIteration` for the end of the run itself.
+
+    Args:
+        error: What was raised.
+        step: Completed steps.
+
+    Returns:
+        The same, or what is raised in its place.
+
+    Example:
+        >>> in_step(KeyError("x"), 6).__notes__
+        ['This happened in step 7, after 6 steps were completed.']
+    """
+    if isinstance(error, StopIteration):
+        return StepError(
+            f"a function of the run raised StopIteration({error.value!r:.60}) in step {step + 1}; an iterator in it has no more items: give "
+            "next() a default"
+        )
+    if isinstance(error, Exception) and not isinstance(error, FnlightError):  # these say themselves where they come from
+        error.add_note(f"This happened in step {step + 1}, after {step} steps were completed.")
+    return error
+
+
 def check_type(what: str, value: Any, kind: Any, expected: str, advice: str = "") -> None:
     """Refuse an argument that is of another kind, before any work is done with it.
 

@@ -14,11 +14,24 @@ No pickle is read or written, and no name in a file is ever imported.
 from fnlight.checkpoint.background import Background
 from fnlight.checkpoint.distributed_save import Parts, is_cut, parts_of, write_together
 from fnlight.checkpoint.encode import decode, encode
-from fnlight.checkpoint.folder import Folder, make
+from fnlight.checkpoint.folder import Folder, make, refuse_links
+from fnlight.checkpoint.head import history_of
 from fnlight.checkpoint.layout import physical
+from fnlight.checkpoint.listing import FILES, MODEL
 from fnlight.checkpoint.lock import held, hold, name_of
-from fnlight.checkpoint.manifest import FILES, MODEL, STATE, parse
-from fnlight.checkpoint.places import at, best_checkpoint, checkpoints, is_run, newest, open_checkpoint, step_path, verify, writable
+from fnlight.checkpoint.manifest import STATE, parse, printable
+from fnlight.checkpoint.places import (
+    at,
+    best_checkpoint,
+    checkpoints,
+    is_run,
+    newest,
+    open_checkpoint,
+    own_path,
+    step_path,
+    verify,
+    writable,
+)
 from fnlight.checkpoint.read import ALLOWED, load, refill, restore
 from fnlight.checkpoint.retention import Retention, best, delete, every, is_there, last, prune, staying, sweep
 from fnlight.checkpoint.staging import Buffers

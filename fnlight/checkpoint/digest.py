@@ -4,6 +4,7 @@ Files are digested with XXH3 (128 bits), which costs a twentieth of what writing
 """
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import xxhash
@@ -39,22 +40,22 @@ class Digest:
         return f"{self.kind}:{self._hash.hexdigest()}"
 
 
-def digest_of_file(path: str, kind: str) -> str:
+def digest_of_file(readinto: Callable[[memoryview], int | None], kind: str) -> str:
     """The digest of a file on this machine.
 
     Args:
-        path: The file.
+        readinto: Fills a view from where the last one ended, or a part of it, and says how many bytes.
         kind: One of `KINDS`.
 
     Returns:
         The kind, a colon, and hexadecimal digits.
 
     Example:
-        >>> digest_of_file(__file__, "sha256")[:7]
+        >>> with open(__file__, "rb") as file:
+        ...     digest_of_file(file.readinto, "sha256")[:7]
         'sha256:'
     """
     digest, piece = Digest(kind), memoryview(bytearray(_PIECE))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(piece):
-            digest.update(piece[:count])
+    while count := readinto(piece):
+        digest.update(piece[:count])
     return str(digest)

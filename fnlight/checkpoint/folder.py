@@ -12,12 +12,13 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import attrs
+import torch
 from torch import Tensor
 
 from fnlight.checkpoint.digest import Digest, digest_of_file
 from fnlight.checkpoint.header import read_header
 from fnlight.checkpoint.manifest import MAX_BYTES, STATE, belongs
-from fnlight.checkpoint.tensors import fetch
+from fnlight.checkpoint.tensors import fetch, memory_of_machine
 from fnlight.errors import CheckpointError
 
 _PIECE = 1 << 20  # bytes hashed and written at a time: they are still in the processor's cache when they are written
@@ -90,20 +91,37 @@ class Folder:
         path = os.path.join(self.path, name)
         return os.path.getsize(path) if os.path.isfile(path) else None
 
+    def hollow(self, name: str) -> str | None:
+        """What is wrong with a file that is larger than any memory, but hardly there: reading it would take hours, for nothing."""
+        found = os.stat(os.path.join(self.path, name))
+        blocks = getattr(found, "st_blocks", 0)  # 0 where the file system does not say
+        if found.st_size <= memory_of_machine() or not 0 < blocks * 512 < found.st_size // 2:
+            return None
+        return f"{name} is said to have {found.st_size} bytes, but only {blocks * 512} of them are on the disk"
+
     def read(self, name: str, limit: int = MAX_BYTES) -> bytes:
         """The content of a regular file, which is refused where it is larger."""
         with self._open(name) as file:
-            data = file.read(limit + 1)
-        if len(data) > limit:
-            raise OSError(errno.EFBIG, f"more than the {limit} bytes that are read", name)
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise OSError(errno.EFBIG, f"{size} bytes, more than the {limit} that are read", name)
+            data = file.read(size + 1)
+        if len(data) != size:  # as in /proc, where files say that they are empty
+            raise OSError(errno.EINVAL, f"it is no plain file: it has {size} bytes, but more or fewer can be read", name)
         return data
 
     def _open(self, name: str) -> io.BufferedReader:
-        """A regular file, or what a link to one leads to; opening another kind, such as a pipe, would wait for a writer."""
+        """A plain file, or one that a link leads to; opening another kind, such as a pipe, would wait for a writer, and reading it for data."""
         path = os.path.join(self.path, name)
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise OSError(errno.EINVAL, "no regular file", path)
-        return open(path, "rb")  # the caller closes it
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+        try:
+            _check_plain(path, file)
+            return os.fdopen(file, "rb")  # the caller closes it
+        except BaseException:
+            os.close(file)
+            raise
 
     def part(self, name: str, start: int, end: int) -> bytearray:
         """The bytes of a file from a start to an end, and no others."""
@@ -123,15 +141,17 @@ class Folder:
 
     def digest(self, name: str, kind: str) -> str:
         """The digest of a file, of one of `KINDS`."""
-        return digest_of_file(os.path.join(self.path, name), kind)
+        with self._open(name) as file:
+            return digest_of_file(file.readinto, kind)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of a safetensors file, whose header is checked first; they are views of the mapped file, to be copied."""
-        from safetensors.torch import load_file
-
         with self._open(name) as file:
-            read_header(lambda start, end: (file.seek(start), file.read(end - start))[1], os.fstat(file.fileno()).st_size)
-        return load_file(os.path.join(self.path, name))
+            size = os.fstat(file.fileno()).st_size
+            places = read_header(lambda start, end: (file.seek(start), file.read(end - start))[1], size)
+        storage: Any = torch.UntypedStorage.from_file(os.path.join(self.path, name), False, size)
+        whole = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
+        return {key: place.mapped(whole) for key, place in places.items()}
 
     def fetch(self, name: str, kind: str) -> tuple[dict[str, Tensor], str]:
         """The tensors of a safetensors file in memory of their own, and the digest of what they were filled with."""
@@ -193,10 +213,20 @@ class Folder:
 
     def remove(self) -> None:
         """Delete it: first out of sight in one move, so that no reader sees half of it."""
-        if self.exists():
+        if os.path.islink(self.path):
+            os.unlink(self.path)  # what it leads to is not ours
+        elif self.exists():
             os.rename(self.path, _hidden(self, "gone").path)
         for name in hidden_siblings(self):
             shutil.rmtree(self.parent().child(name).path)
+
+
+def _check_plain(path: str, file: int) -> None:
+    """Refuse what is no file with a content of its own: what took its place meanwhile, and links to what the system makes up as it is read."""
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        raise OSError(errno.EINVAL, "no regular file", path)
+    if os.path.islink(path) and os.name != "nt" and os.fstatvfs(file).f_blocks == 0:
+        raise OSError(errno.EINVAL, "a link to what is no plain file, for its file system has no room for any", path)
 
 
 def _hidden(folder: Folder, kind: str) -> Folder:
@@ -250,6 +280,28 @@ def _publish(hidden: Folder, target: Folder) -> None:
         if aside.exists():
             os.rename(aside.path, target.path)
         raise
+
+
+def refuse_links(dir: str, *names: str) -> None:
+    """Refuse links in a run's directory where something is to be written: the directory may be a stranger's, and they may lead anywhere.
+
+    Args:
+        dir: The run's directory, which may be a link itself.
+        *names: What will be written in it.
+
+    Raises:
+        CheckpointError: If one of them is a link.
+
+    Example:
+        >>> refuse_links("no/such/run", "config.json")
+    """
+    for name in names:
+        path = os.path.join(dir, name)
+        if os.path.islink(path):
+            raise CheckpointError(
+                f"{path} is a link to {os.readlink(path)!r:.200}, and nothing is written through links that are in a run's directory; delete the link, "
+                f"or make {dir} itself the link"
+            )
 
 
 def make(folder: Folder) -> None:

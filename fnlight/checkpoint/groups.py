@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fnlight.checkpoint.encode import decode
-from fnlight.checkpoint.manifest import OPTIMIZER
+from fnlight.checkpoint.listing import OPTIMIZER
 from fnlight.checkpoint.placeholder import fitted
 from fnlight.checkpoint.reader import Opened
 from fnlight.errors import MismatchError

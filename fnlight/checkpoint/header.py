@@ -3,9 +3,11 @@
 Every bound holds for what fnlight writes, too, so that nothing is written that could not be read.
 """
 
+import gc
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -66,10 +68,17 @@ class Place:
         """A tensor of this kind without any bytes."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
+    def mapped(self, whole: Tensor) -> Tensor:
+        """The tensor, as a view of all bytes of the file; a copy where it is not aligned."""
+        if self.start == self.end:
+            return torch.empty(self.shape, dtype=self.dtype, device="cpu")
+        own = whole[self.start : self.end]
+        return (own.clone() if self.start % self.dtype.itemsize else own).view(self.dtype).reshape(self.shape)
+
     def tensor(self, data: bytearray, offset: int) -> Tensor:
         """The tensor, as a view of bytes of which the first stands at an offset of the file."""
         if self.start == self.end:
-            return torch.empty(self.shape, dtype=self.dtype)
+            return torch.empty(self.shape, dtype=self.dtype, device="cpu")
         count = (self.end - self.start) // self.dtype.itemsize
         return torch.frombuffer(data, dtype=self.dtype, count=count, offset=self.start - offset).reshape(self.shape)
 
@@ -100,15 +109,22 @@ def read_header(read: Callable[[int, int], bytes], size: int) -> dict[str, Place
     text = read(8, 8 + length)
     if text.count(b"{") > MAX_TENSORS + 2 or text.count(b",") > 16 * MAX_TENSORS:
         raise ValueError(f"the header lists more than {MAX_TENSORS} tensors, or much else")
+    with uncollected():
+        return _places(text, 8 + length, size)
+
+
+def _places(text: bytes, begin: int, size: int) -> dict[str, Place]:
     try:
         listed = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
     except (UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"the header is no JSON: {type(error).__name__}") from error
     if not isinstance(listed, dict):
         raise ValueError(f"the header is no JSON object, but {type(listed).__name__}")  # noqa: TRY004  # a file is no argument
-    listed.pop("__metadata__", None)
-    places = {name: _place(name, entry, 8 + length) for name, entry in listed.items()}
-    end = 8 + length
+    metadata = listed.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"the metadata of the header is {metadata!r:.80}")
+    places = {name: _place(name, entry, begin) for name, entry in listed.items()}
+    end = begin
     for name, place in sorted(places.items(), key=lambda item: (item[1].start, item[1].end)):
         if place.start != end:
             raise ValueError(f"{name:.80} begins at byte {place.start}, but what lies before it ends at {end}")
@@ -134,6 +150,24 @@ def _place(name: str, entry: Any, begin: int) -> Place:
     if offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name:.80} of {entry['dtype']} {shape!r:.80} cannot be the bytes {offsets}")
     return Place(dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Let Python make many objects without looking for garbage among them again and again, which takes ten times as long as making them.
+
+    Example:
+        >>> with uncollected():
+        ...     gc.isenabled()
+        False
+    """
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

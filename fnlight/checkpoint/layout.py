@@ -11,6 +11,9 @@ from fnlight.tensors import Box, box_of, cuts
 Cell = tuple[int, tuple[int, ...], tuple[int, ...]]
 """The number of a file, the offset of a part in the whole, and its shape."""
 
+_CUTS = 16  # dimensions of a mesh
+_MOST = 1 << 31  # parts, and dimensions
+
 
 @attrs.frozen
 class Layout:
@@ -107,15 +110,25 @@ def read_layouts(found: Any, count: int) -> list[Layout]:
         >>> read_layouts([{"cuts": [[0, 2]], "files": [0, 1]}], 2)
         [Layout(cuts=((0, 2),), files=(0, 1))]
     """
+    if not isinstance(found, list):
+        raise ValueError(f"layouts must be a list, but is {found!r:.80}")  # noqa: TRY004  # a file is no argument
     layouts: list[Layout] = []
     for each in found:
-        layout = Layout(tuple((dim, parts) for dim, parts in each["cuts"]), tuple(each["files"]))
-        numbers = [n for cut in layout.cuts for n in cut] + list(layout.files)
-        known = all(type(n) is int and n >= 0 for n in numbers) and all(n < count for n in layout.files)
-        if not known or math.prod(parts for _, parts in layout.cuts) != len(layout.files):
-            raise ValueError(f"a layout is {each!r:.80}, in a checkpoint of {count} parts")
-        layouts.append(layout)
+        if not _is_layout(each, count):
+            raise ValueError(f"layouts holds {each!r:.80}, in a checkpoint of {count} parts")
+        layouts.append(Layout(tuple((dim, parts) for dim, parts in each["cuts"]), tuple(each["files"])))
     return layouts
+
+
+def _is_layout(each: Any, count: int) -> bool:
+    """Say whether a value is a layout: few cuts, and for each part a file of its own."""
+    cuts, files = (each.get("cuts"), each.get("files")) if isinstance(each, dict) else (None, None)
+    if not isinstance(cuts, list) or not isinstance(files, list) or len(cuts) > _CUTS:
+        return False
+    if not all(isinstance(cut, list) and len(cut) == 2 for cut in cuts):
+        return False
+    known = all(type(n) is int and 0 <= n < _MOST for cut in cuts for n in cut) and all(type(n) is int and 0 <= n < count for n in files)
+    return known and math.prod(parts for _, parts in cuts) == len(files) == len(set(files)) > 0
 
 
 def part_name(file: str, index: int, count: int) -> str:

@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,9 +21,9 @@ from typing import Any
 import attrs
 
 from fnlight.checkpoint.bucket import Bucket
-from fnlight.checkpoint.folder import cannot_write, make
+from fnlight.checkpoint.folder import cannot_write, make, refuse_links
 from fnlight.checkpoint.places import Path, at
-from fnlight.errors import CheckpointWarning, LockedError, warn
+from fnlight.errors import CheckpointError, CheckpointWarning, LockedError, warn
 
 try:
     import fcntl
@@ -64,6 +65,23 @@ class Lock:
         finally:
             os.close(file)
 
+    def look(self) -> None:
+        """Make sure that the directory is still held, before something is written into it.
+
+        Whoever deletes it deletes the lock with it. It is made again, unless another run has taken the directory meanwhile.
+
+        Raises:
+            LockedError: If one has.
+        """
+        if self.file is None or self.pid != os.getpid() or _is_at(self.file, self.path):
+            return
+        try:
+            again = hold(os.path.dirname(self.path))
+        except LockedError as error:
+            raise LockedError(f"the lock of this run was deleted, and another run has begun since: {error}") from None
+        os.close(self.file)
+        self.file = again.file
+
     def close(self, _: BaseException | None) -> None:
         """Release it at the end of a run."""
         self.release()
@@ -81,7 +99,7 @@ def hold(dir: Path, clock: Callable[[], float] = time.time) -> Lock:
 
     Raises:
         LockedError: If a run holds it that is not over; its process, host and beginning are named.
-        CheckpointError: If the directory cannot be written.
+        CheckpointError: If the directory cannot be written, or the lock is a link.
 
     Example:
         >>> import tempfile
@@ -95,6 +113,7 @@ def hold(dir: Path, clock: Callable[[], float] = time.time) -> Lock:
     if isinstance(folder, Bucket) or fcntl is None:
         return Lock("", None, os.getpid())
     path = os.path.join(os.path.realpath(folder.path), NAME)
+    refuse_links(os.path.dirname(path), NAME)
     file = None
     try:
         make(folder)
@@ -152,8 +171,11 @@ def name_of(dir: Path) -> str:
 
 def _attempt(path: str, dir: str, clock: Callable[[], float]) -> int | None:
     """Open the file, lock and sign it; None if it was deleted meanwhile, so that another one must be opened."""
-    file, mine = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), False
+    file, mine = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666), False
     try:
+        found = os.fstat(file)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            raise CheckpointError(f"{path} is no file of its own, but something with another name as well, or of another kind; delete it")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

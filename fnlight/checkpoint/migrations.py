@@ -28,9 +28,11 @@ def samples_of_the_epoch(body: Body) -> Body:
         >>> samples_of_the_epoch({"progress": {"epoch": 2, "batch": 0, "samples": 64}})["progress"]["epoch_samples"]
         0
     """
-    progress = body["progress"]
-    known = bool(progress["batch"]) and progress["epoch"] == 0
-    return {**body, "progress": {**progress, "epoch_samples": progress["samples"] if known else 0}}
+    progress = body.get("progress")
+    if not isinstance(progress, dict):
+        return body  # which will be refused
+    known = bool(progress.get("batch")) and progress.get("epoch") == 0
+    return {**body, "progress": {**progress, "epoch_samples": progress.get("samples", 0) if known else 0}}
 
 
 def in_one_part(body: Body) -> Body:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fnlight.checkpoint.header import Place, read_header
 from fnlight.checkpoint.layout import WHOLE, Layout, overlap, part_name
+from fnlight.checkpoint.tensors import roomy
 from fnlight.tensors import Box, box, like_parts
 
 Part = Callable[[str, int, int], Any]
@@ -18,6 +19,9 @@ Into = Callable[[str, int, memoryview], None]
 
 Like = Callable[[str, tuple[int, ...]], Tensor | None]
 """The tensor that a name of a file shall lie like, of its shape; None where all of it is wanted."""
+
+Stored = tuple[torch.dtype, tuple[int, ...]]
+"""The dtype and shape of a tensor in a file."""
 
 _PIECE = 1 << 26  # bytes that are asked for at once
 _AS_REAL = ("complex128", "complex32")  # stored with a last dimension of 2
@@ -63,7 +67,7 @@ def read_pieces(
         home = homes[name] = like(name, tuple(shape))
         wanted: Box = ((0,) * len(shape), tuple(shape)) if home is None else box(home)
         stored = (*wanted[1], 2) if kind in _AS_REAL else wanted[1]
-        found[name] = torch.empty(stored, dtype=_stored(kind))
+        found[name] = roomy(stored, _stored(kind))
         layout = layouts[entry["cut"][name]] if name in entry.get("cut", ()) else WHOLE
         for index, offset, cell in layout.cells(shape, wanted):
             common = overlap(wanted, (offset, cell))
@@ -98,8 +102,7 @@ def joined(
         {'x': tensor([1., 1.])}
     """
     found = {
-        name: torch.empty((*shape, 2) if kind in _AS_REAL else tuple(shape), dtype=_stored(kind))
-        for name, (kind, shape) in entry["tensors"].items()
+        name: roomy((*shape, 2) if kind in _AS_REAL else tuple(shape), _stored(kind)) for name, (kind, shape) in entry["tensors"].items()
     }
     for index in range(len(entry["parts"])):
         name = part_name(file, index, len(entry["parts"]))
@@ -116,39 +119,57 @@ def joined(
     return found
 
 
-def check_parts(part: Part, size: Callable[[str], int | None], file: str, entry: Mapping[str, Any], layouts: Sequence[Layout]) -> None:
-    """Hold the headers of the parts of a file against the manifest; no tensor is read.
+def compare_header(part: Part, name: str, size: int, stored: Mapping[str, Stored]) -> str | None:
+    """Hold the header of a file against the manifest; no tensor is read.
 
     Args:
         part: Gives bytes of a file.
-        size: Gives the bytes that a file has.
-        file: Its name in the manifest.
-        entry: What the manifest says of it.
-        layouts: The layouts that the manifest lists.
+        name: The file.
+        size: Its bytes.
+        stored: What it should hold, see `stored_in`.
 
-    Raises:
-        ValueError: If a part holds other tensors than the manifest says.
+    Returns:
+        What is wrong, if anything is.
 
     Example:
         >>> from fnlight.checkpoint import chunks
         >>> data = b"".join(chunks({"x": torch.ones(1)}))
-        >>> entry = {"parts": [[len(data), ""]], "tensors": {"x": ["float32", [2]]}, "cut": {}}
-        >>> check_parts(lambda name, start, end: data[start:end], lambda name: len(data), "a.b", entry, [])
-        Traceback (most recent call last):
-        ValueError: a-00001-of-00001.b holds x as torch.float32 [1], but state.json says torch.float32 [2]
+        >>> compare_header(lambda name, start, end: data[start:end], "a.b", len(data), {"x": (torch.float32, (2,))})
+        'a.b holds x as torch.float32 [1], but state.json says torch.float32 [2]'
     """
-    for index in range(len(entry["parts"])):
-        name = part_name(file, index, len(entry["parts"]))
-        places = read_header(lambda start, end, name=name: bytes(part(name, start, end)), size(name) or 0)
-        expected = {
-            key: (_stored(entry["tensors"][key][0]), [*box[1], *([2] if entry["tensors"][key][0] in _AS_REAL else [])])
-            for key, box in cells_of(entry, layouts, index).items()
-        }
-        for key in sorted(expected.keys() | places.keys()):
-            held = (places[key].dtype, list(places[key].shape)) if key in places else None
-            if held != expected.get(key):
-                says = [f"{each[0]} {each[1]}" if each is not None else "nothing" for each in (held, expected.get(key))]
-                raise ValueError(f"{name} holds {key:.80} as {says[0]}, but state.json says {says[1]}")
+    try:
+        places = read_header(lambda start, end: bytes(part(name, start, end)), size)
+    except ValueError as error:
+        return f"{name} cannot be read: {error}"
+    for key in sorted(stored.keys() | places.keys()):
+        held = (places[key].dtype, places[key].shape) if key in places else None
+        if held != stored.get(key):
+            says = ["nothing" if each is None else f"{each[0]} {list(each[1])}" for each in (held, stored.get(key))]
+            return f"{name} holds {key:.80} as {says[0]}, but state.json says {says[1]}"
+    return None
+
+
+def stored_in(entry: Mapping[str, Any], layouts: Sequence[Layout], index: int) -> dict[str, Stored]:
+    """What one file holds, as it is stored.
+
+    Args:
+        entry: What the manifest says of the file, or of all its parts.
+        layouts: The layouts that the manifest lists.
+        index: The number of the part, from 0 on.
+
+    Returns:
+        Names to dtypes and shapes.
+
+    Example:
+        >>> stored_in({"tensors": {"x": ["complex128", [3]]}}, [], 0)
+        {'x': (torch.float64, (3, 2))}
+    """
+    kinds = {name: kind for name, (kind, _) in entry["tensors"].items()}
+    if "parts" in entry:
+        shapes = {name: size for name, (_, size) in cells_of(entry, layouts, index).items()}
+    else:
+        shapes = {name: shape for name, (_, shape) in entry["tensors"].items()}
+    return {name: (_stored(kinds[name]), (*shape, *([2] if kinds[name] in _AS_REAL else []))) for name, shape in shapes.items()}
 
 
 def cells_of(entry: Mapping[str, Any], layouts: Sequence[Layout], index: int) -> dict[str, Box]:

@@ -3,16 +3,15 @@
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from fnlight.checkpoint.bucket import Bucket
-from fnlight.checkpoint.encode import decode
-from fnlight.checkpoint.folder import Folder, cannot_write, hidden_siblings, make
-from fnlight.checkpoint.layout import physical
-from fnlight.checkpoint.manifest import FILES, STATE, belongs
-from fnlight.checkpoint.pieces import check_parts
+from fnlight.checkpoint.folder import Folder, cannot_write, hidden_siblings, make, refuse_links
+from fnlight.checkpoint.head import history_of
+from fnlight.checkpoint.listing import FILES
+from fnlight.checkpoint.manifest import STATE, belongs
 from fnlight.checkpoint.reader import Opened, compare_all, examine, fetched
 from fnlight.checkpoint.retry import WAITS
 from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning, ConfigError, check_type, warn
@@ -20,7 +19,11 @@ from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWar
 _STEP = re.compile(r"step-([0-9]{8,})")
 _ASIDE = re.compile(r"\.(step-[0-9]{8,})\.old-[0-9a-f]+")
 
+WRITTEN = (".lock", "config.json", "checkpoints", "bundles", "traces")
+"""What a run writes in its directory."""
+
 Path = str | os.PathLike[str]
+T = TypeVar("T")
 
 
 def at(path: Path) -> Folder | Bucket:
@@ -57,6 +60,29 @@ def step_path(dir: Path, step: int) -> str:
         'runs/a/checkpoints/step-00000500'
     """
     return at(dir).child("checkpoints").child(f"step-{step:08d}").path
+
+
+def own_path(dir: Path, step: int) -> str:
+    """The path of the checkpoint of a step, to be written or deleted: there is no link on the way to it from the run's directory.
+
+    Args:
+        dir: The run's directory, or a URL.
+        step: Completed optimizer updates.
+
+    Returns:
+        The path.
+
+    Raises:
+        CheckpointError: If there is a link.
+
+    Example:
+        >>> own_path("runs/a", 500)
+        'runs/a/checkpoints/step-00000500'
+    """
+    run, path = at(dir), step_path(dir, step)
+    if isinstance(run, Folder):
+        refuse_links(run.path, "checkpoints", os.path.join("checkpoints", os.path.basename(path)))
+    return path
 
 
 def checkpoints(dir: Path) -> list[tuple[int, str]]:
@@ -135,9 +161,9 @@ def best_checkpoint(dir: Path, monitor: str, mode: str = "min") -> str | None:
     found: list[tuple[bool, float, int, str]] = []
     for opened in _sound(dir):
         step = opened.body["progress"]["step"]
-        for _, _, metrics in (record for record in opened.body["history"] if record[0] == step):
-            value = float(decode(metrics, {}.__getitem__).get(monitor, math.nan)) * (1 if mode == "min" else -1)
-            if monitor in metrics:
+        for record in history_of(opened.body):
+            if record.step == step and monitor in record.metrics:
+                value = float(record.metrics[monitor]) * (1 if mode == "min" else -1)
                 found.append((math.isnan(value), 0.0 if math.isnan(value) else value, step, opened.path))
     return min(found)[3] if found else None
 
@@ -147,7 +173,11 @@ def _sound(dir: Path, files: tuple[str, ...] = FILES, hold: bool = False, ranks:
         try:
             yield _open_one(path, files, hold, ranks)
         except BrokenCheckpointError as error:
-            warn(f"passed over a broken checkpoint: {error}", CheckpointWarning)
+            _pass_over(error)
+
+
+def _pass_over(error: BrokenCheckpointError) -> None:
+    warn(f"passed over a broken checkpoint: {error}", CheckpointWarning)
 
 
 def open_checkpoint(path: Path, files: tuple[str, ...] = FILES, hold: bool = False, ranks: Any = None) -> Opened:
@@ -172,17 +202,49 @@ def open_checkpoint(path: Path, files: tuple[str, ...] = FILES, hold: bool = Fal
         Traceback (most recent call last):
         fnlight.errors.CheckpointError: no checkpoint at no/such/run: there is no such directory
     """
+    return read_checkpoint(path, lambda opened: opened, files, hold=hold, ranks=ranks)
+
+
+def read_checkpoint(
+    path: Path, read: Callable[[Opened], T], files: tuple[str, ...] = FILES, hold: bool = False, ranks: Any = None
+) -> T:  # fmt: skip
+    """Find a checkpoint, check it and read it; of a run, the newest one with which that works.
+
+    Args:
+        path: As for `open_checkpoint`.
+        read: Makes something of it. One that it finds broken, a process that is alone passes over for the one before.
+        files: As for `open_checkpoint`.
+        hold: As for `open_checkpoint`.
+        ranks: As for `open_checkpoint`.
+
+    Returns:
+        What was made.
+
+    Raises:
+        BrokenCheckpointError: If it is damaged, or all of a run are.
+        CheckpointError: If there is none.
+
+    Example:
+        >>> read_checkpoint("no/such/run", lambda opened: opened.path)
+        Traceback (most recent call last):
+        fnlight.errors.CheckpointError: no checkpoint at no/such/run: there is no such directory
+    """
     folder = at(path)
     if is_run(path):
         for found in _sound(path, files, hold, ranks):
-            return found
+            try:
+                return read(found)
+            except BrokenCheckpointError as error:
+                if ranks is not None:
+                    raise
+                _pass_over(error)
         raise BrokenCheckpointError(
             f"none of the {len(checkpoints(path))} checkpoints in {folder.path} is sound, so there is nothing to go on from, see the warnings above; "
             "look at fl.verify(path), restore them from a copy, or start afresh in another directory"
         )
     present = folder.names()
     if any(map(belongs, present)) or hidden_of(folder):
-        return _open_one(folder.path, files, hold, ranks)
+        return read(_open_one(folder.path, files, hold, ranks))
     raise CheckpointError(
         f"no checkpoint at {folder.path}: {f'it holds {present[:5]}' if folder.exists() else 'there is no such directory'}"
     )
@@ -227,8 +289,7 @@ def _open_together(folder: Folder | Bucket, ranks: Any) -> Opened:
     """Check a checkpoint among all ranks, each a share of its files; they agree on what is wrong."""
     body, problems = examine(folder, digests=False, sizes=ranks.rank == 0)
     if body is not None and not problems and isinstance(folder, Folder):
-        names = list(physical(body["files"]).items())[ranks.rank :: ranks.size]
-        problems += compare_all(folder, dict(names), digests=True)
+        problems += compare_all(folder, body, digests=True, share=slice(ranks.rank, None, ranks.size))
     found = [problem for each in ranks.gather(problems) for problem in each]
     if body is not None and not found:
         return Opened(folder.path, folder, body)
@@ -253,7 +314,9 @@ def _open_remote(folder: Bucket, files: tuple[str, ...]) -> Opened:
 
 
 def verify(path: Path) -> list[str]:
-    """Check a checkpoint: its manifest, and the size and digest of every file.
+    """Check a checkpoint: all that its manifest says, and the size, the header and the digest of every file.
+
+    What `load` refuses whatever the task is, this names, too.
 
     Args:
         path: The checkpoint's directory, or a URL.
@@ -265,20 +328,7 @@ def verify(path: Path) -> list[str]:
         >>> verify("no/such/checkpoint")
         ['there is no directory no/such/checkpoint']
     """
-    folder = at(path)
-    body, problems = examine(folder)
-    if body is None or problems:
-        return problems
-    opened, found = Opened(folder.path, folder, body), list[str]()
-    for name, entry in body["files"].items():
-        try:
-            if "parts" in entry:
-                check_parts(folder.part, folder.size, name, entry=entry, layouts=opened.layouts)
-            else:
-                opened.tensors(name)
-        except (BrokenCheckpointError, ValueError, OSError) as error:
-            found.append(str(error))
-    return found
+    return examine(at(path))[1]
 
 
 def writable(dir: Path) -> None:
@@ -288,14 +338,15 @@ def writable(dir: Path) -> None:
         dir: The run's directory, which is made if need be, or a URL, of which nothing is tried.
 
     Raises:
-        CheckpointError: If it cannot be made, or no file can be written there.
+        CheckpointError: If it cannot be made, no file can be written there, or a link is in the place of what a run writes.
 
     Example:
         >>> writable("memory://runs/a")
     """
-    folder = at(dir).child("checkpoints")
+    run, folder = at(dir), at(dir).child("checkpoints")
     if isinstance(folder, Bucket):
         return
+    refuse_links(run.path, *WRITTEN)
     try:
         make(folder)
         probe = folder.child(".probe")

@@ -9,23 +9,24 @@ from torch import Tensor, nn
 
 from fnlight.checkpoint.encode import decode
 from fnlight.checkpoint.groups import place_optimizers
-from fnlight.checkpoint.manifest import MEMORY, MODEL
+from fnlight.checkpoint.head import casts, history_of
+from fnlight.checkpoint.header import uncollected
+from fnlight.checkpoint.listing import MEMORY, MODEL
 from fnlight.checkpoint.pieces import Like
 from fnlight.checkpoint.placeholder import Lent, twin
-from fnlight.checkpoint.places import Path, open_checkpoint
+from fnlight.checkpoint.places import Path, open_checkpoint, read_checkpoint
 from fnlight.checkpoint.reader import Opened
 from fnlight.checkpoint.rename import Rename, new_name, renamed, renamed_body
 from fnlight.checkpoint.weights import LoadReport, extra_states, make_late_buffers, place_weights, put, split_buffers
 from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning, MismatchError, check_type, warn
 from fnlight.metrics import Tally, own_part
 from fnlight.runtime import WallTime
-from fnlight.state import History, Progress, Record, Store, Task, TrainState
+from fnlight.state import Progress, Store, Task, TrainState
 from fnlight.tensors import DTYPES, convert, is_sharded, lying_like, spread_like
 
 ALLOWED = frozenset({"dtype", "model", "optimizer"})
 """Differences between a checkpoint and a task that `restore` can be told to go along with."""
 
-_MOST = 1 << 62  # no run does more steps
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, ArithmeticError)
 
 
@@ -56,13 +57,18 @@ def load(path: Path, task: Task, *, device: torch.device | str | None = None, pl
         ...     load(path, task).seed
         7
     """
-    opened = open_checkpoint(path, hold=place is None, ranks=getattr(place, "everyone", None))
-    lent, memo = Lent(), dict[int, Any]()
-    if isinstance(task, Task) and place is None:
-        lent.borrow((*task.model.parameters(), *task.model.buffers()), memo)
-    state, notes = _fill(TrainState.create(task, device=device, place=place, _memo=memo), lent, opened, allowed=frozenset(), rename=None)
-    _warn(opened, notes)
-    return state
+
+    def read(opened: Opened) -> TrainState:
+        lent, memo = Lent(), dict[int, Any]()
+        if isinstance(task, Task) and place is None:
+            lent.borrow((*task.model.parameters(), *task.model.buffers()), memo)
+        state, notes = _fill(
+            TrainState.create(task, device=device, place=place, _memo=memo), lent, opened, allowed=frozenset(), rename=None
+        )
+        _warn(opened, notes)
+        return state
+
+    return read_checkpoint(path, read, hold=place is None, ranks=getattr(place, "everyone", None))
 
 
 def restore(path: Path, like: TrainState, *, allow: Iterable[str] = (), rename: Rename = None) -> TrainState:
@@ -102,11 +108,14 @@ def restore(path: Path, like: TrainState, *, allow: Iterable[str] = (), rename: 
     if not allowed <= ALLOWED:
         raise CheckpointError(f"allow= knows {sorted(ALLOWED)}, but got {sorted(allowed - ALLOWED)}")
     place = like.live.place
-    opened = open_checkpoint(path, hold=place is None, ranks=None if place is None else place.everyone)
-    store, lent = twin(like.live)
-    state, notes = _fill(attrs.evolve(like, store=store, version=0), lent, opened, allowed=allowed, rename=rename)
-    _warn(opened, notes)
-    return state
+
+    def read(opened: Opened) -> TrainState:
+        store, lent = twin(like.live)
+        state, notes = _fill(attrs.evolve(like, store=store, version=0), lent, opened, allowed=allowed, rename=rename)
+        _warn(opened, notes)
+        return state
+
+    return read_checkpoint(path, read, hold=place is None, ranks=None if place is None else place.everyone)
 
 
 def refill(path: Path, state: TrainState) -> TrainState:
@@ -203,15 +212,8 @@ def _homes(store: Store, rename: Rename) -> Like | None:
 
 def _recast(store: Store, opened: Opened) -> None:
     """Give the model the precision of a run in another one than the model was made in."""
-    try:
-        section = opened.body["memory"]
-        for tree in (section, *section.get("phases", {}).values()):  # of several optimizers, each remembers it
-            if "cast" in tree:
-                convert(store.module, [optim.optimizer for optim in store.optims.values()], DTYPES[tree["cast"]["dtype"]])
-    except _MALFORMED as error:
-        raise BrokenCheckpointError(
-            f"checkpoint {opened.path} is broken: state.json names a precision that there is not: {error!r:.80}"
-        ) from error
+    for tree in casts(opened.body["memory"]):
+        convert(store.module, [optim.optimizer for optim in store.optims.values()], DTYPES[tree["dtype"]])
 
 
 def _another(report: LoadReport) -> str:
@@ -250,31 +252,11 @@ def _converted(value: Any, dtype: torch.dtype, like: Tensor | None) -> Any:
 
 
 def _head(state: TrainState, body: Any) -> TrainState:
-    progress, seed, stopped = Progress(**body["progress"]), body["seed"], body["stopped"]
-    counts = (progress.step, progress.epoch, progress.batch, progress.samples, progress.epoch_samples, progress.skipped)
-    if (
-        not all(type(n) is int and 0 <= n < _MOST for n in counts)
-        or type(seed) is not int
-        or seed < 0
-        or not isinstance(stopped, str | None)
-        or type(progress.seconds) not in (int, float)
-    ):
-        raise ValueError(f"progress {progress}, seed {seed!r}, stopped {stopped!r}")
-    if not all(type(n) is int and n >= 0 for n in progress.updates.values()):
-        raise ValueError(f"updates {progress.updates!r:.80}")
+    progress = Progress(**body["progress"])
     updates = {name: progress.updates.get(name, 0) for name in state.store.phases}
     state.store.wall_time = WallTime.from_json(body.get("times", {}))
-    history = History(_record(*entry) for entry in body["history"])
-    return attrs.evolve(state, progress=attrs.evolve(progress, updates=updates), seed=seed, stopped=stopped, history=history)
-
-
-def _record(step: Any, epoch: Any, metrics: Any) -> Record:
-    found = decode(metrics, {}.__getitem__)
-    if type(step) is not int or type(epoch) is not int or not isinstance(found, dict):
-        raise ValueError(f"a record of the history is {[step, epoch, metrics]!r:.80}")
-    if any(isinstance(value, dict | list | tuple) for value in found.values()):
-        raise ValueError(f"a record of the history holds more than numbers: {metrics!r:.80}")
-    return Record(step, epoch, found)
+    progress, seed, stopped = attrs.evolve(progress, updates=updates), body["seed"], body["stopped"]
+    return attrs.evolve(state, progress=progress, seed=seed, stopped=stopped, history=history_of(body))
 
 
 def _moved(tensors: dict[str, Tensor], device: torch.device) -> Callable[[str], Tensor]:
@@ -285,7 +267,8 @@ def _moved(tensors: dict[str, Tensor], device: torch.device) -> Callable[[str], 
 def _memory(section: Any, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
     """The trees of the combinators on the device of the state; the place of a loader is on the CPU."""
     cpu = torch.device("cpu")
-    return {key: decode(tree, _moved(tensors, cpu if key == "loader" else device)) for key, tree in section.items()}
+    with uncollected():
+        return {key: decode(tree, _moved(tensors, cpu if key == "loader" else device)) for key, tree in section.items()}
 
 
 def _derived_buffers(module: nn.Module, found: dict[str, Tensor], lent: Lent) -> list[str]:
@@ -305,6 +288,11 @@ def _extra(module: nn.Module, found: dict[str, Any]) -> list[str]:
     own, inner = extra_states(module), dict(module.named_modules())
     for name in own:
         if name in found:
-            inner[name].set_extra_state(found[name])
+            try:
+                inner[name].set_extra_state(found[name])
+            except Exception as error:
+                raise BrokenCheckpointError(
+                    f"the set_extra_state of {name or 'the model'} refuses what is in state.json under extra.{name}: {error!r:.200}"
+                ) from error
     left = sorted(set(own) ^ set(found))
     return [f"extra states of modules stand on one side only: {', '.join(left[:8])}"] if left else []

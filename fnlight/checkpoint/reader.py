@@ -1,6 +1,6 @@
 """Is a checkpoint what was written? Its manifest, and every file held against it, whole or in parts."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -9,10 +9,11 @@ from torch import Tensor
 from fnlight.checkpoint.bucket import Bucket
 from fnlight.checkpoint.folder import Folder
 from fnlight.checkpoint.layout import Layout, physical, read_layouts
-from fnlight.checkpoint.manifest import MODEL, STATE, parse
-from fnlight.checkpoint.pieces import Like, joined, read_pieces
+from fnlight.checkpoint.listing import FILES
+from fnlight.checkpoint.manifest import STATE, parse, printable
+from fnlight.checkpoint.pieces import Like, compare_header, joined, read_pieces, stored_in
 from fnlight.checkpoint.tensors import as_listed
-from fnlight.errors import BrokenCheckpointError
+from fnlight.errors import BrokenCheckpointError, CheckpointError
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -52,14 +53,14 @@ class Opened:
                 into = self.folder.into if isinstance(self.folder, Folder) else None
                 return read_pieces(self.folder.part, self.folder.size, name, entry=entry, layouts=self.layouts, like=self.like, into=into)
             if name in self.held:
-                found = self.held[name]
-            elif "parts" in entry:
-                found = joined(name, entry, self.layouts, self.folder.tensors)
-            else:
-                found = self.folder.tensors(name)
-            return as_listed(found, entry["tensors"])
-        except Exception as error:  # the safetensors library raises its own class, and others on damage
-            raise BrokenCheckpointError(f"checkpoint {self.path} is broken: {name} cannot be read: {error}") from error
+                return dict(self.held[name])
+            if "parts" in entry:
+                return as_listed(joined(name, entry, self.layouts, self.folder.tensors), entry["tensors"])
+            return as_listed(self.folder.tensors(name), entry["tensors"])
+        except Exception as error:  # each store has errors of its own
+            if isinstance(error, CheckpointError):
+                raise
+            raise BrokenCheckpointError(f"checkpoint {self.path} is broken: {name} cannot be read: {printable(str(error))}") from error
 
 
 def fetched(
@@ -88,12 +89,15 @@ def fetched(
     for name, entry in body["files"].items():
         if name in files and not found:
             try:
-                held[name] = _fetch(folder, name, entry, layouts=layouts_of(body), found=found)
+                tensors = _fetch(folder, name, entry, layouts=layouts_of(body), found=found)
+                held[name] = {} if found else as_listed(tensors, entry["tensors"])
+            except CheckpointError:
+                raise
             except (OSError, ValueError) as error:
-                found += compare_all(folder, {name: entry}, digests=True) or [f"{name} cannot be read: {error}"]
+                found += compare_all(folder, body, digests=True, names=(name,)) or [f"{name} cannot be read: {error}"]
         elif name in files or others:
-            found += compare_all(folder, {name: entry}, digests=True)
-    return ({} if found else held), found
+            found += compare_all(folder, body, digests=True, names=(name,))
+    return ({} if found else held), [printable(problem) for problem in found]
 
 
 def _fetch(folder: Folder | Bucket, name: str, entry: Mapping[str, Any], layouts: list[Layout], found: list[str]) -> Mapping[str, Tensor]:
@@ -126,22 +130,35 @@ def layouts_of(body: Mapping[str, Any]) -> list[Layout]:
     return read_layouts(found, 1 + max((number for each in found for number in each["files"]), default=0))
 
 
-def compare_all(folder: Folder | Bucket, files: Mapping[str, Any], digests: bool) -> list[str]:
+def compare_all(
+    folder: Folder | Bucket, body: Mapping[str, Any], digests: bool, names: Iterable[str] = FILES, share: slice = slice(None)
+) -> list[str]:
     """Hold files against what the manifest says of them, parts one by one.
 
     Args:
         folder: The checkpoint.
-        files: The section of the manifest, or some of it.
-        digests: Whether every byte is read, too.
+        body: The sections of the manifest.
+        digests: Whether every byte is read, too: the header, which must list the very tensors of the manifest, and then all of it.
+        names: The files of the manifest that are looked at.
+        share: Which of these files and parts, counted one after the other.
 
     Returns:
         What is wrong, one line a problem.
 
     Example:
-        >>> compare_all(Folder("no/such/folder"), {"model.safetensors": {"size": 8, "digest": "xxh3:0"}}, digests=False)
+        >>> entry = {"size": 8, "digest": "xxh3:0", "tensors": {}}
+        >>> compare_all(Folder("no/such/folder"), {"files": {"model.safetensors": entry}, "layouts": []}, digests=False)
         ['model.safetensors is missing']
     """
-    return [problem for name, entry in physical(files).items() if (problem := _compare(folder, name, entry, digests))]
+    layouts = layouts_of(body)
+    there = [
+        (name, part, lambda entry=entry, index=index: stored_in(entry, layouts, index))
+        for file, entry in body["files"].items()
+        if file in names
+        for index, (name, part) in enumerate(physical({file: entry}).items())
+    ]
+    problems = (_compare(folder, name, part, held if digests else None) for name, part, held in there[share])
+    return [printable(problem) for problem in problems if problem is not None]
 
 
 def _altered(name: str) -> str:
@@ -170,19 +187,21 @@ def examine(folder: Folder | Bucket, digests: bool = True, sizes: bool = True) -
         body = parse(folder.read(STATE))
     except (BrokenCheckpointError, OSError) as error:
         return None, [str(error) if isinstance(error, BrokenCheckpointError) else f"state.json cannot be read: {error}"]
-    missing = [f"state.json does not list {MODEL}"] if MODEL not in body["files"] else []
-    return body, missing + (compare_all(folder, body["files"], digests) if sizes else [])
+    return body, compare_all(folder, body, digests) if sizes else []
 
 
-def _compare(folder: Folder | Bucket, name: str, entry: Mapping[str, Any], digests: bool) -> str | None:
+def _compare(folder: Folder | Bucket, name: str, part: Mapping[str, Any], held: Callable[[], Mapping[str, Any]] | None) -> str | None:
+    """Hold one file against its size; and, if it is known what is in it, against that and against its digest."""
     try:
         size = folder.size(name)
         if size is None:
             return f"{name} is missing"
-        if size != entry["size"]:
-            return f"{name} has {size} bytes, but {entry['size']} were written"
-        if digests and folder.digest(name, entry["digest"].partition(":")[0]) != entry["digest"]:
-            return _altered(name)
+        if size != part["size"]:
+            return f"{name} has {size} bytes, but {part['size']} were written"
+        hollow = folder.hollow(name) if isinstance(folder, Folder) else None
+        if held is None or hollow:
+            return hollow
+        problem = compare_header(folder.part, name, size, held())
+        return _altered(name) if folder.digest(name, part["digest"].partition(":")[0]) != part["digest"] else problem
     except OSError as error:
         return f"{name} cannot be read: {error}"
-    return None

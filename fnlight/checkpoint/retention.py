@@ -12,7 +12,7 @@ import attrs
 
 from fnlight.checkpoint.folder import Folder, hidden_siblings
 from fnlight.checkpoint.manifest import STATE
-from fnlight.checkpoint.places import Path, at, step_path
+from fnlight.checkpoint.places import Path, at, own_path, step_path
 from fnlight.errors import CheckpointWarning, ConfigError, warn
 
 _HIDDEN = re.compile(r"\.(step-[0-9]{8,})\.(tmp|old|gone)-[0-9a-f]+")
@@ -245,7 +245,7 @@ def delete(dir: Path, steps: Iterable[int]) -> dict[int, str]:
     for step in steps:
         path = step_path(dir, step)
         try:
-            at(path).remove()
+            at(own_path(dir, step)).remove()
         except Exception as error:  # noqa: BLE001  # remote stores have errors of their own; a file too many is no reason to end a run
             left[step] = f"cannot delete checkpoint {path}: {error}; delete it by hand, or it is tried again at the next save"
     return left

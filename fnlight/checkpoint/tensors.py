@@ -1,6 +1,8 @@
 """The safetensors format, written and read tensor by tensor, so that no second copy of the state is held in memory."""
 
 import json
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -180,10 +182,55 @@ def fetch(readinto: Callable[[memoryview], int | None], size: int, kind: str) ->
     places = read_header(lambda start, end: bytes(fill(memoryview(bytearray(end - start)))), size)
     found: dict[str, Tensor] = {}
     for name in sorted(places, key=lambda name: places[name].start):
-        found[name] = torch.empty(places[name].shape, dtype=places[name].dtype)
+        found[name] = roomy(places[name].shape, places[name].dtype)
         if found[name].numel():
             fill(_view(found[name]))
     return found, str(digest)
+
+
+def roomy(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor to be filled, if this machine has room for it: a file without content may be said to be of any size.
+
+    Args:
+        shape: Its shape.
+        dtype: Its dtype.
+
+    Returns:
+        The tensor, on the CPU.
+
+    Raises:
+        CheckpointError: If it is larger than the memory of the machine.
+
+    Example:
+        >>> roomy((1 << 30, 1 << 20), torch.float32)
+        Traceback (most recent call last):
+        fnlight.errors.CheckpointError: a tensor of shape [1073741824, 1048576] takes 4194304.0 GiB, more than the memory of this machine
+    """
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        if size <= memory_of_machine():
+            return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+    except RuntimeError as error:  # of the allocator
+        raise CheckpointError(
+            f"a tensor of shape {list(shape)} takes {size / (1 << 30):.1f} GiB, which this machine does not give: {error!s:.200}"
+        ) from error
+    raise CheckpointError(f"a tensor of shape {list(shape)} takes {size / (1 << 30):.1f} GiB, more than the memory of this machine")
+
+
+def memory_of_machine() -> int:
+    """How much memory this machine has.
+
+    Returns:
+        Bytes; a very large number where the machine does not say.
+
+    Example:
+        >>> memory_of_machine() > 1 << 20
+        True
+    """
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 1 << 62
 
 
 def as_listed(found: Mapping[str, Tensor], listed: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -205,11 +252,12 @@ def as_listed(found: Mapping[str, Tensor], listed: Mapping[str, Any]) -> dict[st
     """
     tensors: dict[str, Tensor] = {}
     for name, (dtype, shape) in listed.items():
-        tensor = found[name]
-        if dtype in ("complex128", "complex32"):
+        tensor, stored = found.get(name), [*shape, 2] if dtype in ("complex128", "complex32") else shape
+        if tensor is not None and len(stored) > len(shape) and list(tensor.shape) == stored:
             tensor = torch.view_as_complex(tensor)
-        if describe(tensor) != [dtype, shape]:
-            raise ValueError(f"{name} is {describe(tensor)} in the file, but {[dtype, shape]} in state.json")
+        if tensor is None or describe(tensor) != [dtype, shape]:
+            held = "nothing" if tensor is None else describe(tensor)
+            raise ValueError(f"{name:.80} is {held} in the file, but {[dtype, shape]} in state.json")
         tensors[name] = tensor
     if len(found) != len(tensors):
         raise ValueError(f"{sorted(set(found) - set(tensors))[:5]} stand in the file, but not in state.json")

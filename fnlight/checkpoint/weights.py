@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fnlight.checkpoint.bucket import Bucket
-from fnlight.checkpoint.manifest import MODEL
+from fnlight.checkpoint.listing import MODEL
 from fnlight.checkpoint.placeholder import Lent
 from fnlight.checkpoint.places import Path, at, open_checkpoint
 from fnlight.checkpoint.rename import Rename, new_name, renamed

@@ -13,7 +13,9 @@ from fnlight.checkpoint.bucket import Bucket
 from fnlight.checkpoint.distributed_save import is_cut, parts_of, write_together
 from fnlight.checkpoint.encode import Put, encode
 from fnlight.checkpoint.folder import Folder
-from fnlight.checkpoint.manifest import FILES, MEMORY, MODEL, OPTIMIZER, STATE, render
+from fnlight.checkpoint.head import is_metric
+from fnlight.checkpoint.listing import FILES, MEMORY, MODEL, OPTIMIZER
+from fnlight.checkpoint.manifest import STATE, render
 from fnlight.checkpoint.places import Path, at
 from fnlight.checkpoint.reader import examine
 from fnlight.checkpoint.tensors import check_tensor, chunks, describe
@@ -176,7 +178,7 @@ def describe_state(state: TrainState, together: bool = True) -> tuple[dict[str, 
             "seed": state.seed,
             "stopped": state.stopped,
             "times": store.wall_time.to_json(),
-            "history": [[r.step, r.epoch, encode(dict(r.metrics), _refuse, f"history of step {r.step}")] for r in state.history],
+            "history": [[r.step, r.epoch, _numbers(r.metrics, f"history of step {r.step}")] for r in state.history],
             "parameters": list(params),
             "optimizer": _optimizers(store, _collector(tensors[OPTIMIZER]), {name: params[name] for name in used}),
             "memory": {key: encode(tree, put, key) for key, tree in store.memory.items()},
@@ -219,6 +221,14 @@ def _collector(tensors: dict[str, Tensor]) -> Put:
         return name
 
     return put
+
+
+def _numbers(metrics: Mapping[str, Any], path: str) -> Any:
+    found = encode(dict(metrics), _refuse, path)
+    for name, value in found.items():
+        if type(value) is not float and not is_metric(value):
+            raise CheckpointError(f"{path}/{name} is {metrics.get(name)!r:.60}, but a history holds numbers by name; record float(value)")
+    return found
 
 
 def _refuse(path: str, tensor: Tensor) -> str:

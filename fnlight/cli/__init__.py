@@ -6,11 +6,12 @@ is broken or differs, 2 if the command could not do what it was told.
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tyro
 
+from fnlight.checkpoint import printable
 from fnlight.cli.changes import export, prune
 from fnlight.cli.checks import diff, verify
 from fnlight.cli.repeat import replay
@@ -32,17 +33,32 @@ def run(args: Sequence[str] | None = None) -> int:
         2
     """
     commands = {fn.__name__: fn for fn in (inspect, verify, diff, export, prune, replay)}
+    about = "Look at, check and change fnlight's checkpoints."
+    return answered(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="fnlight", description=about, args=args))
+
+
+def answered(command: Callable[[], int]) -> int:
+    """The exit code of a command, whose errors and warnings are lines on the standard error.
+
+    Args:
+        command: Does the work.
+
+    Returns:
+        Its exit code, or 2 where it could not do what it was told.
+
+    Example:
+        >>> answered(lambda: verify("no/such/run"))
+        2
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = _say
         try:
-            return tyro.extras.subcommand_cli_from_dict(
-                commands, prog="fnlight", description="Look at, check and change fnlight's checkpoints.", args=args
-            )
+            return command()
         except BrokenPipeError:  # the reader, such as `head`, has gone
             return 0
         except (FnlightError, OSError) as error:
-            sys.stderr.write(f"fnlight: {error}\n")
+            _say(str(error))
         except KeyboardInterrupt:
             sys.stderr.write("fnlight: stopped\n")
             return 130
@@ -50,7 +66,7 @@ def run(args: Sequence[str] | None = None) -> int:
 
 
 def _say(message: Warning | str, *_: Any, **__: Any) -> None:
-    sys.stderr.write(f"fnlight: {message}\n")
+    sys.stderr.write("\n".join(map(printable, f"fnlight: {message}".split("\n"))) + "\n")
 
 
 def main() -> None:

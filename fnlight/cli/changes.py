@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fnlight.checkpoint import MODEL, Retention, at, checkpoints, chunks, open_checkpoint, step_path
+from fnlight.checkpoint import MODEL, Retention, at, checkpoints, chunks, history_of, open_checkpoint, step_path
 from fnlight.checkpoint import prune as remove
-from fnlight.cli.content import Content, content, history_of
+from fnlight.cli.content import Content, content
 from fnlight.cli.page import Place, count, line, size, table
 from fnlight.errors import CheckpointError, ConfigError
 from fnlight.fit import parse

@@ -6,9 +6,9 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from fnlight.checkpoint import FILES, MODEL, STATE, at, decode, open_checkpoint, physical
+from fnlight.checkpoint import FILES, MODEL, STATE, at, decode, history_of, open_checkpoint, physical
 from fnlight.errors import BrokenCheckpointError
-from fnlight.state import History, Record
+from fnlight.state import History
 
 
 @attrs.frozen(eq=False)
@@ -41,22 +41,6 @@ class Content:
         if self.body is None or key not in self.body["memory"]:
             return None
         return decode(self.body["memory"][key], self.tensors["memory.safetensors"].__getitem__)
-
-
-def history_of(body: Mapping[str, Any]) -> History:
-    """The records of a manifest.
-
-    Args:
-        body: Its sections.
-
-    Returns:
-        The history.
-
-    Example:
-        >>> history_of({"history": [[10, 1, {"val/loss": 0.5}]]})[0].step
-        10
-    """
-    return History(Record(step, epoch, decode(metrics, {}.__getitem__)) for step, epoch, metrics in body["history"])
 
 
 def content(path: str) -> Content:

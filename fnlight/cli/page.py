@@ -1,4 +1,7 @@
-"""How the commands print: tables in colour on a terminal, plain columns where the output goes to a file or another program."""
+"""How the commands print: tables in colour on a terminal, plain columns where the output goes to a file or another program.
+
+Names come from files of strangers: what a terminal would obey is printed as an escape.
+"""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -9,6 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from fnlight.checkpoint import printable
 
 Place = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
 """A path or URL."""
@@ -42,7 +47,7 @@ def line(*parts: str) -> None:
         >>> line("3", "checkpoints")
         3 checkpoints
     """
-    console().print(Text(" ".join(parts)))
+    console().print(Text("\n".join(map(printable, " ".join(parts).split("\n")))))
 
 
 def table(title: str, names: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
@@ -70,9 +75,9 @@ def table(title: str, names: Sequence[str], rows: Iterable[Sequence[str]], left:
         show_header=any(names),
     )
     for i, name in enumerate(names):
-        found.add_column(name, justify="left" if i < left else "right", overflow="fold")
+        found.add_column(printable(name), justify="left" if i < left else "right", overflow="fold")
     for row in rows:
-        found.add_row(*(Text(cell) for cell in row))
+        found.add_row(*(Text(printable(cell)) for cell in row))
     if title:
         out.print(Text(title, style="" if plain else "bold cyan"))
     if plain:

@@ -79,13 +79,24 @@ def _overview(found: Content, body: Mapping[str, Any]) -> None:
         ["written by", f"fnlight {body['fnlight']}, torch {body['torch']}"],
         *([name, size(number)] for name, number in found.sizes.items()),
     ]
-    optimizer = body["optimizer"]
-    for i, group in enumerate(optimizer["groups"] if optimizer else ()):
-        rates = f"lr {group['values'].get('lr')}"
-        rows.append([f"group {i}", f"{optimizer['class'].rpartition('.')[2]}, {count(len(group['params']), 'parameter')}, {rates}"])
+    rows += _groups(body["optimizer"])
     rows.append(["memory", ", ".join(body["memory"]) or "-"])
     line()
     table("", ["", ""], rows, left=2)
+
+
+def _groups(section: Mapping[str, Any] | None) -> list[list[str]]:
+    """A row for each group of the optimizer, or of each of several."""
+    found: list[list[str]] = []
+    phases = {"": section} if section is None or "phases" not in section else section["phases"]
+    for name, optimizer in phases.items():
+        if optimizer is None:
+            continue
+        for i, group in enumerate(optimizer["groups"]):
+            rate = group["values"].get("lr")
+            about = f"{optimizer['class'].rpartition('.')[2]}, {count(len(group['params']), 'parameter')}, lr {rate!s:.40}"
+            found.append([f"{name} group {i}".lstrip(), about])
+    return found
 
 
 def _goodput(times: WallTime) -> str:

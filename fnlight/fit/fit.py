@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from fnlight.checkpoint import STATE, checkpoints, held, newest, restore
+from fnlight.checkpoint import STATE, Folder, checkpoints, held, newest, refuse_links, restore
 from fnlight.data import Sharded, Source, length_of, placed
 from fnlight.errors import BrokenCheckpointError, CheckpointWarning, ConfigError, check_type, warn
 from fnlight.fit.compose import compose, loaders_of, settings, text_of, train_source
@@ -19,7 +19,7 @@ from fnlight.parallel import World, alone, check_same, ddp, join, placed_on
 from fnlight.precision import to_fp8
 from fnlight.runtime import Signals
 from fnlight.state import A_STATE, TrainState
-from fnlight.tensors import default_device, existing
+from fnlight.tensors import check_context, default_device, existing
 from fnlight.triggers import epochs
 
 
@@ -52,6 +52,7 @@ def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
     """
     check_type("fit(state, ...)", state, TrainState, A_STATE)
     check_type("fit(..., config)", config, FitConfig, "a FitConfig")
+    check_context("fit(...)", state.device)
     began = time.perf_counter()
     given = loaders_of(loaders)
     config = _dev_run(state, config) if config.fast_dev_run else config
@@ -192,8 +193,8 @@ def _write_config(config: FitConfig) -> None:
             os.remove(path)
         return
     os.makedirs(config.dir, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
+    refuse_links(config.dir, "config.json")
+    Folder(config.dir).rewrite("config.json", f"{text}\n".encode())
 
 
 def _drain(steps: Iterator[Any]) -> TrainState:

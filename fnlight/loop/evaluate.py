@@ -14,7 +14,7 @@ from fnlight.metrics import MEDIA, Tally, parted, put_states, read_in_order, rea
 from fnlight.optim import weights_to_use
 from fnlight.runtime import A_SIGNALS, Signals
 from fnlight.state import A_STATE, Store, TrainState
-from fnlight.tensors import EVALUATE, buffers_of, fold_in, is_sharded, isolated, local, parameters_of, seed_generators
+from fnlight.tensors import EVALUATE, buffers_of, check_context, fold_in, is_sharded, isolated, local, parameters_of, seed_generators
 
 EvalStep = Callable[[Any, Any], Mapping[str, Any]]
 
@@ -60,6 +60,7 @@ def evaluate(
     """
     fn = step_of(state, "eval_step", eval_step)
     check_type("evaluate(signals=...)", signals, Signals | None, A_SIGNALS)
+    check_context("evaluate(...)", state.device, trains=False)
     with isolated(state.device), nullcontext() if (place := state.store.place) is None else place.everyone.waiting("in an evaluation"):
         found = evaluate_sources(state, sources_of(loader, state.device, limit, place), fn, weights=weights, signals=signals)
     return {name: value for name, value in found.items() if not isinstance(value, MEDIA)}

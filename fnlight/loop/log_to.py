@@ -6,8 +6,9 @@ from typing import Any
 import attrs
 
 from fnlight.errors import ConfigError
-from fnlight.metrics import Tally, read_all
+from fnlight.metrics import MEDIA, Tally, read_all
 from fnlight.pipe import Combinator
+from fnlight.runtime import exit_code
 from fnlight.sinks import close_sinks, deliver
 from fnlight.state import Record, TrainState
 from fnlight.triggers import Tick, condition, steps
@@ -16,9 +17,9 @@ from fnlight.triggers import Tick, condition, steps
 def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "log", wall_time: bool = False) -> Combinator:
     """Send records to sinks: training metrics when they are due, as exact means since the last time, and every evaluation at once.
 
-    Training metrics are called ``train/loss`` and so on, with ``lr`` beside them (``lr/NAME`` where there are several groups); means over an
-    epoch ``train_epoch/loss``. A sink that fails is warned of once, with a `FaultWarning`, and training goes on;
-    ``state.memory["failed_sinks"]`` says what it missed.
+    After a signal, the run that resumes sends what was not sent. Training metrics are called ``train/loss`` and so on, with ``lr`` beside
+    them (``lr/NAME`` where there are several groups); means over an epoch ``train_epoch/loss``. A sink that fails is warned of once, with a
+    `FaultWarning`, and training continues; ``state.memory["failed_sinks"]`` says what it missed.
 
     Args:
         *sinks: Any functions of a `Record`.
@@ -50,9 +51,8 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
             told = resources.get(key) or resources.setdefault(key, _Told())
             deliver(sinks, Record(state.progress.step, state.progress.epoch, metrics), state.store.memory, told.sinks)
 
-    def logged_now(state: TrainState, due: bool, old: tuple[Record, ...]) -> None:
+    def logged_now(state: TrainState, due: bool, metrics: dict[str, Any]) -> None:
         with state.store.wall_time.taken("log"):
-            metrics = news(state, old)
             if due:
                 tally, place = state.store.memory[name], state.store.place
                 read = tally.read() if place is None else read_all(tally, place.world.gather)
@@ -71,7 +71,11 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
             state.store.memory[name].add(state.progress.step, metrics)
             due = is_due(Tick(before, state.progress))
             if due or state.history is not old or state.store.step.media:
-                logged_now(state, due, old)
+                found, put_off = news(state, old), _evaluations(state, owed=True)
+                if put_off:
+                    put_off[0][f"line {name}"] = [state.progress.step, due, {k: v for k, v in found.items() if not isinstance(v, MEDIA)}]
+                else:
+                    logged_now(state, due, found)
             return state, metrics
 
         return logged
@@ -79,16 +83,17 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
     def start(state: TrainState) -> TrainState:
         state.store.run.resources[key] = _Told()
         state.store.wall_time.mark(name, state.progress.samples)
-        if state.store.step.media:  # of an evaluation that was made up for
-            send(state, dict(state.store.step.media))
+        if not _evaluations(state, owed=True):  # else the line waits further
+            due, found = _taken(state, f"line {name}")
+            logged_now(state, due, {**(state.store.step.media or {}), **found})
         return state
 
     def finish(before: TrainState, state: TrainState) -> TrainState:
-        if state.store.step.back == state.version:
-            return state
+        if state.store.step.back == state.version or exit_code(state.stopped or ""):
+            return state  # after a signal the training is not at its end: the run that resumes sends what is here
         due = not state.store.memory[name].is_empty()
         if due or state.history is not before.history:
-            logged_now(state, due, before.history)
+            logged_now(state, due, news(state, before.history))
         return state
 
     label = ", ".join(getattr(s, "__name__", repr(s)) for s in sinks)
@@ -106,6 +111,17 @@ class _Told:
 
     def close(self, error: BaseException | None) -> None:
         """Nothing is open."""
+
+
+def _evaluations(state: TrainState, owed: bool = False) -> list[dict[str, Any]]:
+    """What evaluations remember: whether they are owed, and the lines of logs that wait for them; of all, or of those that are owed."""
+    return [tree for key, tree in state.store.memory.items() if key.startswith("evaluate_every ") and (tree["owed"] or not owed)]
+
+
+def _taken(state: TrainState, key: str) -> tuple[bool, dict[str, Any]]:
+    """The line that waited under this key, taken out: whether training metrics were due, and the rest of it."""
+    found = [tree.pop(key) for tree in _evaluations(state) if key in tree]
+    return next(((due, rest) for step, due, rest in found if step == state.progress.step), (False, {}))
 
 
 def news(state: Any, old: tuple[Record, ...]) -> dict[str, Any]:

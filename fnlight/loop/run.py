@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 
 from fnlight.data import Item, Source, batches
-from fnlight.errors import check_type
+from fnlight.errors import check_type, in_step
 from fnlight.pipe import Pipe, pipe
 from fnlight.runtime import A_SIGNALS, Signals, worker_death
 from fnlight.state import A_STATE, Store, TrainState
@@ -113,7 +113,9 @@ def _run(
             return state
     except BaseException as failure:
         error = (
-            worker_death(failure) or (store.place and store.place.everyone.lost(failure, f"behind step {state.progress.step}")) or failure
+            worker_death(failure)
+            or (store.place and store.place.everyone.lost(failure, f"behind step {state.progress.step}"))
+            or in_step(failure, state.progress.step)
         )
         if error is failure:
             raise

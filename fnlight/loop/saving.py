@@ -25,6 +25,7 @@ from fnlight.checkpoint import (
     is_there,
     last,
     name_of,
+    own_path,
     parts_of,
     staying,
     step_path,
@@ -206,6 +207,7 @@ class Saver:
         """
         self._let_end(state)
         with state.store.wall_time.taken("save"):
+            self._look(state)
             if self.finite:
                 _check_finite(state, self.dir, together)
             write = self._prepared(state, forever, staged=self.background and not wait, together=together)
@@ -216,6 +218,12 @@ class Saver:
             else:
                 write()
                 self._tell()
+
+    def _look(self, state: TrainState) -> None:
+        """Before something is written: is the directory still this run's alone?"""
+        lock = state.store.run.resources.get(name_of(self.dir))
+        if lock is not None:
+            lock.look()
 
     def _let_end(self, state: TrainState) -> None:
         """Wait for the save before, which is time of the run."""
@@ -232,7 +240,8 @@ class Saver:
         self._let_end(state)
         if _is_listed(state.store.memory[self.key], state.progress):
             with state.store.wall_time.taken("save"):
-                amend(state, step_path(self.dir, state.progress.step))
+                self._look(state)
+                amend(state, own_path(self.dir, state.progress.step))
         else:
             self.save(state, wait=True)
         if state.store.place is not None:
@@ -270,7 +279,7 @@ class Saver:
 
     def _prepared(self, state: TrainState, forever: bool, staged: bool, together: bool) -> Callable[[], None] | None:
         """What writes this version of the state, and then deletes what need not stay; None where another rank does."""
-        tree, path, place = state.store.memory[self.key], step_path(self.dir, state.progress.step), state.store.place
+        tree, path, place = state.store.memory[self.key], own_path(self.dir, state.progress.step), state.store.place
         gone = _enlist(tree, state.progress, forever, keep=self.keep, history=state.history)
         body, tensors = describe_state(state, together)
         filled: Callable[[], None] = _nothing

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fnlight.checkpoint import Folder, chunks, decode, encode, load, make, save
+from fnlight.checkpoint import Folder, chunks, decode, encode, load, make, refuse_links, save
 from fnlight.data import Item
 from fnlight.errors import BrokenCheckpointError, CheckpointError, ConfigError, NonFiniteError, check_type
 from fnlight.metrics import Mean
@@ -159,6 +159,7 @@ def _taken(step: Any, state: TrainState, item: Item, finite: bool) -> tuple[Exce
 
 
 def _write(state: TrainState, item: Item, error: Exception, again: bool, dir: str, config: str | None) -> str:
+    refuse_links(os.path.dirname(dir), os.path.basename(dir))
     name = f"step-{state.progress.step + 1:08d}"
     while os.path.exists(os.path.join(dir, name)):
         name += "-again"

@@ -25,7 +25,7 @@ from fnlight.state.history import History, Record
 from fnlight.state.progress import Progress, step_key
 from fnlight.state.store import Store
 from fnlight.state.task import Task, empty
-from fnlight.tensors import existing, isolated, map_nodes, move, version_of
+from fnlight.tensors import existing, home_of, isolated, map_nodes, move, version_of
 
 A_STATE = "a TrainState, such as fl.TrainState.create(task) or fl.load(path, task) gives"
 """What the errors of those that take one say."""
@@ -96,7 +96,7 @@ class TrainState:
             )
         check_generators(task.model)
         _check_dense(task.model)
-        home = None if device is None else existing(device)
+        home = home_of(device)
         memo = {id(t): t for t in (*task.model.parameters(), *task.model.buffers())} if donate else _memo
         with isolated(home):
             module = copied(task.model, memo)

@@ -39,7 +39,7 @@ from fnlight.tensors._private_torch import (
     update_scale_,
     version_of,
 )
-from fnlight.tensors.device import default_device, end_step_on, existing, is_lazy, move, spread_like, spread_on
+from fnlight.tensors.device import check_context, default_device, end_step_on, existing, home_of, is_lazy, move, spread_like, spread_on
 from fnlight.tensors.dtype import DTYPES, convert
 from fnlight.tensors.finite import listed, not_finite
 from fnlight.tensors.rng import (

@@ -31,6 +31,55 @@ def default_device() -> torch.device:
     return torch.device("cpu" if accelerator is None else accelerator.type)
 
 
+def check_context(what: str, device: torch.device, trains: bool = True) -> None:
+    """Refuse a call within a context of torch's that would change what it computes, unseen.
+
+    Args:
+        what: The call.
+        device: Where it computes.
+        trains: Whether it needs gradients, and tensors that can have some.
+
+    Raises:
+        ConfigError: If it is called within ``inference_mode``, ``no_grad`` or ``autocast``.
+
+    Example:
+        >>> with torch.no_grad():
+        ...     check_context("fit(...)", torch.device("cpu"))
+        Traceback (most recent call last):
+        fnlight.errors.ConfigError: fit(...) trains, but is called within torch.no_grad(), where nothing has a gradient; call it outside
+    """
+    if trains and torch.is_inference_mode_enabled():
+        raise ConfigError(f"{what} is called within torch.inference_mode(), whose tensors can never be trained; call it outside")
+    if trains and not torch.is_grad_enabled():
+        raise ConfigError(f"{what} trains, but is called within torch.no_grad(), where nothing has a gradient; call it outside")
+    if any(map(torch.is_autocast_enabled, {"cpu", device.type} - {"meta"})):
+        raise ConfigError(
+            f"{what} is called within torch.autocast(), which would change its numbers unseen; call it outside, and give the precision to "
+            "fl.FitConfig(precision=...), or wrap the function: fl.autocast(torch.bfloat16)(eval_step)"
+        )
+
+
+def home_of(device: torch.device | str | None) -> torch.device | None:
+    """Where the tensors of a new state will be, which must be able to have gradients.
+
+    Args:
+        device: A device that this machine has, or None for where they are.
+
+    Returns:
+        The device.
+
+    Raises:
+        ConfigError: If there is no such device, or the state is made within ``inference_mode``.
+
+    Example:
+        >>> home_of("cpu"), home_of(None)
+        (device(type='cpu'), None)
+    """
+    if torch.is_inference_mode_enabled():
+        raise ConfigError("a state is made within torch.inference_mode(), whose tensors can never be trained; make or load it outside")
+    return None if device is None else existing(device)
+
+
 def module_of(device: torch.device) -> Any:
     """The module of torch for a kind of device, such as ``torch.cuda``.
 

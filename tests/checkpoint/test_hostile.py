@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 
+from fnlight.checkpoint.encode import decode, encode
+from fnlight.checkpoint.listing import check_files
 from fnlight.checkpoint.manifest import digest_of
 from fnlight.checkpoint.migrations import FORMAT
+from fnlight.errors import CheckpointError
 from tests.checkpoint.golden import ASSETS, unpacked
 from tests.repo.source import ROOT
 
@@ -68,6 +71,20 @@ def added(text: str) -> Callable[[Path], Any]:
     return lambda place: manifest(place, lambda old: old.replace('"memory": {', f'"memory": {{{text}, ', 1))
 
 
+def terabytes(place: Path) -> None:
+    """Weights of four terabytes that take no space, and a manifest that agrees."""
+    count = 1 << 40
+    head = plain(entry(f"[{count}]", f"[0,{4 * count}]"), b"")
+    with (place / "model.safetensors").open("wb") as file:
+        file.write(head)
+        file.truncate(len(head) + 4 * count)
+    listed = {"size": len(head) + 4 * count, "digest": "xxh3:" + "0" * 32, "tensors": {"x": ["float32", [count]]}}
+    body = json.loads((place / "state.json").read_text())
+    body["files"]["model.safetensors"] = listed
+    body |= {"parameters": [], "optimizer": None}
+    manifest(place, lambda old: json.dumps({key: value for key, value in body.items() if key not in ("format", "digest")})[1:] + "\n")
+
+
 def sparse(place: Path) -> None:
     """A manifest of a gigabyte, which takes no space."""
     with (place / "state.json").open("r+b") as file:
@@ -87,6 +104,18 @@ def instead(name: str, make: Callable[[Path], Any]) -> Callable[[Path], Any]:
 FOLDERS: dict[str, Callable[[Path], Any]] = {
     "a manifest of a gigabyte": sparse,
     "a manifest of millions of lists": added('"x": [' + "[]," * 30_000_000 + "[]]"),
+    "numbers as keys that have one hash": added('"x": {"$dict": [' + ",".join(f"[{i * ((1 << 61) - 1)},0]" for i in range(40_000)) + "]}"),
+    "complex numbers as keys that have one hash": added(
+        '"x": {"$dict": [' + ",".join(f'[{{"$complex":[{1000003 * i}.0,{-i}.0]}},0]' for i in range(25_000)) + "]}"
+    ),
+    "a key of a dict twice": added('"x": {"$dict": [[1,0],[1,1]]}'),
+    "a depth of 600": added('"x": ' + "[" * 600 + "]" * 600),
+    "weights of terabytes": terabytes,
+    "cuts without an end": lambda place: manifest(
+        place, lambda old: old.replace('"layouts": []', '"layouts": [{"cuts": [' + ",".join(["[0,1]"] * 80_000) + '], "files": [0]}]')
+    ),
+    "a manifest that the system makes up": instead("state.json", lambda path: path.symlink_to("/proc/version")),
+    "weights that the system makes up": instead("model.safetensors", lambda path: path.symlink_to("/proc/self/mem")),
     "a deep memory": added('"x": ' + "[" * 3_000_000 + "]" * 3_000_000),
     "one tensor a million times": added('"x": [' + '{"$tensor":"ema/0.weight"},' * 500_000 + "0]"),
     "a step of thousands of digits": lambda place: manifest(place, lambda old: old.replace('"step": 5', f'"step": {"9" * 4000}', 1)),
@@ -127,6 +156,35 @@ def test_a_hostile_file_is_refused_within_bounds(case: str, ended: dict[str, dic
     """A gigabyte of memory and a minute for all of them are more than enough, and the error is that for broken files."""
     assert ended[case]["end"].startswith("BrokenCheckpointError: ")
     assert "hush" not in ended[case]["end"]
+
+
+def test_all_keys_of_one_hash_are_counted_before_a_dict_is_made_of_them() -> None:
+    """Sixty-four are read, which no honest dict has; one more is refused, for each is compared with all before it."""
+    pairs = [[i * ((1 << 61) - 1), i] for i in range(65)]
+    assert len(decode({"$dict": pairs[:64]}, {}.__getitem__)) == 64
+    with pytest.raises(ValueError, match="65 keys of a dict have one hash"):
+        decode({"$dict": pairs}, {}.__getitem__)
+
+
+def test_what_is_written_is_as_deep_as_what_is_read() -> None:
+    """A tree of a hundred levels comes back, one of a hundred and one is refused on both sides."""
+    tree: Any = 0
+    for _ in range(101):
+        tree = [tree]
+    put: Any = None
+    assert decode(encode(tree, put, "x"), put) == tree
+    with pytest.raises(CheckpointError, match=r"x/0/0.* is nested too deeply, or contains itself: a checkpoint holds 100 containers"):
+        encode([tree], put, "x")
+    with pytest.raises(ValueError, match="nested more than 100 deep"):
+        decode([tree], put)
+
+
+def test_more_parts_and_tensors_than_their_bytes_can_hold_are_refused() -> None:
+    """Every pair of a part and a tensor is looked at, so that their number is held against what honest parts need for each."""
+    parts = [[100, "xxh3:" + "0" * 32]] * 1000
+    listed = {"parts": parts, "tensors": {str(i): ["uint8", [0]] for i in range(1000)}, "cut": {}}
+    with pytest.raises(ValueError, match=r"files\.model\.safetensors lists 1000 tensors in 1000 parts, whose sizes are too small"):
+        check_files({"model.safetensors": listed}, [])
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits of memory are set from /proc")

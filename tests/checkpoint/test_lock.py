@@ -2,15 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import fnlight as fl
 from fnlight.checkpoint import hold, lock
 from fnlight.errors import CheckpointError, CheckpointWarning, LockedError
+from fnlight.testing import tiny_batches, tiny_task
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -99,6 +103,41 @@ def test_a_directory_that_has_gone_is_no_error_at_the_end(tmp_path: Path) -> Non
     (tmp_path / "run").rmdir()
     held.release()
     assert held.file is None
+
+
+def test_a_lock_that_was_deleted_is_taken_again_unless_another_run_has_it(tmp_path: Path) -> None:
+    """Whoever deletes a run's directory frees it; the run that goes on takes it back, or learns that it is another's."""
+    held = hold(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    held.look()
+    with pytest.raises(LockedError, match="in use by a run of this very process"):
+        hold(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    other = hold(tmp_path / "run")
+    with pytest.raises(LockedError, match="the lock of this run was deleted, and another run has begun since: .*run is in use by"):
+        held.look()
+    held.release()
+    assert os.listdir(tmp_path / "run") == [".lock"], "it is the other's"
+    other.release()
+
+
+def test_a_run_whose_directory_another_one_has_taken_ends_before_it_writes(tmp_path: Path) -> None:
+    """`rm -r` in the middle of a run, and a second run: the first one replaces none of its checkpoints."""
+    taken = []
+
+    def train_step(model: Any, batch: Any) -> Any:
+        if len(taken) == 0 and fl.checkpoints(tmp_path / "run"):
+            shutil.rmtree(tmp_path / "run")
+            taken.append(hold(tmp_path / "run"))
+        return task.train_step(model, batch)
+
+    task = tiny_task()
+    own = fl.Task(task.model, train_step, configure_optimizers=task.configure_optimizers)
+    config = fl.FitConfig(max_steps=6, dir=tmp_path / "run", save_every=fl.steps(1), save_in_background=False, device="cpu", progress=False)
+    with pytest.raises(LockedError, match="the lock of this run was deleted, and another run has begun since"):
+        fl.fit(fl.TrainState.create(own), tiny_batches(), config)
+    assert os.listdir(tmp_path / "run") == [".lock"]
+    taken[0].release()
 
 
 def test_a_file_system_without_locks_is_said_and_a_place_that_cannot_be_written_refused(

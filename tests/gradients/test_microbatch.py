@@ -142,7 +142,8 @@ def test_a_sample_that_does_not_fit_alone_is_an_error():
     ):
         ran(task, "auto", TASKS["recurrent net"].batches(), train_step=fitting(task.train_step, 0))
     assert caught.value.__notes__ == [
-        "microbatch='auto' has tried one sample at a time, which does not fit either; use a smaller model or shorter samples"
+        "microbatch='auto' has tried one sample at a time, which does not fit either; use a smaller model or shorter samples",
+        "This happened in step 1, after 0 steps were completed.",
     ]
 
 

@@ -131,6 +131,42 @@ def test_an_interrupted_evaluation_leaves_no_record_and_runs_after_the_resume(ev
     assert_goes_on(tmp_path, state, whole)
 
 
+class Counting:
+    """A step function in whose n-th call a signal comes, while it is armed."""
+
+    def __init__(self, fn, at):
+        self.fn, self.at, self.calls, self.armed = fn, at, 0, False
+
+    def __call__(self, model, batch):
+        self.calls += 1
+        if self.armed and self.calls == self.at:
+            signal.raise_signal(signal.SIGTERM)
+        return self.fn(model, batch)
+
+
+@pytest.mark.parametrize("every", [steps(1), steps(4), steps(50), epochs(1)], ids=str)
+@pytest.mark.parametrize(("where", "at"), [*(("train_step", n) for n in range(2, 9)), *(("eval_step", n) for n in range(2, 10))])
+def test_every_line_of_the_log_is_that_of_an_uninterrupted_run(where, at, every, tmp_path):
+    """Wherever a signal comes, in a step or in an evaluation, the two parts of the run send what the whole one does, each line once."""
+    task = tiny_task()
+    counting = Counting(getattr(task, where), at)
+    task = attrs.evolve(task, **{where: counting})
+    sink = RecordingSink()
+    config = FitConfig(
+        max_epochs=3, eval_every=steps(2) | epochs(1), log_every=every, sinks=sink, signals=True, device="cpu", progress=False
+    )
+    fit(started(task), Loaders(**LOADERS), config)
+    whole, sink.records[:] = [(r.step, r.epoch, dict(r.metrics)) for r in sink.records], []
+    counting.calls, counting.armed = 0, True
+    parts = attrs.evolve(config, dir=tmp_path, resume=True)
+    assert fit(started(task), Loaders(**LOADERS), parts).stopped == "SIGTERM"
+    counting.armed = False
+    after = fit(started(task), Loaders(**LOADERS), parts)
+    assert after.stopped == "3 epochs done"
+    assert [(r.step, r.epoch, dict(r.metrics)) for r in sink.records] == whole
+    assert after.store.memory["evaluate_every val"] == {"owed": False}
+
+
 def test_a_deferred_evaluation_reaches_sinks_and_stop_rules(tmp_path):
     """The metrics of a deferred evaluation reach the sinks and can end the run before its first step."""
     task = tiny_task()
