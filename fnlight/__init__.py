@@ -47,7 +47,19 @@ try:
     from fnlight.compile import compile  # noqa: A004  # what everybody in this field calls it
     from fnlight.compose import compose, total_steps
     from fnlight.config import FitConfig
-    from fnlight.data import Item, LengthBuckets, Loaders, Source, TensorLoader, batches, concat, sharded, zip_longest, zip_shortest
+    from fnlight.data import (
+        Item,
+        LengthBuckets,
+        Loaders,
+        Source,
+        TensorLoader,
+        batches,
+        concat,
+        per_epoch,
+        sharded,
+        zip_longest,
+        zip_shortest,
+    )
     from fnlight.errors import (
         BrokenCheckpointError,
         CheckpointError,
@@ -276,6 +288,7 @@ __all__ = [
     "optimizer",
     "param_groups",
     "patience",
+    "per_epoch",
     "pipe",
     "plateau",
     "polynomial",

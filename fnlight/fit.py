@@ -14,6 +14,7 @@ from fnlight.checkpoint.manifest import STATE
 from fnlight.compose import compose, loaders_of, settings, text_of, train_source
 from fnlight.config import FitConfig
 from fnlight.data import Sharded, Source, placed
+from fnlight.data.kept import check_data, kept_by, without_digests
 from fnlight.data.order import length_of
 from fnlight.device import default_device, existing
 from fnlight.errors import BrokenCheckpointError, CheckpointWarning, ConfigError, check_type, warn
@@ -121,7 +122,7 @@ def _resumed(state: TrainState, config: FitConfig, donate: bool) -> TrainState:
             f"{config.dir} holds a run already, up to {os.path.basename(found)}; go on from it with FitConfig(resume=True), or give another dir"
         )
     if found is not None:
-        resumed = restore(found, state, allow=[each for each in config.allow if each != "batch_size"], rename=config.rename)
+        resumed = restore(found, state, allow=[each for each in config.allow if each not in ("batch_size", "data")], rename=config.rename)
         if resumed.seed != state.seed:
             warn(
                 f"the run in {config.dir} has seed {resumed.seed}, which decides its data order, but the state has {state.seed}; {resumed.seed} is used",
@@ -152,7 +153,10 @@ def _age(path: str) -> float:
 
 def _counted(state: TrainState, train: Source, config: FitConfig) -> TrainState:
     """The state, its place in the epoch counted in batches of today's size."""
-    before = state.progress
+    before, kept = state.progress, state.memory.get("loader", {})
+    if "data" in config.allow and kept:
+        state.store.memory["loader"] = without_digests(kept)
+    check_data(train, kept_by(state))
     after = placed(train, before, earlier="batch_size" in config.allow)
     if after.samples != before.samples:
         warn(

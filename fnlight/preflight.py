@@ -8,8 +8,9 @@ import attrs
 from fnlight.checkpoint import writable
 from fnlight.compose import TRUE, eval_step_of, known_steps
 from fnlight.config import FitConfig
-from fnlight.data import Loaders
-from fnlight.errors import ConfigError, Interrupted, LoaderError, OptimizerWarning, TaskWarning, warn
+from fnlight.data import Loaders, Sharded, Source
+from fnlight.data.known import inexact
+from fnlight.errors import ConfigError, Interrupted, LoaderError, LoaderWarning, OptimizerWarning, TaskWarning, warn
 from fnlight.evaluate import evaluate
 from fnlight.optim import Optim, ends, monitored
 from fnlight.pipe import Pipe
@@ -51,6 +52,7 @@ def preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pipe
             _check_ends(optim, loaders, config)
     if config.dir is not None:
         writable(config.dir)
+        _check_resumes(loaders.train)
     if state.store.params and not state.store.module.training:
         warn(
             "the model is in eval mode: dropout is off and BatchNorm does not learn its statistics; if that is not meant, call model.train() "
@@ -75,6 +77,13 @@ def preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pipe
         trial = attrs.evolve(state, history=type(state.history)()).recorded({f"val/{k}": v for k, v in found.items()})
         for name in unseen:
             monitored(trial.history, name)
+
+
+def _check_resumes(loader: Any) -> None:
+    """Warn, as a run that saves begins, of data on which it could not be resumed exactly."""
+    why = inexact(loader.loader if isinstance(loader, Source | Sharded) else loader)
+    if why is not None:
+        warn(f"a run on this loader can be saved, but not resumed exactly in the middle of an epoch: {why}", LoaderWarning)
 
 
 def _check_precision(state: TrainState, config: FitConfig, step: Pipe) -> None:

@@ -325,7 +325,7 @@ def _doubt(state: TrainState) -> str | None:
     store = state.store
     if store.version != state.version:
         return "the step that failed may have changed its tensors"
-    if store.position is not None:
+    if getattr(store.position, "fleeting", store.position is not None):
         return "the loader keeps its own place, and has moved on"
     if not all(bool(torch.isfinite(p).all()) for p in store.params):
         return "its parameters are not finite"

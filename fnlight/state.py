@@ -99,7 +99,7 @@ class Store:
         self.version = 0
         self.back = -1  # the version of the state that went back to an earlier one, for those that look at it on the same tick
         self.owner: Any = None  # the pipe whose combinators have their memory here
-        self.position: Callable[[], Any] | None = None  # where a loader that keeps its own position stands
+        self.position: Callable[[], Any] | None = None  # gives the place in the data, until the next step
         self.skipped = False  # whether the last step left out its update, and the host knows
         self.spent: Any = None  # on the CPU, gradients until the next step: freed before, their pages would go back to the system
         self.progress = Progress()  # what was completed before the step that is under way

@@ -10,7 +10,7 @@ import torch
 from fnlight import checkpoint
 from fnlight.errors import ConfigError
 
-DIFFERENCES = checkpoint.ALLOWED | {"batch_size"}
+DIFFERENCES = checkpoint.ALLOWED | {"batch_size", "data"}
 """Differences between a checkpoint and a run that can be allowed."""
 
 DIFFERENT = f"some of {', '.join(map(repr, sorted(DIFFERENCES)))}"

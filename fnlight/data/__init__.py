@@ -1,14 +1,15 @@
 """Data as a function of (seed, epoch).
 
 `Source` reads any loader in keyed order and from any batch on; `batches` makes of it the endless stream of `Item`s that a run
-consumes; `TensorLoader` cuts batches out of tensors that lie in memory; `LengthBuckets` makes batches of about equally long samples; `Loaders` holds the loaders of a run; `zip_shortest`, `zip_longest` and `concat` join several into one.
+consumes; `TensorLoader` cuts batches out of tensors that lie in memory; `per_epoch` makes the loader of each epoch; `LengthBuckets` makes batches of about equally long samples; `Loaders` holds the loaders of a run; `zip_shortest`, `zip_longest` and `concat` join several into one.
 """
 
 from fnlight.data.buckets import LengthBuckets
 from fnlight.data.combine import Combined, concat, zip_longest, zip_shortest
 from fnlight.data.item import Item, Loaders, batches, group_at
+from fnlight.data.per_epoch import PerEpoch, per_epoch
 from fnlight.data.place import placed
-from fnlight.data.readers import num_samples
+from fnlight.data.samples import num_samples
 from fnlight.data.share import Sharded, Share, sharded
 from fnlight.data.source import Source, check_loader
 from fnlight.data.tensor_loader import TensorLoader
@@ -18,6 +19,7 @@ __all__ = [
     "Item",
     "LengthBuckets",
     "Loaders",
+    "PerEpoch",
     "Sharded",
     "Share",
     "Source",
@@ -27,6 +29,7 @@ __all__ = [
     "concat",
     "group_at",
     "num_samples",
+    "per_epoch",
     "placed",
     "sharded",
     "zip_longest",
