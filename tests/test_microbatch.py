@@ -298,3 +298,13 @@ def test_ranks_that_hold_parts_of_a_model_are_told_to_give_a_number(ranks):
     """None of them could compute alone, so the first step says so on all of them."""
     for rank in (0, 1):
         assert "repeats a step that did not fit into memory, which a rank of fsdp(" in ranks[rank]["fsdp"]
+
+
+@pytest.mark.parametrize(
+    "batch", [torch.nn.utils.rnn.pack_sequence([torch.ones(2, 1)]), (torch.ones(4, 1), SimpleNamespace(to=max)), object()]
+)
+def test_a_batch_that_cannot_be_parted_is_refused(batch):
+    """It would be taken whole, and the memory would not suffice after all."""
+    step = pipe(lambda model, batch: {}, grad(), microbatch(2), apply())
+    with pytest.raises(StepError, match="microbatch cannot part a"):
+        step(TrainState.create(tiny_task()), batch)

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import islice, pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -211,6 +212,29 @@ def test_nested_batches_of_every_kind_are_moved_and_keep_their_kind() -> None:
     assert kinds == [list, Pair, Row, OrderedDict, PackedSequence, Movable]
     assert (moved["a"][1][1], moved["b"].y, moved["c"].name, samples, last) == (1, "y", "n", 2, True)
     assert x.device.type == "cpu"
+
+
+def test_what_moves_itself_is_moved_within_any_container() -> None:
+    """Objects with a ``to``, and packed sequences, within namedtuples, attrs objects and mappings."""
+    meta, x = torch.device("meta"), torch.zeros(2)
+    batch = Pair(pack_sequence([x]), Row(Movable(), OrderedDict(m=Movable())))
+    ((moved, _, _),) = Source([batch], device=meta).epoch(0, 0)
+    assert [moved.x.data.device, moved.y.x.device, moved.y.name["m"].device] == [meta] * 3
+
+
+def test_tensors_that_cannot_be_moved_are_said() -> None:
+    """An object without a ``to`` keeps its tensors where they are, with a warning."""
+    with pytest.warns(LoaderWarning, match="a batch holds a SimpleNamespace with tensors that are not moved to meta.*def to"):
+        list(Source([{"x": SimpleNamespace(y=torch.zeros(1))}], device=torch.device("meta")).epoch(0, 0))
+
+
+def test_the_samples_of_a_batch_can_be_said() -> None:
+    """A list of pictures has as many samples as pictures, not as channels; what is no number is refused."""
+    pictures = [[torch.zeros(3, 4, 4)] * 5]
+    assert flags(Source(pictures)) == [(3, True)]
+    assert flags(Source(pictures, samples=len)) == [(5, True)]
+    with pytest.raises(LoaderError, match=r"Source.samples=fn. must give the number of samples in a batch, a whole number, but gave None"):
+        flags(Source(pictures, samples=lambda batch: None))
 
 
 def test_nothing_is_done_to_batches_on_the_cpu() -> None:
