@@ -1,6 +1,7 @@
 """`fit`: resume, compose, check, run."""
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -17,7 +18,7 @@ from fnlight.data import Sharded, Source, placed
 from fnlight.data.kept import check_data, kept_by, without_digests
 from fnlight.data.order import length_of
 from fnlight.device import default_device, existing
-from fnlight.errors import BrokenCheckpointError, CheckpointWarning, ConfigError, check_type, warn
+from fnlight.errors import BrokenCheckpointError, CheckpointWarning, ConfigError, TaskWarning, check_type, warn
 from fnlight.fp8 import to_fp8
 from fnlight.loop import run
 from fnlight.parallel import World, alone, check_same, ddp, join, placed_on
@@ -26,9 +27,13 @@ from fnlight.signals import Signals
 from fnlight.state import A_STATE, TrainState
 from fnlight.when import epochs
 
+_TURN = threading.RLock()  # of the process; one that a thread has it may take again, for a fit within a sink or a rule
+
 
 def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
     """Train a state on loaders as a configuration says, and return the state where it ended.
+
+    One `fit` runs at a time in a process: one in another thread waits for it, with a warning. One within a sink or a rule runs at once.
 
     Args:
         state: Where training stands; it is left as it was, unless ``config.donate``.
@@ -57,6 +62,11 @@ def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
     check_type("fit(state, ...)", state, TrainState, A_STATE)
     check_type("fit(..., config)", config, FitConfig, "a FitConfig")
     began = time.perf_counter()
+    with _turn():
+        return _fitted(state, loaders, config, began)
+
+
+def _fitted(state: TrainState, loaders: Any, config: FitConfig, began: float) -> TrainState:
     given = loaders_of(loaders)
     config = _dev_run(state, config) if config.fast_dev_run else config
     train, given_place = train_source(given, config), state.store.place
@@ -74,6 +84,22 @@ def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
                 state.store.times.begin(time.perf_counter, began)
                 state = _drain(run(step, state, train, donate=True, signals=signals))
         return state if place is None or given_place is not None else alone(state)
+
+
+@contextmanager
+def _turn() -> Iterator[None]:
+    """Wait until no other thread fits: generators of random numbers, the default dtype and the settings of kernels are those of the process."""
+    if not _TURN.acquire(blocking=False):
+        warn(
+            "another thread of this process is in fl.fit, whose random numbers and settings are those of the process: this one waits until it has ended; "
+            "to run several at once, start a process for each",
+            TaskWarning,
+        )
+        _TURN.acquire()
+    try:
+        yield
+    finally:
+        _TURN.release()
 
 
 @contextmanager

@@ -91,8 +91,8 @@ def _kept(value: Any) -> Any:
     """A copy of a plain value, in a form that a checkpoint holds; for others a mark."""
     if isinstance(value, _PLAIN):
         return value
-    if isinstance(value, list | tuple) and len(value) <= _LONG and all(type(each) in _PLAIN for each in value):
-        return type(value)(value) if type(value) in (list, tuple) else list(value)
+    if type(value) in (list, tuple):
+        return type(value)(value) if len(value) <= _LONG and all(type(each) in _PLAIN for each in value) else _DROPPED
     if isinstance(value, Tensor):
         return value.detach().clone() if value.dim() <= 1 and value.numel() <= _LONG and value.device.type == "cpu" else _DROPPED
     if type(value).__name__ == "ndarray":
@@ -115,7 +115,7 @@ def _put(node: Any, name: str, value: Any) -> None:
         held.copy_(value) if held.shape == value.shape else vars(node).__setitem__(name, value.clone())
     elif isinstance(value, Tensor) and held is not None:
         vars(node)[name] = value.numpy().copy()
-    elif isinstance(held, list) and isinstance(value, list):
+    elif type(held) is list and isinstance(value, list):
         held[:] = value  # others may hold the same list
     else:
         vars(node)[name] = value

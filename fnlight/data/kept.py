@@ -44,7 +44,7 @@ class Place:
     _epoch: int = 0
     _batch: int = 0
     _last: bool = False
-    _item: Any = None
+    _held: tuple[Any, ...] = ()  # the last batch, until the next one
     _versions: int = 0
     _frozen: dict[str, Any] | None = None
     _ended: Any = None  # what the loader remembered at the end of the epoch: it is put back when the run ends
@@ -55,15 +55,16 @@ class Place:
         return self.source.keeps_position
 
     def move(self, epoch: int, batch: int, last: bool, item: Any) -> None:
-        """Stand after an item, which is held until the next one."""
-        self._epoch, self._batch, self._last, self._item = epoch, batch, last, item
-        self._versions = 0 if item is None else versions_of(item.batches[-1])
+        """Stand after an item, whose last batch is held until the next one."""
+        self._epoch, self._batch, self._last = epoch, batch, last
+        self._held = () if item is None else item.batches[-1:]
+        self._versions = sum(map(versions_of, self._held))
         if last and self.source.remembers and not self.fleeting:
             self._ended = self.source.position(True)
 
     def freeze(self) -> None:
         """Keep what would be lost as the loader is left."""
-        if self.fleeting and self._item is not None:
+        if self.fleeting and self._held:
             self._frozen = self()
 
     def __call__(self) -> dict[str, Any]:
@@ -80,10 +81,10 @@ class Place:
         return {**found, "data": {**facts_of(source), "digest": self._digest()}}
 
     def _digest(self) -> str | None:
-        item, share = self._item, self.source.share
-        if item is None or (share is not None and share.world.size > 1):  # ranks hold parts of the batch
+        share = self.source.share
+        if not self._held or (share is not None and share.world.size > 1):  # ranks hold parts of the batch
             return None
-        batch = item.batches[-1]
+        batch = self._held[0]
         return digest_of(batch) if versions_of(batch) == self._versions else None  # a step that changes its batch is not to be refused
 
 

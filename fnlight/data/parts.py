@@ -73,7 +73,7 @@ def parts(root: Any, *, leave: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]
 
 
 def _entries(value: Any) -> list[tuple[str, Any]]:
-    if isinstance(value, list | tuple) and len(value) <= _FEW:
+    if type(value) in (list, tuple) and len(value) <= _FEW:  # a class of the user's own may iterate in its own way
         return [(f".{i}", each) for i, each in enumerate(value)]
     if type(value) is dict and len(value) <= _FEW:
         return [(f".{key}", each) for key, each in value.items()]

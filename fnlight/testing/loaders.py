@@ -1,4 +1,4 @@
-"""Checks of loaders: is what they give a function of (seed, epoch), and does a run that is resumed read what the whole one would?
+"""Checks of loaders: what they give is a function of (seed, epoch), and a run that is resumed reads what the whole one would.
 
 Not part of `fnlight.testing.check`, which tries a task on one batch: here epochs are read, again and elsewhere.
 """
