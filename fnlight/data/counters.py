@@ -17,6 +17,9 @@ from fnlight.tree import equal
 _PLAIN = (bool, int, float, str, bytes, type(None))
 _LONG = 100_000  # entries of a list, an array or a tensor that is remembered; a longer one is data
 _OWN = ("state_dict", "load_state_dict"), ("get_state", "set_state")
+_RUNS = ("__iter__", "run", "__call__")
+"""What a part that is iterated has. Others, such as a replay buffer that a stream reads, are filled by somebody else, and left alone."""
+
 _DROPPED: Any = object()
 
 
@@ -82,7 +85,7 @@ def _counting(loader: Any) -> list[tuple[str, Any]]:
             continue
         if any(all(callable(getattr(node, name, None)) for name in names) for names in _OWN):
             closed.append(path)
-        else:
+        elif not path or any(callable(getattr(node, name, None)) for name in _RUNS):
             found.append((path, node))
     return found if "" not in closed else []
 

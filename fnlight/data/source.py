@@ -197,7 +197,12 @@ class Source:
         Args:
             ended: Whether that batch ends the epoch.
         """
-        return self._reader.position(ended)
+        found, share = self._reader.position(ended), self.share
+        apart = share is not None and share.world.size > 1 and isinstance(self.loader, Sharded)
+        if not apart or not isinstance(self._reader, Iterated):
+            return found
+        # one rank saves for all: what is a generator or an order of that rank's own is not given to the others
+        return {"remembers": {name: value for name, value in found["remembers"].items() if isinstance(value, int | float | str)}}
 
     def leave(self) -> None:
         """Make what an iterated loader remembers what it was at first."""

@@ -2,9 +2,11 @@
 
 import copy
 import json
+import random
 import warnings
 from collections.abc import Iterator
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -16,8 +18,9 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 
 from fnlight.checkpoint.encode import decode, encode
 from fnlight.config import FitConfig
-from fnlight.data import Source, TensorLoader, batches, per_epoch, zip_shortest
+from fnlight.data import Share, Source, TensorLoader, batches, per_epoch, sharded, zip_shortest
 from fnlight.data.counters import Counters
+from fnlight.data.order import Span
 from fnlight.errors import LoaderError, LoaderWarning
 from fnlight.evaluate import evaluate
 from fnlight.fit import fit
@@ -328,6 +331,34 @@ def test_counters_hold_plain_attributes_and_leave_data_alone() -> None:
     other = copy.deepcopy(holder)
     counters.put({})
     assert (holder.order, other.order) == ([2, 1], [1, 2])
+
+
+class Replay(IterableDataset[Any]):
+    """A stream that reads what somebody else puts into a buffer."""
+
+    def __init__(self, buffer: Any) -> None:
+        self.buffer = buffer
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from rows_of(range(6))
+
+
+def test_what_a_stream_reads_from_is_left_alone() -> None:
+    """A buffer that is filled during a run is not put back to what it was before."""
+    buffer = SimpleNamespace(size=0)
+    run_of(stream(Replay(buffer)), state_at(), 3, lambda _: setattr(buffer, "size", buffer.size + 1))
+    assert buffer.size == 3
+
+
+def test_ranks_with_data_of_their_own_share_no_generators() -> None:
+    """One rank saves for all: counters are common, orders and generators are each rank's own."""
+    data = CountsAtFirst()
+    data.generator = random.Random(0)  # pyright: ignore[reportAttributeAccessIssue]
+    world = SimpleNamespace(rank=0, size=2, total=lambda numbers: numbers)
+    source = Source(sharded(stream(data)), share=Share(world))
+    list(source.reader.epoch(Span(seed=0, epoch=0)))
+    data.generator.random()  # pyright: ignore[reportAttributeAccessIssue]
+    assert source.position(True) == {"remembers": {"dataset.epoch": 0}}
 
 
 class Skips(Sampler[int]):
