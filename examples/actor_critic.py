@@ -50,13 +50,13 @@ class ActorCritic(nn.Module):
 def play() -> fl.Combinator:
     """A combinator that replaces the batch of a step by what has just been experienced."""
 
-    def init(store: fl.Store) -> dict[str, Tensor]:
-        with fl.isolated():
+    def init(store: fl.state.Store) -> dict[str, Tensor]:
+        with fl.tensors.isolated():
             torch.manual_seed(0)
             return {"carts": start(CARTS), "age": torch.zeros(CARTS)}
 
     @torch.no_grad()
-    def experience(store: fl.Store) -> dict[str, Tensor]:
+    def experience(store: fl.state.Store) -> dict[str, Tensor]:
         carts, age = store.memory["play"]["carts"], store.memory["play"]["age"]
         seen, pushes, falls, ends = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
         for _ in range(STEPS):
@@ -73,9 +73,9 @@ def play() -> fl.Combinator:
 
     def wrap(step: Any) -> Any:
         def played(state: fl.TrainState, batch: Any) -> Any:
-            fl.seed_generators(fl.fold_in(state.key, PLAY))
+            fl.tensors.seed_generators(fl.tensors.fold_in(state.key, PLAY))
             lived = experience(state.live)
-            return step(state, attrs.evolve(fl.Item.of(batch, state=state), batches=(lived,), samples=CARTS * STEPS))
+            return step(state, attrs.evolve(fl.data.Item.of(batch, state=state), batches=(lived,), samples=CARTS * STEPS))
 
         return played
 

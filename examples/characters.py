@@ -96,8 +96,8 @@ def main() -> None:
         schedule = fl.warmup_cosine(warmup=20, total=epochs * len(batches))
         return fl.Optim(torch.optim.AdamW(model.parameters(), lr=5e-3), schedule=schedule)
 
-    with fl.isolated():
-        fl.seed_generators(0)
+    with fl.tensors.isolated():
+        fl.tensors.seed_generators(0)
         task = fl.Task(Net(len(chars)), train_step, eval_step, configure_optimizers=configure_optimizers)
     step = fl.pipe(train_step, fl.grad(), fl.carry(begin), fl.clip_norm(1.0), fl.apply(), fl.stop_when(fl.max_epochs(epochs)))
     test_batches = [test_ids[: len(test_ids) // 8 * 8].view(8, -1)]

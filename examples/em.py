@@ -35,7 +35,7 @@ class Mixture(nn.Module):
 
 
 @torch.no_grad()
-def maximise(store: fl.Store, batches: tuple[Tensor, ...], key: int) -> dict[str, Tensor]:
+def maximise(store: fl.state.Store, batches: tuple[Tensor, ...], key: int) -> dict[str, Tensor]:
     """One step: the first ones of k-means, for a start that is no accident, then of expectation maximisation; the loss is the negative log likelihood."""
     model, (x,), memory = store.module, batches, store.memory["em"]
     joint = model(x)
@@ -58,7 +58,7 @@ def main() -> None:
     x, species = torch.tensor(data.data), data.target
     task = fl.Task(
         Mixture(x, 3),
-        fl.pipe(maximise, fl.manual(lambda store: {"warm_up": 10}, key="em")),
+        fl.pipe(maximise, fl.manual(lambda store: {"warm_up": 10}, name="em")),
         predict_step=lambda model, x: model(x).argmax(-1),
     )
     start = fl.TrainState.create(task)

@@ -115,8 +115,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     train = make_loader(rows[: given.train], tokenizer, 16, shuffle=True)
     test = make_loader(rows[-given.test :], tokenizer, 50, shuffle=False)
-    with fl.isolated():
-        fl.seed_generators(0)
+    with fl.tensors.isolated():
+        fl.tensors.seed_generators(0)
         model = Classifier(BertModel(BertConfig.from_pretrained(folder), add_pooling_layer=False))
     task = fl.Task(model, train_step, eval_step, configure_optimizers=configure_optimizers)
     state, report = fl.load_weights(fl.TrainState.create(task, seed=0), folder / "model.safetensors", partial=True, rename=rename)

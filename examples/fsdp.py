@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fnlight as fl
-from fnlight.shards import local
+from fnlight.tensors import local
 
 WORDS, LENGTH = 11, 16
 

@@ -53,10 +53,10 @@ def make_task() -> fl.Task:
     return fl.Task(model, train_step, configure_optimizers=lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3))
 
 
-def kill_at(step: int) -> Callable[[fl.Record], None]:
+def kill_at(step: int) -> Callable[[fl.state.Record], None]:
     """A sink is any function of a record; this one ends its own process as soon as a step is logged."""
 
-    def sink(record: fl.Record) -> None:
+    def sink(record: fl.state.Record) -> None:
         if record.step == step:
             os.kill(os.getpid(), signal.SIGKILL)  # no handler runs, nothing is flushed, nobody says goodbye
 

@@ -15,7 +15,7 @@ Example:
     >>> fl.fit(fl.TrainState.create(task, seed=0), fl.Loaders(train=batches), fl.FitConfig(max_epochs=5, progress=False))
     TrainState(step=40, epoch=5, batch=0, 3 parameters, SGD, stopped: 5 epochs done)
 
-Read on in `fnlight.state`, `fnlight.update`, `fnlight.loop` and `fnlight.fit`.
+Read on in `fnlight.state`, `fnlight.step.update`, `fnlight.loop.run` and `fnlight.fit.fit`.
 """
 
 import gc as _gc
@@ -25,117 +25,96 @@ from typing import Any as _Any
 _collected = _gc.isenabled()
 _gc.disable()  # what is made here stays: a full collection in between would go over all that torch has made, for nothing
 try:
-    from fnlight.averages import average_checkpoints, averaged, ema, ema_warmup, refresh_batch_norm, swa
-    from fnlight.bundle import debug_bundle, load_bundle
-    from fnlight.checkpoint import (
-        LoadReport,
-        Retention,
-        best,
-        best_checkpoint,
-        checkpoints,
-        every,
-        last,
-        load,
-        load_weights,
-        newest,
-        restore,
-        save,
-        verify,
-    )
-    from fnlight.clip import clip_adaptive, clip_each, clip_norm, clip_quantile, clip_value
-    from fnlight.combinator import Combinator
+    from fnlight import errors  # noqa: F401  # what fnlight raises and warns of
+    from fnlight.checkpoint import best, best_checkpoint, checkpoints, every, last, load, load_weights, newest, restore, save, verify
     from fnlight.compile import compile  # noqa: A004  # what everybody in this field calls it
-    from fnlight.compose import compose, total_steps
-    from fnlight.config import FitConfig
-    from fnlight.data import (
-        Item,
-        LengthBuckets,
-        Loaders,
-        Source,
-        TensorLoader,
-        batches,
-        concat,
-        per_epoch,
-        sharded,
-        zip_longest,
-        zip_shortest,
+    from fnlight.data import LengthBuckets, Loaders, TensorLoader, batches, concat, per_epoch, sharded, zip_longest, zip_shortest
+    from fnlight.fit import FitConfig, compose, fit, main, total_steps
+    from fnlight.gradients import (
+        accumulate,
+        carry,
+        clip_adaptive,
+        clip_each,
+        clip_norm,
+        clip_quantile,
+        clip_value,
+        freeze,
+        grad,
+        grad_cache,
+        grad_noise,
+        microbatch,
+        recompute,
+        unfreeze_at,
+        weighted,
     )
-    from fnlight.errors import (
-        BrokenCheckpointError,
-        CheckpointError,
-        CheckpointWarning,
-        CompileWarning,
-        ConfigError,
-        DonatedStateError,
-        FaultWarning,
-        FnlightError,
-        Interrupted,
-        LoaderCheckError,
-        LoaderError,
-        LoaderWarning,
-        LockedError,
-        MemoryWarning,
-        MismatchError,
-        MonitorError,
-        NonFiniteError,
-        OptimizerError,
-        OptimizerWarning,
-        ParallelError,
-        SeamError,
-        StepError,
-        TaskCheckError,
-        TaskWarning,
+    from fnlight.loop import (
+        checkpoint_every,
+        collect,
+        collect_garbage,
+        epoch_means,
+        evaluate,
+        evaluate_every,
+        log_to,
+        predict,
+        profile,
+        run,
+        stop_when,
     )
-    from fnlight.evaluate import evaluate
-    from fnlight.fit import fit
-    from fnlight.fp8 import to_fp8
-    from fnlight.freezing import freeze, unfreeze_at
-    from fnlight.garbage import collect_garbage
-    from fnlight.history import History, Record
-    from fnlight.loop import evaluate_every, log_to, run, stop_when
-    from fnlight.losses import carry, grad_cache, weighted
-    from fnlight.main import main
-    from fnlight.manual import manual
-    from fnlight.metrics import Cat, Figure, Histogram, Image, Last, Max, Mean, Min, Sum, Tally, Text
-    from fnlight.microbatch import microbatch
-    from fnlight.noise import grad_noise
-    from fnlight.optim import GroupRule, Lookahead, Optim, frozen, layer_decay, no_decay, optimizer, param_groups
-    from fnlight.pipe import Phase, Pipe, pipe
-    from fnlight.precision import autocast, cast, to_dtype
-    from fnlight.predict import collect, predict
-    from fnlight.profile import profile
-    from fnlight.protocols import EvalFn, GradFn, Gradients, LossFn, PredictFn, Rule, Schedule, Sink, Step, When
-    from fnlight.recompute import recompute
-    from fnlight.release import apply_in_backward
-    from fnlight.replay import from_torch, plateau
-    from fnlight.rng import fold_in, isolated, seed_generators
-    from fnlight.rollback import rollback
-    from fnlight.rules import diverged, max_epochs, max_steps, max_time, min_epochs, min_steps, nonfinite, patience, reached
-    from fnlight.saving import checkpoint_every
-    from fnlight.scale import loss_scale
+    from fnlight.metrics import Cat, Figure, Histogram, Image, Last, Max, Mean, Min, Sum, Text
+    from fnlight.nonfinite import check_finite, debug_bundle, load_bundle, rollback, skip_nonfinite, skip_spikes
+    from fnlight.optim import Lookahead, Optim, frozen, layer_decay, no_decay, optimizer, param_groups
+    from fnlight.pipe import Combinator, Phase, Pipe, pipe
+    from fnlight.precision import autocast, cast, loss_scale, to_dtype, to_fp8
+    from fnlight.runtime import Signals
     from fnlight.schedules import (
         constant,
         cosine,
         cosine_restarts,
         cyclic,
         exponential,
+        from_torch,
         join,
         linear,
         one_cycle,
+        plateau,
         polynomial,
         step_decay,
         warmup,
         warmup_cosine,
         wsd,
     )
-    from fnlight.signals import Signals
     from fnlight.sinks import CSV, JSONL, Console, TensorBoard, fan_out
-    from fnlight.skip import skip_nonfinite, skip_spikes
-    from fnlight.state import Progress, Store, TrainState
-    from fnlight.task import Task
-    from fnlight.update import accumulate, apply, grad, pure, update
-    from fnlight.watch import check_finite, epoch_means
-    from fnlight.when import Tick, at_end, continuous, epochs, minutes, seconds, steps
+    from fnlight.state import Task, TrainState
+    from fnlight.step import (
+        apply,
+        apply_in_backward,
+        average_checkpoints,
+        averaged,
+        ema,
+        ema_warmup,
+        manual,
+        pure,
+        refresh_batch_norm,
+        swa,
+        update,
+    )
+    from fnlight.triggers import (
+        at_end,
+        continuous,
+        diverged,
+        epochs,
+        max_epochs,
+        max_steps,
+        max_time,
+        min_epochs,
+        min_steps,
+        minutes,
+        nonfinite,
+        patience,
+        reached,
+        seconds,
+        steps,
+    )
 finally:
     if _collected:
         if not _gc.get_freeze_count():
@@ -144,77 +123,32 @@ finally:
         _gc.enable()
 
 __all__ = [
-    "BrokenCheckpointError",
     "CSV",
     "Cat",
-    "CheckpointError",
-    "CheckpointWarning",
     "Combinator",
-    "CompileWarning",
-    "ConfigError",
     "Console",
-    "DonatedStateError",
-    "EvalFn",
-    "FaultWarning",
     "Figure",
     "FitConfig",
-    "FnlightError",
-    "GradFn",
-    "Gradients",
-    "GroupRule",
     "Histogram",
-    "History",
     "Image",
-    "Interrupted",
-    "Item",
     "JSONL",
     "Last",
     "LengthBuckets",
-    "LoadReport",
-    "LoaderCheckError",
-    "LoaderError",
-    "LoaderWarning",
     "Loaders",
-    "LockedError",
     "Lookahead",
-    "LossFn",
     "Max",
     "Mean",
-    "MemoryWarning",
     "Min",
-    "MismatchError",
-    "MonitorError",
-    "NonFiniteError",
     "Optim",
-    "OptimizerError",
-    "OptimizerWarning",
-    "ParallelError",
     "Phase",
     "Pipe",
-    "PredictFn",
-    "Progress",
-    "Record",
-    "Retention",
-    "Rule",
-    "Schedule",
-    "SeamError",
     "Signals",
-    "Sink",
-    "Source",
-    "Step",
-    "StepError",
-    "Store",
     "Sum",
-    "Tally",
     "Task",
-    "TaskCheckError",
-    "TaskWarning",
     "TensorBoard",
     "TensorLoader",
     "Text",
-    "Tick",
     "TrainState",
-    "When",
     "accumulate",
     "apply",
     "apply_in_backward",
@@ -257,14 +191,12 @@ __all__ = [
     "exponential",
     "fan_out",
     "fit",
-    "fold_in",
     "freeze",
     "from_torch",
     "frozen",
     "grad",
     "grad_cache",
     "grad_noise",
-    "isolated",
     "join",
     "last",
     "layer_decay",
@@ -305,7 +237,6 @@ __all__ = [
     "run",
     "save",
     "seconds",
-    "seed_generators",
     "sharded",
     "skip_nonfinite",
     "skip_spikes",

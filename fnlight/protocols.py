@@ -1,19 +1,16 @@
-"""The types that everything else is made of; each contract stands in the docstring of its ``__call__``.
+"""The types that everything else is made of; each contract is in the docstring of its ``__call__``.
 
-A user writes a ``LossFn`` (``train_step``), an ``EvalFn`` (``eval_step``) and a ``PredictFn`` (``predict_step``).
-Combinators turn a ``LossFn`` into a ``GradFn`` and that into a ``Step``; see `fnlight.pipe`.
+A user writes a ``LossFn``, an ``EvalFn`` and a ``PredictFn``. Combinators turn a ``LossFn`` into a ``GradFn`` and that into a ``Step``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
-Batch = Any
-"""Any tree of tensors: a tensor, tuple, list, dict, namedtuple, dataclass or attrs object."""
-
-Metrics = Mapping[str, Any]
-"""Names to scalar tensors, numbers, monoids such as `Mean`, or media such as `Image`."""
+Batch = Any  # any tree of tensors: a tensor, tuple, list, dict, namedtuple, dataclass or attrs object
+Metrics = Mapping[str, Any]  # names to scalar tensors, numbers, monoids such as `Mean`, or media such as `Image`
 
 
 class Gradients(NamedTuple):
@@ -22,10 +19,9 @@ class Gradients(NamedTuple):
     Args:
         values: One a trainable parameter, in the order of the store; None where the loss does not depend on it.
         loss: The detached loss, a scalar tensor, shape []; a sum where `weight` is not 1.
-        weight: What the loss was divided by: 1.0 for a plain scalar, samples or tokens for a `Mean`.
+        weight: What the sum is divided by: for plain losses their number, a Python float; for a `Mean` its samples or tokens, never a float.
         metrics: Names to detached values, the loss among them.
-        finite: Whether the update may be made; None where nobody asked. A bool tensor, shape [], is known to the device only: the update
-            is masked there, and the step counts. A plain False is known here: there is no update, and no step is counted.
+        finite: Whether to update; None: not checked. A bool tensor, shape [], masks the update on the device; after False no step is counted.
     """
 
     values: list[Tensor | None]
@@ -34,17 +30,17 @@ class Gradients(NamedTuple):
     metrics: dict[str, Any]
     finite: Tensor | bool | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether the losses were plain scalars, so that `weight` is their number, the same on all ranks."""
+        return type(self.weight) is float
+
 
 class LossFn(Protocol):
     """The user's ``train_step``."""
 
     def __call__(self, model: nn.Module, batch: Batch, /) -> Any:
-        """Map a model and a batch to a loss.
-
-        Returns:
-            ``loss`` or ``(loss, metrics)``; the loss is a scalar tensor, or ``Mean(total, weight)`` where batches differ in
-            their number of samples or tokens. Pure: nothing changes but the model's buffers.
-        """
+        """Map a model and a batch to ``loss`` or ``(loss, metrics)``; nothing changes but buffers. A loss is a scalar tensor, or a `Mean`."""
         ...
 
 
@@ -64,14 +60,29 @@ class PredictFn(Protocol):
         ...
 
 
+class StoreView(Protocol):
+    """The part of a `Store` that a `GradFn` may touch: it reads all of this, and writes only its own tree in `memory`."""
+
+    module: nn.Module
+    params: list[nn.Parameter]  # those that are trained
+    named: dict[str, nn.Parameter]  # all, by qualified name
+    memory: dict[str, Any]  # any tree, by the name of the combinator that owns it
+    device: torch.device
+    run: Any  # a `RunScope`, of which it reads `resources`
+    step: Any  # a `StepScratch`, of which it reads `progress` and `scale`
+    host: Any  # `fnlight.runtime.HostCallbacks`: numbers that change from step to step, and looking at tensors
+    place: Any  # a `fnlight.parallel.Placement`; None in one process
+    optim: Any  # a `fnlight.optim.Optim`
+
+    def seed(self, key: int, /) -> None:
+        """Seed the generators of torch, Python and NumPy from a key."""
+
+
 class GradFn(Protocol):
     """A function that computes gradients as values."""
 
-    def __call__(self, store: Any, batch: Batch, key: int, /) -> Gradients:
-        """Map the store, a batch and a key to `Gradients`.
-
-        All randomness comes from `key`. A stage may change the values in place (by foreach kernels); it never writes parameters.
-        """
+    def __call__(self, store: StoreView, batch: Batch, key: int, /) -> Gradients:
+        """Map the store, a batch and a key, from which all randomness comes, to `Gradients`; a stage may change their values in place."""
         ...
 
 
@@ -79,10 +90,7 @@ class Step(Protocol):
     """One transition of the training."""
 
     def __call__(self, state: Any, batch: Batch, /) -> tuple[Any, Metrics]:
-        """Map ``(state, batch)`` to ``(state, metrics)``.
-
-        The input state is donated: its tensors must not be read afterwards. `pure` gives a step that copies first.
-        """
+        """Map ``(state, batch)`` to ``(state, metrics)``; the input is donated: its tensors must not be read afterwards, see `pure`."""
         ...
 
 
@@ -97,8 +105,8 @@ class When(Protocol):
 class Rule(Protocol):
     """A stop rule, such as ``patience("val/loss", 3)``."""
 
-    def __call__(self, state: Any, /) -> str | None:
-        """Give the reason to stop, or None: a pure function of the state, asked afresh each time."""
+    def __call__(self, state: Any, /) -> str | bool | None:
+        """Give the reason to stop (True: the name of the rule), or None or False: a pure function of the state, asked afresh each time."""
         ...
 
 
@@ -116,6 +124,3 @@ class Schedule(Protocol):
     def __call__(self, count: int, /) -> float:
         """Map completed optimizer steps (or epochs) to the factor of the base learning rate; a pure function."""
         ...
-
-
-Parameters = Sequence[nn.Parameter]

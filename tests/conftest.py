@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fnlight  # noqa: F401  # before doctests are collected, so that `fnlight.fit` is the function everywhere
+from tests.smoke import holds_smoke, is_smoke
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -41,6 +42,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files come first, so that of several processes none is left with one of them when the others have ended."""
     places = {name: i for i, name in enumerate(_LONG)}
     items.sort(key=lambda item: places.get(item.path.name, len(_LONG)))
+    for item in items:
+        if is_smoke(item.nodeid):
+            item.add_marker("smoke")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With `-m smoke`, no docstrings are searched for examples, either."""
+    if config.getoption("markexpr") == "smoke":
+        config.option.doctestmodules = False
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m smoke`, other files are not even imported, which would take longer than the tests."""
+    if config.getoption("markexpr") != "smoke":
+        return None
+    home = Path(__file__).parent
+    inside = collection_path.is_relative_to(home) and collection_path != home
+    return True if inside and not holds_smoke(collection_path.relative_to(home).as_posix()) else None
 
 
 def _process() -> dict[str, Any]:

@@ -5,11 +5,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from fnlight.config import FitConfig
 from fnlight.data import Loaders
+from fnlight.fit import FitConfig
 from fnlight.metrics import Mean
-from fnlight.state import TrainState
-from fnlight.task import Task
+from fnlight.state import Task, TrainState
 
 
 def train_step(model, batch):

@@ -11,10 +11,9 @@ from torch import nn
 
 import fnlight as fl
 from fnlight import errors
-from fnlight.data.share import Share
-from fnlight.data.source import Source
+from fnlight.data import Share, Source
 from fnlight.errors import FnlightError, LoaderWarning, MemoryWarning, TaskWarning
-from fnlight.parallel.world import World
+from fnlight.parallel import World
 
 CLASSES = {n: k for n, k in vars(errors).items() if inspect.isclass(k) and k.__module__ == errors.__name__}
 ERRORS = {n: k for n, k in CLASSES.items() if issubclass(k, FnlightError) and k is not FnlightError}

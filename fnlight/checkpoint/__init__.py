@@ -11,17 +11,24 @@
 No pickle is read or written, and no name in a file is ever imported.
 """
 
-from fnlight.checkpoint.places import best_checkpoint, checkpoints, newest, step_path, verify, writable
-from fnlight.checkpoint.read import ALLOWED, load, restore
-from fnlight.checkpoint.retention import Retention, best, every, last, prune
+from fnlight.checkpoint.background import Background
+from fnlight.checkpoint.distributed_save import Parts, is_cut, parts_of, write_together
+from fnlight.checkpoint.encode import decode, encode
+from fnlight.checkpoint.folder import Folder, make
+from fnlight.checkpoint.layout import physical
+from fnlight.checkpoint.lock import held, hold, name_of
+from fnlight.checkpoint.manifest import FILES, MODEL, STATE, parse
+from fnlight.checkpoint.places import at, best_checkpoint, checkpoints, is_run, newest, open_checkpoint, step_path, verify, writable
+from fnlight.checkpoint.read import ALLOWED, load, refill, restore
+from fnlight.checkpoint.retention import Retention, best, delete, every, is_there, last, prune, staying, sweep
+from fnlight.checkpoint.staging import Buffers
+from fnlight.checkpoint.tensors import chunks
 from fnlight.checkpoint.weights import LoadReport, load_weights
-from fnlight.checkpoint.write import amend, save
+from fnlight.checkpoint.write import amend, describe_state, save, write
 
 __all__ = [
-    "ALLOWED",
     "LoadReport",
     "Retention",
-    "amend",
     "best",
     "best_checkpoint",
     "checkpoints",
@@ -33,7 +40,5 @@ __all__ = [
     "prune",
     "restore",
     "save",
-    "step_path",
     "verify",
-    "writable",
 ]

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from fnlight.signals import worker_death
+from fnlight.runtime import worker_death
 
 
 class Background:

@@ -12,8 +12,7 @@ from typing import Any
 from torch import Size, Tensor
 
 from fnlight.errors import CheckpointError
-from fnlight.metrics import SCALARS, Tally
-from fnlight.metrics.ranks import merged
+from fnlight.metrics import SCALARS, Tally, merged
 
 Put = Callable[[str, Tensor], str]
 """Takes the wanted name of a tensor and the tensor, gives the name under which it lies in the file."""

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from fnlight.checkpoint.encode import decode
 from fnlight.checkpoint.manifest import OPTIMIZER
-from fnlight.checkpoint.opened import Opened
-from fnlight.checkpoint.twin import fitted
-from fnlight.device import spread_like
+from fnlight.checkpoint.placeholder import fitted
+from fnlight.checkpoint.reader import Opened
 from fnlight.errors import MismatchError
 from fnlight.optim import HOST, OTHER, RAW, Optim, class_name, named_groups, place_slot
-from fnlight.tree import equal, map_tensors
+from fnlight.tensors import equal, map_tensors, spread_like
 
 _ABSENT = object()
 _KERNELS = ("fused", "foreach")  # how it is computed: the business of this machine, never of a file
@@ -41,7 +40,7 @@ def place_optimizers(
         MismatchError: Unless `afresh`, if both sides have an optimizer, of different classes.
 
     Example:
-        >>> from fnlight.checkpoint.folder import Folder
+        >>> from fnlight.checkpoint import Folder
         >>> place_optimizers({"": Optim(None)}, nn.Linear(1, 1), Opened("a", Folder("a"), {"optimizer": None, "files": {}}), frozenset(), {}, afresh=False)
         []
     """
@@ -57,7 +56,9 @@ def place_optimizers(
         if name not in saved:
             notes.append(f"there was no optimizer {name!r} then; its memory starts afresh")
             continue
-        found = _place_optimizer(optim, module, saved[name], opened.path, tensors, {each: known.get(each) for each in loaded}, afresh)
+        found = _place_optimizer(
+            optim, module, saved[name], path=opened.path, tensors=tensors, loaded={each: known.get(each) for each in loaded}, afresh=afresh
+        )
         notes += [f"{name}: {line}" for line in found] if name else found
     return notes
 
@@ -83,7 +84,7 @@ def _place_optimizer(
         return [f"optimizer changed: {saved_class} in the checkpoint, {own_class} now; its memory starts afresh"]
     if section is None:
         return []
-    _place_slots(optim, module, section, tensors, loaded)
+    _place_slots(optim, module, section, tensors=tensors, loaded=loaded)
     return _place_groups(optim, module, section["groups"], tensors) + _unheld(optim, module, section, loaded)
 
 
@@ -123,7 +124,9 @@ def _place_slots(
                 if not slots:
                     continue
             group = groups[id(p)]
-            state[p] = {slot: _like(slot, _of_dtype(value, loaded[name], p), p, group, optim.offload) for slot, value in slots.items()}
+            state[p] = {
+                slot: _like(slot, _of_dtype(value, loaded[name], p), p, group=group, offload=optim.offload) for slot, value in slots.items()
+            }
     for key, value in decode(section["slots"].get(OTHER, {}), tensors.pop).items():
         state[key] = value
 
@@ -142,7 +145,7 @@ def _like(slot: str, value: Any, p: Tensor, group: Mapping[str, Any], offload: b
         raise ValueError(f"the slot {slot!r} of a parameter of shape {list(p.shape)} is {value.dtype} {list(value.shape)}")
     if value.shape == p.shape and not offload:
         value = spread_like(value, p)
-    value = place_slot(slot, value, p, group, offload)
+    value = place_slot(slot, value, p, group=group, offload=offload)
     return value if value.shape != p.shape else fitted(value, p, same_kind=False)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import attrs
 
-from fnlight.shards import Box, box_of, cuts
+from fnlight.tensors import Box, box_of, cuts
 
 Cell = tuple[int, tuple[int, ...], tuple[int, ...]]
 """The number of a file, the offset of a part in the whole, and its shape."""

@@ -2,6 +2,10 @@
 
 The lock is the system's (``flock``), held on the file ``.lock`` for as long as a run lasts. It goes with the process, however that ends. Forked
 workers of a loader inherit it; where they outlive their parent, the lock is taken from them, for the file says whose it was.
+
+The library filelock, which torch installs in any version, would replace about 45 lines, but cannot say who holds a lock. If a forked worker
+outlives a process that was killed (SIGKILL), filelock 3.29 and portalocker 4.4.2 keep the directory locked; filelock 4.3.1 does not. Their imports
+take 73 and 75 ms.
 """
 
 import errno

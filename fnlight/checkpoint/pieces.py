@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fnlight.checkpoint.header import Place, read_header
 from fnlight.checkpoint.layout import WHOLE, Layout, overlap, part_name
-from fnlight.shards import Box, box, like_parts
+from fnlight.tensors import Box, box, like_parts
 
 Part = Callable[[str, int, int], Any]
 """Gives the bytes of a file from a start to an end."""
@@ -50,7 +50,7 @@ def read_pieces(
         ValueError: If a file is none, or holds other tensors than the manifest says.
 
     Example:
-        >>> from fnlight.checkpoint.tensors import chunks
+        >>> from fnlight.checkpoint import chunks
         >>> data = b"".join(chunks({"x": torch.arange(3.0)}))
         >>> entry = {"tensors": {"x": ["float32", [3]]}}
         >>> read_pieces(lambda name, start, end: data[start:end], lambda name: len(data), "a", entry, [], lambda name, shape: None)
@@ -71,7 +71,7 @@ def read_pieces(
                 wishes.setdefault(index, []).append((name, wanted[0], common, (offset, cell)))
     count = len(entry["parts"]) if "parts" in entry else None
     for index, wanted_here in sorted(wishes.items()):
-        _fill(part, size, file if count is None else part_name(file, index, count), wanted_here, found, into)
+        _fill(part, size, file if count is None else part_name(file, index, count), wishes=wanted_here, found=found, into=into)
     return {name: _placed(found[name], entry["tensors"][name][0], homes[name]) for name in found}
 
 
@@ -130,7 +130,7 @@ def check_parts(part: Part, size: Callable[[str], int | None], file: str, entry:
         ValueError: If a part holds other tensors than the manifest says.
 
     Example:
-        >>> from fnlight.checkpoint.tensors import chunks
+        >>> from fnlight.checkpoint import chunks
         >>> data = b"".join(chunks({"x": torch.ones(1)}))
         >>> entry = {"parts": [[len(data), ""]], "tensors": {"x": ["float32", [2]]}, "cut": {}}
         >>> check_parts(lambda name, start, end: data[start:end], lambda name: len(data), "a.b", entry, [])
@@ -203,7 +203,7 @@ def _fill(part: Part, size: Callable[[str], int | None], file: str, wishes: list
         data = memoryview(part(file, start, group[-1][1]))
         data = memoryview(bytearray(data)) if data.readonly else data  # torch takes none that cannot be written
         for begin, end, (name, origin, common, cell) in group:
-            _copy(data[begin - start : end - start], places[name], found[name], origin, common, cell)
+            _copy(data[begin - start : end - start], places[name], found[name], origin=origin, common=common, cell=cell)
 
 
 def _straight(into: Into, file: str, place: Place, found: Mapping[str, Tensor], begin: int, end: int, wish: Any) -> bool:

@@ -12,8 +12,8 @@ from fnlight.checkpoint.encode import decode
 from fnlight.checkpoint.folder import Folder, cannot_write, hidden_siblings, make
 from fnlight.checkpoint.layout import physical
 from fnlight.checkpoint.manifest import FILES, STATE, belongs
-from fnlight.checkpoint.opened import Opened, compare_all, examine, fetched
 from fnlight.checkpoint.pieces import check_parts
+from fnlight.checkpoint.reader import Opened, compare_all, examine, fetched
 from fnlight.checkpoint.retry import WAITS
 from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning, ConfigError, check_type, warn
 
@@ -273,7 +273,7 @@ def verify(path: Path) -> list[str]:
     for name, entry in body["files"].items():
         try:
             if "parts" in entry:
-                check_parts(folder.part, folder.size, name, entry, opened.layouts)
+                check_parts(folder.part, folder.size, name, entry=entry, layouts=opened.layouts)
             else:
                 opened.tensors(name)
         except (BrokenCheckpointError, ValueError, OSError) as error:

@@ -10,22 +10,17 @@ from torch import Tensor, nn
 from fnlight.checkpoint.encode import decode
 from fnlight.checkpoint.groups import place_optimizers
 from fnlight.checkpoint.manifest import MEMORY, MODEL
-from fnlight.checkpoint.opened import Opened
 from fnlight.checkpoint.pieces import Like
+from fnlight.checkpoint.placeholder import Lent, twin
 from fnlight.checkpoint.places import Path, open_checkpoint
+from fnlight.checkpoint.reader import Opened
 from fnlight.checkpoint.rename import Rename, new_name, renamed, renamed_body
-from fnlight.checkpoint.twin import Lent, twin
 from fnlight.checkpoint.weights import LoadReport, extra_states, place_weights, put, split_buffers
-from fnlight.device import spread_like
-from fnlight.dtype import DTYPES, convert
 from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning, MismatchError, check_type, warn
-from fnlight.history import History, Record
-from fnlight.metrics import Tally
-from fnlight.metrics.ranks import own_part
-from fnlight.shards import is_sharded, lying_like
-from fnlight.state import Progress, Store, TrainState
-from fnlight.task import Task
-from fnlight.times import Times
+from fnlight.metrics import Tally, own_part
+from fnlight.runtime import WallTime
+from fnlight.state import History, Progress, Record, Store, Task, TrainState
+from fnlight.tensors import DTYPES, convert, is_sharded, lying_like, spread_like
 
 ALLOWED = frozenset({"dtype", "model", "optimizer"})
 """Differences between a checkpoint and a task that `restore` can be told to go along with."""
@@ -54,7 +49,7 @@ def load(path: Path, task: Task, *, device: torch.device | str | None = None, pl
 
     Example:
         >>> import tempfile
-        >>> from fnlight.checkpoint.write import save
+        >>> from fnlight.checkpoint import save
         >>> task = Task(nn.Linear(2, 1), lambda model, batch: model(batch).sum())
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = save(TrainState.create(task, seed=7), f"{folder}/state")
@@ -65,7 +60,7 @@ def load(path: Path, task: Task, *, device: torch.device | str | None = None, pl
     lent, memo = Lent(), dict[int, Any]()
     if isinstance(task, Task) and place is None:
         lent.borrow((*task.model.parameters(), *task.model.buffers()), memo)
-    state, notes = _fill(TrainState.create(task, device=device, place=place, _memo=memo), lent, opened, frozenset(), None)
+    state, notes = _fill(TrainState.create(task, device=device, place=place, _memo=memo), lent, opened, allowed=frozenset(), rename=None)
     _warn(opened, notes)
     return state
 
@@ -95,13 +90,13 @@ def restore(path: Path, like: TrainState, *, allow: Iterable[str] = (), rename: 
 
     Example:
         >>> import tempfile
-        >>> from fnlight.checkpoint.write import save
+        >>> from fnlight.checkpoint import save
         >>> state = TrainState.create(Task(nn.Linear(2, 1), lambda model, batch: model(batch).sum()))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     restore(save(state.recorded({"val/loss": 0.5}), f"{folder}/state"), like=state).history[0].metrics
         {'val/loss': 0.5}
     """
-    check_type("restore(path, like=...)", like, TrainState, "a TrainState", "for a Task there is fl.load(path, task)")
+    check_type("restore(path, like=...)", like, TrainState, expected="a TrainState", advice="for a Task there is fl.load(path, task)")
     check_type("restore(allow=...)", allow, Iterable, f"some of {sorted(ALLOWED)}")
     allowed = frozenset((allow,) if isinstance(allow, str) else allow)
     if not allowed <= ALLOWED:
@@ -109,7 +104,7 @@ def restore(path: Path, like: TrainState, *, allow: Iterable[str] = (), rename: 
     place = like.live.place
     opened = open_checkpoint(path, hold=place is None, ranks=None if place is None else place.everyone)
     store, lent = twin(like.live)
-    state, notes = _fill(attrs.evolve(like, store=store, version=0), lent, opened, allowed, rename)
+    state, notes = _fill(attrs.evolve(like, store=store, version=0), lent, opened, allowed=allowed, rename=rename)
     _warn(opened, notes)
     return state
 
@@ -129,7 +124,7 @@ def refill(path: Path, state: TrainState) -> TrainState:
 
     Example:
         >>> import tempfile
-        >>> from fnlight.checkpoint.write import save
+        >>> from fnlight.checkpoint import save
         >>> state = TrainState.create(Task(nn.Linear(2, 1), lambda model, batch: model(batch).sum()))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = save(state, f"{folder}/state")
@@ -141,9 +136,9 @@ def refill(path: Path, state: TrainState) -> TrainState:
     place = state.live.place
     opened = open_checkpoint(path, hold=place is None, ranks=None if place is None else place.everyone)
     store = state.donated()
-    times = store.times
-    found, _ = _fill(state, Lent(), opened, frozenset(), None)
-    store.times, store.version = times, state.version + 2
+    times = store.wall_time
+    found, _ = _fill(state, Lent(), opened, allowed=frozenset(), rename=None)
+    store.wall_time, store.version = times, state.version + 2
     return attrs.evolve(found, version=store.version)
 
 
@@ -159,7 +154,7 @@ def _fill(state: TrainState, lent: Lent, opened: Opened, allowed: frozenset[str]
     opened = attrs.evolve(opened, like=_homes(store, rename))
     listed = opened.body["files"][MODEL]["tensors"]
     _recast(store, opened)
-    report = place_weights(store.module, renamed(opened.tensors(MODEL), rename), opened.path, "dtype" in allowed, lent)
+    report = place_weights(store.module, renamed(opened.tensors(MODEL), rename), opened.path, convert="dtype" in allowed, lent=lent)
     if not report.fits and "model" not in allowed:
         raise MismatchError(_another(report))
     notes = [] if report.fits else [f"only what fits was taken. {report}"]
@@ -171,7 +166,7 @@ def _fill(state: TrainState, lent: Lent, opened: Opened, allowed: frozenset[str]
         notes += _derived_buffers(store.module, decode(opened.body["buffers"], tensors.pop), lent)
         lent.own((*store.module.parameters(), *store.module.buffers()))  # from here on, code of the user's may write to them
         notes += _extra(store.module, decode(opened.body["extra"], _moved(tensors, store.device)))
-        notes += place_optimizers(store.optims, store.module, opened, report.taken, known, "optimizer" in allowed)
+        notes += place_optimizers(store.optims, store.module, opened, loaded=report.taken, known=known, afresh="optimizer" in allowed)
         lent.own()
         memory = _memory(opened.body["memory"], tensors, store.device)
         fitting = {key: _as_the_model(tree, known, report.left, store.named) for key, tree in memory.items()}
@@ -262,7 +257,7 @@ def _head(state: TrainState, body: Any) -> TrainState:
     if not all(type(n) is int and n >= 0 for n in progress.updates.values()):
         raise ValueError(f"updates {progress.updates!r:.80}")
     updates = {name: progress.updates.get(name, 0) for name in state.store.phases}
-    state.store.times = Times.from_json(body.get("times", {}))
+    state.store.wall_time = WallTime.from_json(body.get("times", {}))
     history = History(_record(*entry) for entry in body["history"])
     return attrs.evolve(state, progress=attrs.evolve(progress, updates=updates), seed=seed, stopped=stopped, history=history)
 

@@ -23,9 +23,10 @@ class Retention:
     """Which checkpoints stay; made by `last`, `best` and `every`, joined with ``|``.
 
     Args:
-        text: Its source text; two of the same text are equal.
+        text: Its source text.
         choose: Maps the steps and the history to the steps that stay.
         monitors: Names in the history that it needs.
+        made_of: What two of them are compared by: a name with its arguments, ``"|"`` with its parts; the function if left out.
 
     Example:
         >>> keep = last(1) | every(100)
@@ -33,9 +34,10 @@ class Retention:
         (last(1) | every(100), [100, 200, 250])
     """
 
-    text: str
+    text: str = attrs.field(eq=False)
     choose: Callable[[Sequence[int], Iterable[Any]], set[int]] = attrs.field(eq=False)
-    monitors: tuple[str, ...] = ()
+    monitors: tuple[str, ...] = attrs.field(default=(), eq=False)
+    made_of: tuple[Any, ...] = attrs.field(default=attrs.Factory(lambda self: ("", self.choose), takes_self=True))
 
     def __call__(self, steps: Sequence[int], history: Iterable[Any]) -> set[int]:
         """Choose those of the steps whose checkpoints stay."""
@@ -45,7 +47,9 @@ class Retention:
         """What either of both keeps."""
         if not isinstance(other, Retention):
             return NotImplemented
-        return Retention(f"{self} | {other}", lambda steps, history: self(steps, history) | other(steps, history), _both(self, other))
+        parts = tuple(part for each in (self, other) for part in (each.made_of[1:] if each.made_of[0] == "|" else (each.made_of,)))
+        either: Any = lambda steps, history: self(steps, history) | other(steps, history)  # noqa: E731  # too short for a name
+        return Retention(f"{self} | {other}", either, _both(self, other), ("|", *parts))
 
     def __repr__(self) -> str:
         return self.text
@@ -72,7 +76,7 @@ def last(n: int) -> Retention:
         [20, 30]
     """
     _count("last", n)
-    return Retention(f"last({n})", lambda steps, history: set(sorted(steps)[-n:]))
+    return Retention(f"last({n})", lambda steps, history: set(sorted(steps)[-n:]), made_of=("last", n))
 
 
 def every(n: int) -> Retention:
@@ -92,7 +96,7 @@ def every(n: int) -> Retention:
         [20, 40]
     """
     _count("every", n)
-    return Retention(f"every({n})", lambda steps, history: {step for step in steps if step % n == 0})
+    return Retention(f"every({n})", lambda steps, history: {step for step in steps if step % n == 0}, made_of=("every", n))
 
 
 def best(monitor: str, n: int = 1, mode: str = "min") -> Retention:
@@ -110,7 +114,7 @@ def best(monitor: str, n: int = 1, mode: str = "min") -> Retention:
         ConfigError: If n is below 1, the mode is neither, or the monitor is no name.
 
     Example:
-        >>> from fnlight.history import Record
+        >>> from fnlight.state import Record
         >>> history = [Record(10, 1, {"val/loss": 0.5}), Record(20, 2, {"val/loss": 0.25}), Record(30, 3, {"val/loss": 0.75})]
         >>> sorted(best("val/loss", 2)([10, 20, 30], history))
         [10, 20]
@@ -130,7 +134,7 @@ def best(monitor: str, n: int = 1, mode: str = "min") -> Retention:
         )
 
     tail = "" if mode == "min" else ", mode='max'"
-    return Retention(f"best({monitor!r}, {n}{tail})", choose, (monitor,))
+    return Retention(f"best({monitor!r}, {n}{tail})", choose, (monitor,), ("best", monitor, n, mode))
 
 
 def _count(name: str, n: Any) -> None:

@@ -1,4 +1,8 @@
-"""Once more: calls to a remote store that failed for a reason that passes, such as a lost connection or a busy server."""
+"""Calls to a remote store are repeated if they failed for a reason that passes, such as a lost connection or a busy server.
+
+The library tenacity (9.2.1) would replace the loop in `retried`, 8 lines. Most lines here decide which errors of a store pass, which it
+does not know, and its import takes 54 ms.
+"""
 
 from collections.abc import Callable
 from typing import Any, TypeVar

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from fnlight.checkpoint.write import Tensors
+from fnlight.tensors import foreach_copy_
 
 
 class Buffers:
-    """Host memory for the tensors of one save, kept from one save to the next.
+    """HostCallbacks memory for the tensors of one save, kept from one save to the next.
 
     Example:
         >>> buffers, weight = Buffers(), torch.zeros(2)
@@ -55,7 +56,7 @@ class Buffers:
     def _copy(self, device: torch.device, targets: list[Tensor], sources: list[Tensor]) -> Callable[[], None] | None:
         with torch.no_grad():
             if device.type == "cpu":
-                torch._foreach_copy_(targets, sources)
+                foreach_copy_(targets, sources)
                 return None
             if device.type != "cuda":
                 for target, source in zip(targets, sources, strict=True):  # not every device knows the foreach form
@@ -65,7 +66,7 @@ class Buffers:
             training = torch.cuda.current_stream(device)
             stream.wait_stream(training)
             with torch.cuda.stream(stream):
-                torch._foreach_copy_(targets, sources, non_blocking=True)
+                foreach_copy_(targets, sources, non_blocking=True)
                 for source in sources:
                     source.record_stream(stream)
             training.wait_stream(stream)  # on the device: whatever changes these tensors next comes after the copy

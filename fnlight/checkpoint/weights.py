@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from fnlight.checkpoint.bucket import Bucket
 from fnlight.checkpoint.manifest import MODEL
+from fnlight.checkpoint.placeholder import Lent
 from fnlight.checkpoint.places import Path, at, open_checkpoint
 from fnlight.checkpoint.rename import Rename, new_name, renamed
 from fnlight.checkpoint.tensors import describe
-from fnlight.checkpoint.twin import Lent
 from fnlight.errors import BrokenCheckpointError, MismatchError, check_type
-from fnlight.shards import assign
 from fnlight.state import A_STATE, TrainState
+from fnlight.tensors import assign, derived_buffers
 
 _ROWS = 20
 
@@ -41,7 +41,7 @@ def split_buffers(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tenso
     derived: dict[str, Tensor] = {}
     for name, buffer in module.named_buffers():
         owner, _, leaf = name.rpartition(".")
-        part = derived if leaf in inside[owner]._non_persistent_buffers_set else persistent
+        part = derived if leaf in derived_buffers(inside[owner]) else persistent
         part[name] = buffer.detach()
     return persistent, derived
 
@@ -149,12 +149,12 @@ def place_weights(module: nn.Module, found: Mapping[str, Tensor], path: str, con
             put(module, name, found[name], lent)
     differ = {name: (_say(found[name]), _say(wanted[name])) for name in fits if describe(found[name]) != describe(wanted[name])}
     return LoadReport(
-        path,
-        tuple(name for name, good in fits.items() if good),
-        {name: _say(tensor) for name, tensor in wanted.items() if name not in found},
-        {name: _say(tensor) for name, tensor in found.items() if name not in wanted},
-        {name: both for name, both in differ.items() if not fits[name]},
-        {name: both for name, both in differ.items() if fits[name]},
+        path=path,
+        loaded=tuple(name for name, good in fits.items() if good),
+        missing={name: _say(tensor) for name, tensor in wanted.items() if name not in found},
+        unexpected={name: _say(tensor) for name, tensor in found.items() if name not in wanted},
+        mismatched={name: both for name, both in differ.items() if not fits[name]},
+        converted={name: both for name, both in differ.items() if fits[name]},
     )
 
 
@@ -224,7 +224,7 @@ def load_weights(state: TrainState, path: Path, *, partial: bool = False, rename
     Example:
         >>> import tempfile
         >>> from safetensors.torch import save_file
-        >>> from fnlight.task import Task
+        >>> from fnlight.state import Task
         >>> state = TrainState.create(Task(nn.Linear(2, 1), lambda model, batch: model(batch).sum()))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_file({"net.bias": torch.ones(1)}, f"{folder}/a.safetensors")

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from fnlight.checkpoint.bucket import Bucket
+from fnlight.checkpoint.distributed_save import is_cut, parts_of, write_together
 from fnlight.checkpoint.encode import Put, encode
 from fnlight.checkpoint.folder import Folder
 from fnlight.checkpoint.manifest import FILES, MEMORY, MODEL, OPTIMIZER, STATE, render
-from fnlight.checkpoint.opened import examine
 from fnlight.checkpoint.places import Path, at
+from fnlight.checkpoint.reader import examine
 from fnlight.checkpoint.tensors import chunks, describe
-from fnlight.checkpoint.together import is_cut, parts_of, write_together
 from fnlight.checkpoint.weights import extra_states, split_buffers
 from fnlight.errors import CheckpointError, check_type
-from fnlight.metrics.ranks import with_parts
+from fnlight.metrics import with_parts
 from fnlight.optim import RAW, Optim, class_name, named_groups, named_state, weights_to_use
 from fnlight.state import A_STATE, Store, TrainState
-from fnlight.tree import equal
+from fnlight.tensors import equal
 
 Tensors = dict[str, dict[str, Tensor]]
 """By file, names to tensors."""
@@ -52,7 +52,7 @@ def save(state: TrainState, path: Path, *, overwrite: bool = True) -> str:
 
     Example:
         >>> import tempfile
-        >>> from fnlight.task import Task
+        >>> from fnlight.state import Task
         >>> state = TrainState.create(Task(torch.nn.Linear(2, 1), lambda model, batch: model(batch).sum()))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = save(state, f"{folder}/state")
@@ -63,7 +63,7 @@ def save(state: TrainState, path: Path, *, overwrite: bool = True) -> str:
     folder, place = at(path), state.store.place
     body, tensors = describe_state(state)
     if place is not None and is_cut(tensors):
-        write_together(folder, body, parts_of(tensors, place.everyone.rank), place.everyone, overwrite)
+        write_together(folder, body, parts_of(tensors, place.everyone.rank), ranks=place.everyone, overwrite=overwrite)
         return folder.path
     if place is None or place.writes:
         write(folder, body, tensors, overwrite)
@@ -114,7 +114,7 @@ def amend(state: TrainState, path: Path) -> None:
 
     Example:
         >>> import attrs, tempfile
-        >>> from fnlight.task import Task
+        >>> from fnlight.state import Task
         >>> state = TrainState.create(Task(torch.nn.Linear(2, 1), lambda model, batch: model(batch).sum()))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = save(state, f"{folder}/state")
@@ -151,7 +151,7 @@ def describe_state(state: TrainState, together: bool = True) -> tuple[dict[str, 
         CheckpointError: If the state holds what is no data.
 
     Example:
-        >>> from fnlight.task import Task
+        >>> from fnlight.state import Task
         >>> state = TrainState.create(Task(torch.nn.Linear(2, 1), lambda model, batch: model(batch).sum()), seed=7)
         >>> body, tensors = describe_state(state)
         >>> body["seed"], list(tensors["model.safetensors"])
@@ -175,7 +175,7 @@ def describe_state(state: TrainState, together: bool = True) -> tuple[dict[str, 
             "progress": {key: value for key, value in attrs.asdict(state.progress).items() if key != "updates" or value},
             "seed": state.seed,
             "stopped": state.stopped,
-            "times": store.times.to_json(),
+            "times": store.wall_time.to_json(),
             "history": [[r.step, r.epoch, encode(dict(r.metrics), _refuse, f"history of step {r.step}")] for r in state.history],
             "parameters": list(params),
             "optimizer": _optimizers(store, _collector(tensors[OPTIMIZER]), {name: params[name] for name in used}),
@@ -209,8 +209,8 @@ def _refuse(path: str, tensor: Tensor) -> str:
 def _optimizers(store: Store, put: Put, raw: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """The section of a single optimizer; or those of several, by name."""
     if store.phases:
-        return {"phases": {name: _optimizer(optim, store.module, put, f"{name}/", raw) for name, optim in store.optims.items()}}
-    return None if store.optim.optimizer is None else _optimizer(store.optim, store.module, put, "", raw)
+        return {"phases": {name: _optimizer(optim, store.module, put, prefix=f"{name}/", raw=raw) for name, optim in store.optims.items()}}
+    return None if store.optim.optimizer is None else _optimizer(store.optim, store.module, put, prefix="", raw=raw)
 
 
 def _optimizer(optim: Optim, module: nn.Module, put: Put, prefix: str, raw: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -8,15 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from fnlight.checkpoint import Retention, checkpoints, step_path
-from fnlight.checkpoint.manifest import MODEL
-from fnlight.checkpoint.places import at, open_checkpoint
-from fnlight.checkpoint.retention import prune as remove
-from fnlight.checkpoint.tensors import chunks
+from fnlight.checkpoint import MODEL, Retention, at, checkpoints, chunks, open_checkpoint, step_path
+from fnlight.checkpoint import prune as remove
 from fnlight.cli.content import Content, content, history_of
 from fnlight.cli.page import Place, count, line, size, table
 from fnlight.errors import CheckpointError, ConfigError
-from fnlight.parse import parse
+from fnlight.fit import parse
 
 
 def export(path: Place, file: Place, weights: str | None = None, overwrite: bool = False) -> int:

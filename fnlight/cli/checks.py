@@ -8,20 +8,15 @@ import attrs
 import torch
 from torch import Tensor
 
-from fnlight.checkpoint import checkpoints, load
+from fnlight.checkpoint import FILES, MODEL, at, checkpoints, describe_state, is_run, load, open_checkpoint
 from fnlight.checkpoint import verify as problems_of
-from fnlight.checkpoint.manifest import FILES, MODEL
-from fnlight.checkpoint.places import at, is_run, open_checkpoint
-from fnlight.checkpoint.write import describe_state
 from fnlight.cli.compare import HEAD, Gap, gaps
 from fnlight.cli.content import Content, content
 from fnlight.cli.given import Given, given
 from fnlight.cli.page import Code, Place, count, line, table
-from fnlight.config import FitConfig
 from fnlight.errors import CheckpointError, ConfigError
-from fnlight.fit import fit
-from fnlight.state import TrainState
-from fnlight.task import Task
+from fnlight.fit import FitConfig, fit
+from fnlight.state import Task, TrainState
 
 _ROWS = 40
 _ASIDE = (

@@ -71,7 +71,14 @@ def _gap(name: str, a: Tensor, b: Tensor) -> Gap | None:
     left, right = (t[unlike].to(wide) for t in bits)
     apart = (left - right).abs()
     relative = apart / torch.maximum(left.abs(), right.abs()).clamp(min=torch.finfo(torch.float64).tiny)
-    return Gap(name, str(list(a.shape)), int(unlike.sum()), a.numel(), float(apart.max()), float(relative.max()))
+    return Gap(
+        name=name,
+        shape=str(list(a.shape)),
+        count=int(unlike.sum()),
+        total=a.numel(),
+        absolute=float(apart.max()),
+        relative=float(relative.max()),
+    )
 
 
 def _say(tensor: Tensor) -> str:

@@ -6,10 +6,7 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from fnlight.checkpoint.encode import decode
-from fnlight.checkpoint.layout import physical
-from fnlight.checkpoint.manifest import FILES, MODEL, STATE
-from fnlight.checkpoint.places import at, open_checkpoint
+from fnlight.checkpoint import FILES, MODEL, STATE, at, decode, open_checkpoint, physical
 from fnlight.errors import BrokenCheckpointError
 from fnlight.state import History, Record
 

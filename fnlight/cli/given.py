@@ -1,7 +1,7 @@
 """What the user's own code gives to a command, as in ``--task package.module:name``: only what is named there is imported."""
 
-import importlib
 import os
+import pkgutil
 import sys
 import traceback
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ from typing import Any
 
 import attrs
 
-from fnlight.config import FitConfig
 from fnlight.data import Loaders
 from fnlight.errors import ConfigError, FnlightError
+from fnlight.fit import FitConfig
 from fnlight.pipe import Pipe
-from fnlight.task import Task
+from fnlight.state import Task
 
 
 @attrs.frozen(eq=False)
@@ -76,9 +76,7 @@ def _resolved(text: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
-        value: Any = importlib.import_module(module)
-        for name in path.split("."):
-            value = getattr(value, name)
+        value: Any = pkgutil.resolve_name(text)
         return value() if callable(value) and not isinstance(value, Task | Pipe) else value
     except FnlightError:
         raise
@@ -88,7 +86,11 @@ def _resolved(text: str) -> Any:
 
 def _where(error: Exception) -> str:
     """The last place in the user's own code."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename and f.filename != __file__]
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if "importlib" not in f.filename and f.filename not in (__file__, pkgutil.__file__)
+    ]
     return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
 
 

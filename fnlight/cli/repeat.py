@@ -6,14 +6,13 @@ from typing import Any
 import attrs
 import torch
 
-from fnlight.bundle import Bundle, load_bundle
 from fnlight.cli.checks import decisive
 from fnlight.cli.given import Given, given
 from fnlight.cli.page import Code, Place, line
-from fnlight.compose import compose, settings
-from fnlight.config import FitConfig
 from fnlight.data import Item, batches
 from fnlight.errors import ConfigError
+from fnlight.fit import FitConfig, compose, settings
+from fnlight.nonfinite import Bundle, load_bundle
 
 
 def replay(bundle: Place, task: Code = None, loaders: Code = None, config: Code = None, anomaly: bool = False) -> int:
@@ -76,7 +75,12 @@ def _read(found: Bundle, code: Given, step: Any, config: FitConfig) -> Item:
         raise ConfigError(f"the bundle holds no batch: {found.lacks}; give --loaders, from which it is read anew")
     overfit = config.overfit_batches
     items = batches(
-        code.loaders.train, found.state, step.group, limit=overfit or config.limit_train, shuffle=not overfit, device=found.state.device
+        code.loaders.train,
+        found.state,
+        step.batches_per_step,
+        limit=overfit or config.limit_train,
+        shuffle=not overfit,
+        device=found.state.device,
     )
     return next(items)
 

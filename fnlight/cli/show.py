@@ -6,14 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fnlight.checkpoint import checkpoints, verify
-from fnlight.checkpoint.layout import physical
-from fnlight.checkpoint.manifest import FILES, MODEL, STATE, parse
-from fnlight.checkpoint.places import at, is_run
+from fnlight.checkpoint import FILES, MODEL, STATE, at, checkpoints, is_run, parse, physical, verify
 from fnlight.cli.content import Content, content
 from fnlight.cli.page import Place, count, line, size, table
 from fnlight.errors import BrokenCheckpointError
-from fnlight.times import Times
+from fnlight.runtime import WallTime
 
 
 def inspect(path: Place, rows: int = 20) -> int:
@@ -76,7 +73,7 @@ def _overview(found: Content, body: Mapping[str, Any]) -> None:
         ["epoch", f"{at['epoch']:,}, {at['batch']:,} batches into the next" if at["batch"] else f"{at['epoch']:,}"],
         ["samples", f"{at['samples']:,}"],
         ["time", time.strftime("%H:%M:%S", time.gmtime(at["seconds"])) if at["seconds"] < 86400 else f"{at['seconds'] / 3600:.1f} h"],
-        ["goodput", _goodput(Times.from_json(body.get("times", {})))],
+        ["goodput", _goodput(WallTime.from_json(body.get("times", {})))],
         ["stopped", body["stopped"] or "-"],
         ["seed", str(body["seed"])],
         ["written by", f"fnlight {body['fnlight']}, torch {body['torch']}"],
@@ -91,7 +88,7 @@ def _overview(found: Content, body: Mapping[str, Any]) -> None:
     table("", ["", ""], rows, left=2)
 
 
-def _goodput(times: Times) -> str:
+def _goodput(times: WallTime) -> str:
     """The steps' share of all time, and what took the most of the rest."""
     if not times.total:
         return "-"

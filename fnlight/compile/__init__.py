@@ -5,4 +5,6 @@
 
 from fnlight.compile.combinator import compile  # noqa: A004  # what everybody in this field calls it
 
-__all__ = ["compile"]
+__all__ = [
+    "compile",
+]

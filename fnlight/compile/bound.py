@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fnlight.compile.shadow import held
 from fnlight.state import Store
-from fnlight.tree import leaves
+from fnlight.tensors import leaves
 
 _CHANGES = ("params", "lr", "initial_lr")  # what a graph takes as inputs, or has no use for
 _PLAIN = (bool, int, float, str, type(None))

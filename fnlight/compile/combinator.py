@@ -1,24 +1,21 @@
 """`compile`: a step whose whole kernel, from the forward pass to the averaged weights, is one graph."""
 
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from os import PathLike
 from typing import Any, Literal
 
 import attrs
-import torch
 
-from fnlight.combinator import Combinator
+from fnlight.compile._private_torch import compiled_call, set_compiled_call
 from fnlight.compile.graph import LEVELS, Graph, check_device
-from fnlight.data import Item
-from fnlight.data.readers import num_samples
+from fnlight.data import Item, num_samples
 from fnlight.errors import ConfigError, SeamError, check_type
-from fnlight.gradients import join_metrics
-from fnlight.manual import ByHand
+from fnlight.metrics import join_all
 from fnlight.optim import set_lr
-from fnlight.rng import SKIPPED, TRAIN, fold_in
-from fnlight.state import Progress, Store, TrainState
-from fnlight.update import Turns, Update
+from fnlight.pipe import Combinator
+from fnlight.state import Progress, Store, TrainState, step_key
+from fnlight.step import ByHand, MultiOptimizerStep, Update
+from fnlight.triggers import steps
 
 Level = Literal["trace", "step", "graph", "model"]
 
@@ -59,16 +56,16 @@ def compile(level: Level = "step", *, unroll: int = 1, cache_dir: str | None = N
     check_type("compile(cache_dir=...)", cache_dir, str | PathLike | None, "a directory, or None for torch's own")
     label = repr(level) + (f", unroll={unroll}" if unroll > 1 else "")
     if level == "model":
-        return Combinator("compile", _compiled_model, "loss", "loss", args=label)
+        return Combinator("compile", _CompiledModel, "loss", "loss", args=label)
 
     def wrap(step: Any) -> Any:
         if isinstance(step, Update) and unroll > 1:
             return Unrolled(Graph(step.kernel, level, cache_dir), unroll)
-        if isinstance(step, Turns) and unroll == 1:
+        if isinstance(step, MultiOptimizerStep) and unroll == 1:
             return attrs.evolve(step, kernels={name: Graph(kernel, level, cache_dir) for name, kernel in step.kernels.items()})
         if isinstance(step, Update | ByHand) and unroll == 1:
             return attrs.evolve(step, kernel=Graph(step.kernel, level, cache_dir))
-        if isinstance(step, Turns | ByHand):
+        if isinstance(step, MultiOptimizerStep | ByHand):
             raise ConfigError(f"compile(unroll={unroll}) takes several updates of one optimizer in a call; leave unroll out here")
         raise SeamError(
             f"compile({label}) makes one graph of an update, so it must stand directly behind apply(), manual() and ema(), but something else "
@@ -79,27 +76,35 @@ def compile(level: Level = "step", *, unroll: int = 1, cache_dir: str | None = N
         check_device(level, state.store)
         return state
 
-    def fits(combinators: tuple[Combinator, ...]) -> str | None:
+    def validate(combinators: tuple[Combinator, ...]) -> str | None:
         at = next(i for i, c in enumerate(combinators) if c.name == "compile")
-        late = [c for c in combinators[at:] if c.name == "ema" and "every=" not in c.args]
+        late = [c for c in combinators[at:] if c.name == "ema" and c.facts.get("every") == steps(1)]
         return f"{late[0]} stands behind compile({label}) and would average once a call; move it in front" if late and unroll > 1 else None
 
-    return Combinator("compile", wrap, "step", "step", args=label, phase="update", repeats=unroll, start=start, fits=fits)
+    return Combinator("compile", wrap, "step", "step", args=label, phase="update", repeats=unroll, start=start, validate=validate)
 
 
-def _compiled_model(loss_fn: Any) -> Any:
-    made: dict[str, Any] = {}  # for the model of the last call
+@attrs.define(eq=False, repr=False)
+class _CompiledModel:
+    """A `LossFn` whose model is called through its compiled form.
 
-    def compiled(model: Any, batch: Any) -> Any:
-        if made.get("model") is not model:
-            made.update(model=model, call=torch.compile(model._call_impl))
-        model._compiled_call_impl = made["call"]
+    The form of the last model is kept, together with that model in one assignment: it is made from the model alone, so two states that take turns
+    get their own, and pay for making it again.
+    """
+
+    loss_fn: Any
+    last: tuple[Any, Any] = attrs.field(default=(None, None), init=False)
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        known, call = self.last
+        if known is not model:
+            call = compiled_call(model)
+            self.last = (model, call)
+        set_compiled_call(model, call)
         try:
-            return loss_fn(model, batch)
+            return self.loss_fn(model, batch)
         finally:
-            model._compiled_call_impl = None
-
-    return compiled
+            set_compiled_call(model, None)
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -121,38 +126,36 @@ class Unrolled:
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
         """Take the updates of one item; the input state is donated."""
         item = Item.of(batch, state=state)
-        size = max(1, (item.group or len(item.batches)) // self.times)
+        size = max(1, (item.batches_per_step or len(item.batches)) // self.times)
         store = state.donated()
-        if store.until is not None and (left := (store.until - state.progress.step) * size) > 0:
+        if store.run.until is not None and (left := (store.run.until - state.progress.step) * size) > 0:
             item = _shortened(item, left)
         updates = [item.batches[i : i + size] for i in range(0, len(item.batches), size)]
-        store.progress = state.progress
         found = self._at_once(state, store, updates) if len(updates) == self.times else None
         done, skipped = len(updates), 0
         if found is None:
             found, done, skipped = self._one_by_one(state, store, updates)
-        store.skipped = False
+        store.step.skipped = False  # both numbers are counted already
         return state.advanced(item, made=done, skipped=skipped), found
 
     def _at_once(self, state: TrainState, store: Store, updates: list[Any]) -> Mapping[str, Any] | None:
         ahead = _Ahead(state.progress, len(updates))
         rates = [_rates(state, store, at) for at in ahead] if store.optim.scheduled else [_rates(state, store, ahead.at)] * len(ahead)
-        return self.graph.take(store, updates, _Keys(state, ahead), rates, ahead)
+        return self.graph.take(store, updates, _Keys(state.seed, ahead), rates=rates, ahead=ahead)
 
     def _one_by_one(self, state: TrainState, store: Store, updates: list[Any]) -> tuple[Mapping[str, Any], int, int]:
         """What is left at the end of an epoch, and what has no graph; some of it may be skipped."""
         found, done, skipped = list[Mapping[str, Any]](), 0, 0
         for batches in updates:
-            store.progress = at = _ahead(state.progress, done, skipped)
+            at = _ahead(state.progress, done, skipped)
             _rates(state, store, at)
-            store.skipped = False
+            store.step.begin(at)
             try:
-                found.append(self.graph(store, batches, _key(state, at)))
+                found.append(self.graph(store, batches, step_key(state.seed, at)))
             finally:
-                for p in store.params:
-                    p.grad = None
-            done, skipped = done + (not store.skipped), skipped + store.skipped
-        return reduce(join_metrics, found), done, skipped
+                store.clear_gradients()
+            done, skipped = done + (not store.step.skipped), skipped + store.step.skipped
+        return join_all(found, [sum(map(num_samples, batches)) for batches in updates]), done, skipped
 
 
 def _shortened(item: Item, most: int) -> Item:
@@ -165,12 +168,16 @@ def _shortened(item: Item, most: int) -> Item:
 
 
 def _ahead(at: Progress, steps: int, skipped: int) -> Progress:
-    return Progress(at.step + steps, at.epoch, at.batch, at.samples, at.seconds, at.epoch_samples, at.skipped + skipped, at.updates)
-
-
-def _key(state: TrainState, at: Progress) -> int:
-    key = fold_in(state.seed, TRAIN, at.step)
-    return fold_in(key, SKIPPED + at.skipped) if at.skipped else key
+    return Progress(
+        step=at.step + steps,
+        epoch=at.epoch,
+        batch=at.batch,
+        samples=at.samples,
+        seconds=at.seconds,
+        epoch_samples=at.epoch_samples,
+        skipped=at.skipped + skipped,
+        updates=at.updates,
+    )
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -191,14 +198,14 @@ class _Ahead(Sequence[Progress]):
 class _Keys(Sequence[int]):
     """The key of each update, computed when it is asked for: a graph that draws nothing needs none, and a compiled one the first."""
 
-    state: TrainState
+    seed: int
     ahead: Sequence[Progress]
 
     def __len__(self) -> int:
         return len(self.ahead)
 
     def __getitem__(self, update: Any) -> Any:
-        return _key(self.state, self.ahead[update])
+        return step_key(self.seed, self.ahead[update])
 
 
 def _rates(state: TrainState, store: Store, at: Progress) -> list[Any]:

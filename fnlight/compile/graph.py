@@ -14,7 +14,7 @@ from fnlight.compile.shadow import UnsettledError, UntraceableError, WantedError
 from fnlight.compile.trace import Call, Traced, trace
 from fnlight.errors import CompileWarning, ConfigError, warn
 from fnlight.state import Progress, Store
-from fnlight.tree import leaves
+from fnlight.tensors import leaves
 
 Kernel = Callable[[Store, Any, int], Mapping[str, Any]]
 
@@ -92,7 +92,7 @@ class Graph:
             bound = self._bound
         if program is None or bound is None or not all(holds(store) for holds in program.conditions):
             return None
-        return program(bound, keys, rates, tensors, ahead)
+        return program(bound, keys, rates, batches=tensors, ahead=ahead)
 
     def _never(self, error: UntraceableError) -> None:
         self._warn(f"no graph at level {self.level!r}: {error}; going on without a graph")
@@ -124,7 +124,10 @@ class Graph:
                 if lowers:
                     tensors = [leaf for _, leaf in leaves(updates) if isinstance(leaf, Tensor)]
                     inputs = program.inputs(Bound(store, self._reads, 0, {}), rates, tensors)
-                    program.compile(inputs, self.cache_dir) if level == "step" else program.capture(inputs, len(tensors))
+                    if level == "step":
+                        program.compile(inputs, self.cache_dir)
+                    else:
+                        program.capture(inputs, len(tensors))
             except UnsettledError:
                 raise
             except UntraceableError as error:
@@ -140,7 +143,19 @@ class Graph:
         reads, numbers, options = list(self._reads), 0, _FOR_COMPILERS if lowers else {}
         while True:
             try:
-                found = trace(Call(self.kernel, store, reads, held(store, reads), takes, updates, options, numbers), lowers)
+                found = trace(
+                    Call(
+                        kernel=self.kernel,
+                        store=store,
+                        reads=reads,
+                        held=held(store, reads),
+                        rates=takes,
+                        updates=updates,
+                        options=options,
+                        numbers=numbers,
+                    ),
+                    lowers,
+                )
             except WantedError as wanted:
                 if not wanted.args:
                     numbers += 1

@@ -7,9 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fnlight.compile.products import biases_apart, by_onednn, prefers_onednn, with_onednn
+from fnlight.compile._private_torch import (
+    Operation,
+    compile_graph,
+    decompositions,
+    direct,
+    fake_mode,
+    make_graph,
+    realized,
+    with_onednn,
+    with_settings,
+    writes,
+    writing_norm,
+)
+from fnlight.compile.products import biases_apart, by_onednn, prefers_onednn
 from fnlight.compile.shadow import UntraceableError
-from fnlight.rng import isolated, seed_generators
+from fnlight.tensors import isolated, seed_generators
 
 
 def lower(graph: fx.GraphModule, example: Sequence[Tensor], cache_dir: str | None = None) -> Callable[[list[Tensor]], Sequence[Tensor]]:
@@ -36,27 +49,14 @@ def lower(graph: fx.GraphModule, example: Sequence[Tensor], cache_dir: str | Non
         >>> lower(graph, [x])([x])[0].tolist(), x.tolist()
         ([2.0, 2.0], [1.0, 1.0])
     """
-    import torch._inductor.config as inductor
-    from torch._guards import TracingContext, tracing
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.decomposition import select_decomp_table
-    from torch._inductor.exc import InductorError
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    fake = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
+    fake = fake_mode()
     inputs = [fake.from_tensor(tensor.detach()) for tensor in example]
     on_cpu = all(tensor.device.type == "cpu" for tensor in example)
     settings = {"fallback_random": True, "cpp_wrapper": on_cpu, "layout_optimization": not on_cpu, "size_asserts": False}
     _say_what_norms_write(graph)
-    with torch.no_grad(), inductor.patch(settings), _cached(cache_dir):
+    with torch.no_grad(), with_settings(settings), _cached(cache_dir):
         with fake:
-            values = make_fx(
-                torch.func.functionalize(graph, remove="mutations"),
-                decomposition_table={**select_decomp_table(), **_EACH},
-                _allow_non_fake_inputs=True,
-            )(*inputs)
+            values = make_graph(torch.func.functionalize(graph, remove="mutations"), inputs, decomposition_table=decompositions())
         _without_aliases(values)
         others = on_cpu and prefers_onednn()
         if on_cpu:
@@ -65,35 +65,11 @@ def lower(graph: fx.GraphModule, example: Sequence[Tensor], cache_dir: str | Non
             by_onednn(values)
         if on_cpu:
             biases_apart(values)
-        try:
-            with tracing(TracingContext(fake)), _writes_before_reads(), with_onednn() if others else nullcontext():
-                made: Any = compile_fx_inner(values, inputs, cpp_wrapper=on_cpu)
-        except InductorError as error:
-            raise UntraceableError(f"torch's compiler fails at it with {str(error).splitlines()[0]}") from error
-    found = getattr(made, "current_callable", made)  # without what is only looked at by profilers
+        with with_onednn() if others else nullcontext():
+            found = compile_graph(values, inputs, fake, on_cpu)
     if not _agree(graph, found, example):
         raise UntraceableError("the code that torch's compiler makes of it gives NaN where the operations themselves give none")
-    return _direct(found) if on_cpu else found
-
-
-_AROUND = {"torch", "_C", "_aoti", "isinstance", "Tensor", "tensor", "clear"}
-_HANDLES = ("unsafe_alloc_void_ptrs_from_tensors", "alloc_tensors_by_stealing_from_void_ptrs")
-
-
-def _direct(call: Any) -> Any:
-    """Machine code without the look at each of its inputs that torch writes around it, a fortieth of a small update; what is around it otherwise stays."""
-    code = getattr(call, "__code__", None)
-    if code is None or code.co_freevars != ("f",) or not {*_HANDLES} < {*code.co_names} <= {*_AROUND, *_HANDLES}:
-        return call
-    aoti: Any = getattr(torch._C, "_aoti")  # noqa: B009  # torch's type stubs do not know it
-    entry, (give, take) = call.__closure__[0].cell_contents, (getattr(aoti, name) for name in _HANDLES)
-
-    def direct(inputs: list[Tensor]) -> Sequence[Tensor]:
-        handles = give(inputs)
-        inputs.clear()  # the code lets go of each as soon as it can
-        return take(entry(handles))
-
-    return direct
+    return direct(found) if on_cpu else found
 
 
 def _agree(graph: Any, made: Any, example: Sequence[Tensor]) -> bool:
@@ -108,24 +84,12 @@ def _agree(graph: Any, made: Any, example: Sequence[Tensor]) -> bool:
     return all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
-def _norms(tensors: Sequence[Tensor], ord: float = 2.0, dtype: torch.dtype | None = None) -> list[Tensor]:
-    return [torch.linalg.vector_norm(tensor, ord, dtype=dtype) for tensor in tensors]
-
-
-def _towards(tensors: Sequence[Tensor], ends: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.lerp(tensor, end, weight) for tensor, end, weight in zip(tensors, ends, weights, strict=True)]
-
-
-_EACH = {torch.ops.aten._foreach_norm.Scalar: _norms, torch.ops.aten._foreach_lerp.List: _towards}
-"""Operations on lists that torch's compiler would call one by one, through Python."""
-
-
 def _say_what_norms_write(graph: fx.GraphModule) -> None:
     """Put operations in the place of a normalisation whose signature says that running statistics are written."""
     aten = torch.ops.aten
     for node in graph.graph.nodes:
         if node.op == "call_function" and node.target is aten.native_batch_norm.default and node.args[3] is not None:
-            node.target = aten._native_batch_norm_legit.default
+            node.target = writing_norm()
     graph.recompile()
 
 
@@ -173,10 +137,8 @@ def _once(graph: fx.GraphModule) -> None:
 
 def _is_pure(node: fx.Node) -> bool:
     """Whether it may be computed earlier: what is written back at the end may not, nor may what draws random numbers."""
-    target = node.target
-    return (
-        isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
-    )
+    target: Any = node.target
+    return isinstance(target, Operation) and not writes(target) and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def _realized(graph: fx.Graph, wanted: dict[fx.Node, list[fx.Node]], at: fx.Node) -> None:
@@ -190,33 +152,11 @@ def _realized(graph: fx.Graph, wanted: dict[fx.Node, list[fx.Node]], at: fx.Node
 
     with graph.inserting_before(at):
         joined = called(aten.cat.default, [called(aten.unsqueeze.default, node, 0) for node in wanted])
-        held = called(torch.ops._inductor_test.realize.default, joined)
+        held = called(realized(), joined)
         for i, (node, users) in enumerate(wanted.items()):
             number = called(aten.select.int, held, 0, i)
             for user in users:
                 user.replace_input_with(node, number)
-
-
-@contextmanager
-def _writes_before_reads() -> Iterator[None]:
-    """Let torch's scheduler know of reads that come after a write in place, also once it has changed the loops of the reader.
-
-    It forgets what such a read waits for when it makes the ranges of two loops the same, and may then fuse the reader with what comes before
-    the write: a dropout mask is used before it is drawn (torch 2.9 to 2.13).
-    """
-    from torch._inductor.scheduler import SchedulerNode
-
-    forgets = SchedulerNode.recompute_size_and_body
-
-    def recompute(self: Any, *args: Any, **kwargs: Any) -> None:
-        forgets(self, *args, **kwargs)
-        self.set_read_writes(self.read_writes.rename(self.mutation_renames))
-
-    SchedulerNode.recompute_size_and_body = recompute  # an assignment, since torch has no setting for it
-    try:
-        yield
-    finally:
-        SchedulerNode.recompute_size_and_body = forgets
 
 
 @contextmanager

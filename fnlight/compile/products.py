@@ -1,13 +1,16 @@
-"""Products of matrices on a CPU: large ones by the library that has the faster ones there, biases of small ones by the loops around them."""
+"""Matrix products on a CPU: large ones by the faster library, and the biases of small ones by the next loop.
 
-import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+With the second, a compiled step of an MLP 32-64-10 takes 0.89 of the time (torch 2.13.0, Intel; ``python tests/benchmarks/kept.py bias``). With
+the first, one of a small GPT takes 0.93 on an AMD EPYC with AVX-512; on Intel it would take 1.21, so it is not used there (``kept.py onednn``). Below a
+gain of 2 % either is to be deleted.
+"""
+
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx
+
+from fnlight.compile._private_torch import linear, realized
 
 _LEAST = 1 << 21  # multiplications from which on a product is large: a call of oneDNN is worth what it costs
 _NARROW = 8  # rows and columns below which it is not
@@ -61,7 +64,7 @@ def by_onednn(graph: fx.GraphModule) -> None:
         with nodes.inserting_before(node):
             turned = nodes.call_function(aten.permute.default, (b, [1, 0]))
             turned.meta["val"] = b.meta["val"].t()
-            done = nodes.call_function(_linear(), (a, turned, bias[0] if bias else None, "none", [], ""))
+            done = nodes.call_function(linear(), (a, turned, bias[0] if bias else None, "none", [], ""))
         done.meta.update(node.meta)
         node.replace_all_uses_with(done)
         nodes.erase_node(node)
@@ -92,7 +95,7 @@ def biases_apart(graph: fx.GraphModule) -> None:
             continue
         with nodes.inserting_before(node):
             product = nodes.call_function(aten.mm.default, (a, b))
-            held = nodes.call_function(torch.ops._inductor_test.realize.default, (product,))  # or torch's compiler would join them again
+            held = nodes.call_function(realized(), (product,))  # or torch's compiler would join them again
             done = nodes.call_function(aten.add.Tensor, (held, bias))
         for each in (product, held, done):
             each.meta.update(node.meta)
@@ -107,28 +110,3 @@ def _is_large(a: Tensor, b: Tensor) -> bool:
 
 def _size(a: Tensor, b: Tensor) -> int:
     return a.numel() * b.shape[1]
-
-
-def _linear() -> Any:
-    return torch.ops.mkldnn._linear_pointwise.default
-
-
-@contextmanager
-def with_onednn() -> Iterator[None]:
-    """Let torch's compiler take such products also where no factor is a constant, which it is in inference only.
-
-    Example:
-        >>> with with_onednn():
-        ...     pass
-    """
-    from torch._inductor.ir import TensorBox
-    from torch._inductor.lowering import lowerings
-    from torch._inductor.mkldnn_ir import LinearUnary
-
-    importlib.import_module("torch._inductor.mkldnn_lowerings")  # torch's own way, which would come later otherwise
-    before = lowerings[_linear()]
-    lowerings[_linear()] = lambda *args: TensorBox.create(LinearUnary.create(*args))
-    try:
-        yield
-    finally:
-        lowerings[_linear()] = before

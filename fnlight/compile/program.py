@@ -11,8 +11,8 @@ from fnlight.compile.bound import Bound
 from fnlight.compile.capture import Captured
 from fnlight.compile.lower import lower
 from fnlight.compile.trace import Traced
-from fnlight.rng import fold_in
 from fnlight.state import Progress, Store
+from fnlight.tensors import fold_in, set_grad_enabled
 
 
 @attrs.define(eq=False, repr=False)
@@ -67,11 +67,11 @@ class Program:
 
     def _given(self, bound: Bound, ahead: Sequence[Progress]) -> list[Tensor]:
         store, found = bound.store, list[Tensor]()
-        before = store.progress
+        before = store.step.progress
         for update, fns in enumerate(self._numbers):
-            store.progress = ahead[update] if ahead else before
+            store.step.progress = ahead[update] if ahead else before
             found += [bound.number((update, "number", i), float(fn(store))) for i, fn in enumerate(fns)]
-        store.progress = before
+        store.step.progress = before
         return found
 
     def __call__(
@@ -80,14 +80,14 @@ class Program:
         """Take the updates; their metrics are merged."""
         inputs, traced = self.inputs(bound, rates, batches, ahead), self.traced
         before = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)  # a context manager would cost as much as the rest of this function
+        set_grad_enabled(False)  # a context manager would cost as much as the rest of this function
         try:
             if traced.draws and self.lowers:
                 bound.store.seed(fold_in(keys[0], 0))
             given = (inputs,) if self._listed else (*inputs, keys) if traced.draws and not self.lowers else inputs
             tensors = self.fn(*given)
         finally:
-            torch._C._set_grad_enabled(before)
+            set_grad_enabled(before)
         for look in self._looks:
             look(bound.store)
         return traced.results(tensors)

@@ -32,7 +32,7 @@ class Duties:
 
 @attrs.define(eq=False, repr=False)
 class Recorder:
-    """Takes the place of `fnlight.host.Host` in a shadow; one for each update of a call.
+    """Takes the place of `fnlight.runtime.HostCallbacks` in a shadow; one for each update of a call.
 
     Args:
         live: The live store.

@@ -12,11 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from fnlight.device import is_lazy
 from fnlight.errors import FnlightError
-from fnlight.state import Store
-from fnlight.task import hooked
-from fnlight.tree import leaves, map_tensors
+from fnlight.state import StepScratch, Store, hooked
+from fnlight.tensors import buffers_of, has_step_hooks, is_lazy, leaves, map_tensors, parameters_of
 
 
 class UntraceableError(FnlightError):
@@ -79,7 +77,7 @@ def _check_optimizer(optimizer: Any) -> None:
     name = type(optimizer).__name__
     if isinstance(optimizer, LBFGS):
         raise UntraceableError(f"{name} evaluates the loss as often as it likes")
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    if has_step_hooks(optimizer):
         raise UntraceableError(f"{name} has hooks on its step, which would run only once")
     for key, value in vars(optimizer).items():
         if key not in ("state", "param_groups", "defaults") and any(isinstance(leaf, Tensor | Optimizer) for _, leaf in leaves(value)):
@@ -112,7 +110,8 @@ def shadow(store: Store, reads: Sequence[str], new: Mapping[int, Tensor], rates:
     twin.named = {name: new[id(p)] for name, p in store.named.items()}  # pyright: ignore[reportAttributeAccessIssue]  # tensors stand in
     twin.params = [new[id(p)] for p in store.params]  # pyright: ignore[reportAttributeAccessIssue]  # as above
     twin.memory = _Memory({name: _replaced(store.memory[name], new) for name in reads})
-    twin.progress = _Hidden()  # pyright: ignore[reportAttributeAccessIssue]  # as above
+    twin.step = StepScratch()
+    twin.step.progress = _Hidden()  # pyright: ignore[reportAttributeAccessIssue]  # as above
     if store.optim.optimizer is not None:
         twin.optim = copy.copy(store.optim)
         object.__setattr__(twin.optim, "bound", None)
@@ -171,7 +170,7 @@ def swapped(module: nn.Module, new: Mapping[int, Tensor]) -> Iterator[None]:
         >>> isinstance(layer.weight, nn.Parameter)
         True
     """
-    tables: list[dict[str, Any]] = [table for m in module.modules() for table in (m._parameters, m._buffers)]
+    tables: list[dict[str, Any]] = [table for m in module.modules() for table in (parameters_of(m), buffers_of(m))]
     before = [dict(table) for table in tables]
     try:
         for table in tables:

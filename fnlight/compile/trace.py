@@ -9,7 +9,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial, reduce
+from functools import partial
 from operator import itemgetter
 from types import FunctionType
 from typing import Any
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import has_side_effect
 
+from fnlight.compile._private_torch import Operation, compiling, fake_mode, make_graph, without_addresses
 from fnlight.compile.recorder import Duties, Recorder
 from fnlight.compile.shadow import UnsettledError, UntraceableError, WantedError, changes, shadow, swapped
-from fnlight.compile.twins import twin_of
-from fnlight.gradients import join_metrics
-from fnlight.metrics import Cat, Last, Max, Mean, Min, Sum
-from fnlight.rng import NOISE, fold_in, seed_generators
+from fnlight.compile.traceable_optimizers import twin_of
+from fnlight.data import num_samples
+from fnlight.metrics import Cat, Last, Max, Mean, Min, Sum, join_all
 from fnlight.state import Store
-from fnlight.tree import leaves, map_tensors
+from fnlight.tensors import NOISE, buffers_of, fold_in, leaves, map_tensors, seed_generators
 
 Kernel = Callable[[Store, Any, int], Mapping[str, Any]]
 """``(store, batches, key) -> metrics``"""
@@ -55,7 +55,7 @@ def reseed(keys: Sequence[int], update: int, parts: Sequence[int], device: torch
         device: The device of the store.
 
     Example:
-        >>> from fnlight.rng import isolated
+        >>> from fnlight.tensors import isolated
         >>> with isolated():
         ...     reseed([1], 0, [0], torch.device("cpu"))
     """
@@ -185,8 +185,6 @@ def _constants(graph: fx.GraphModule) -> list[tuple[str, Tensor]]:
 
 
 def _trace(call: Call, lowers: bool) -> Traced:
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     metrics: dict[str, Any] = {}
     hosts: list[Recorder] = []
     flat = [leaf for batches in call.updates for _, leaf in leaves(batches) if isinstance(leaf, Tensor)]
@@ -199,12 +197,13 @@ def _trace(call: Call, lowers: bool) -> Traced:
     def fn(*tensors: Tensor) -> list[Tensor]:
         out: list[Tensor] = []
         hosts.clear()
-        for name, value in reduce(join_metrics, _run(call, list(tensors), hosts, lowers)).items():
+        samples = [sum(map(num_samples, batches)) for batches in call.updates]
+        for name, value in join_all(_run(call, list(tensors), hosts, lowers), samples).items():
             metrics[name] = _placed(value, out)
         return out
 
-    with _compiling(lowers), _explained():
-        graph = make_fx(fn, tracing_mode="fake", _allow_non_fake_inputs=True)(*twins)
+    with compiling(lowers), _explained():
+        graph = make_graph(fn, twins, tracing_mode="fake")
     if any("mkldnn_rnn_layer_backward" in str(node.target) for node in graph.graph.nodes):
         raise UntraceableError(
             "a recurrent layer on the CPU keeps a workspace from its forward to its backward pass, which no graph can hold"
@@ -218,24 +217,21 @@ def _twins(given: Sequence[Tensor]) -> list[Tensor]:
 
     What torch remembers of a tensor that it makes one from outlives the graph, and has crashed the interpreter in a later garbage collection.
     """
-    from torch._functorch import config
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     def twin(t: Tensor) -> Tensor:
         if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided or t.is_quantized or t.is_conj() or t.is_neg():
             return t.detach().requires_grad_(t.requires_grad)
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device, requires_grad=t.requires_grad)
 
-    with config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):  # an error rather than an address of nothing
-        fake = FakeTensorMode(allow_fallback_kernels=True, allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+    with without_addresses():  # an error rather than an address of nothing
+        fake = fake_mode(allow_fallback_kernels=True)
     with fake:
         return [twin(t) for t in given]
 
 
 def _draws(target: Any) -> bool:
     """Whether an operation draws random numbers; of one that is not torch's own nobody knows."""
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, Operation):
         return False
     return torch.Tag.nondeterministic_seeded in target.tags or target.namespace not in ("aten", "prims")
 
@@ -251,7 +247,7 @@ def _run(call: Call, tensors: list[Tensor], hosts: list[Recorder], lowers: bool)
     found: list[Mapping[str, Any]] = []
     with swapped(call.store.module, new):
         for number, (batches, lrs) in enumerate(zip(updates, rates, strict=True)):
-            found.append(_update(call, new, _given(call, lrs), batches, number, hosts[number]))
+            found.append(_update(call, new, _given(call, lrs), batches=batches, number=number, host=hosts[number]))
     return found
 
 
@@ -263,12 +259,12 @@ def _given(call: Call, rates: Sequence[Any]) -> list[Any]:
 
 
 def _update(call: Call, new: Mapping[int, Tensor], lrs: Sequence[Any], batches: Any, number: int, host: Any) -> Mapping[str, Any]:
-    before, after = (shadow(call.store, call.reads, new, lrs, call.options) for _ in range(2))
-    after.seed, after.host = _seeding(number, call.store.device), host
+    before, after = (shadow(call.store, call.reads, new, rates=lrs, options=call.options) for _ in range(2))
+    after.seeder, after.host = _seeding(number, call.store.device), host
     twin = twin_of(after.optim.optimizer) if call.options else None
     if twin is not None:
         after.optim.optimizer.step = partial(twin, after.optim.optimizer)
-    tables = [m._buffers for m in call.store.module.modules()]
+    tables = [buffers_of(m) for m in call.store.module.modules()]
     were = [dict(table) for table in tables]
     counts = _exact_counts(after.optim.optimizer) if call.options else []
     try:
@@ -339,17 +335,6 @@ def _placed(value: Any, out: list[Tensor]) -> Any:
 def _holds_nothing(fn: Any) -> bool:
     """Whether it is a function that is the same in every step."""
     return isinstance(fn, FunctionType) and not (fn.__closure__ or fn.__defaults__ or fn.__kwdefaults__)
-
-
-@contextmanager
-def _compiling(lowers: bool) -> Iterator[None]:
-    """Let torch's optimizers know that they are traced for a compiler, so that their capturable form runs on every device."""
-    before = torch.compiler._is_compiling_flag
-    torch.compiler._is_compiling_flag = lowers
-    try:
-        yield
-    finally:
-        torch.compiler._is_compiling_flag = before
 
 
 @contextmanager

@@ -6,12 +6,17 @@ consumes; `TensorLoader` cuts batches out of tensors that lie in memory; `per_ep
 
 from fnlight.data.buckets import LengthBuckets
 from fnlight.data.combine import Combined, concat, zip_longest, zip_shortest
-from fnlight.data.item import Item, Loaders, batches, group_at
+from fnlight.data.digest import digest_of
+from fnlight.data.item import Item, Loaders, batches
+from fnlight.data.kept import check_data, kept_by, without_digests
+from fnlight.data.known import inexact, is_plain
+from fnlight.data.order import length_of
+from fnlight.data.part import Part
 from fnlight.data.per_epoch import PerEpoch, per_epoch
 from fnlight.data.place import placed
 from fnlight.data.samples import num_samples
-from fnlight.data.share import Sharded, Share, sharded
-from fnlight.data.source import Source, check_loader
+from fnlight.data.share import Sharded, Share, cut, sharded
+from fnlight.data.source import Source
 from fnlight.data.tensor_loader import TensorLoader
 
 __all__ = [
@@ -21,16 +26,11 @@ __all__ = [
     "Loaders",
     "PerEpoch",
     "Sharded",
-    "Share",
     "Source",
     "TensorLoader",
     "batches",
-    "check_loader",
     "concat",
-    "group_at",
-    "num_samples",
     "per_epoch",
-    "placed",
     "sharded",
     "zip_longest",
     "zip_shortest",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import attrs
 
 from fnlight.errors import LoaderError
-from fnlight.rng import fold_in
+from fnlight.tensors import fold_in
 
 Triple = tuple[Any, int, bool]
 """A batch, the number of samples in it, and whether it is the last of its epoch."""
@@ -45,9 +45,9 @@ class Combined:
     def epoch(self, children: Sequence[Any], seed: int, epoch: int, start: int, stream: int) -> Iterator[Triple]:
         """One joint epoch of the children's epochs, from batch `start` on."""
         if self.mode == "concat":
-            return _concat(children, seed, epoch, start, stream)
+            return _concat(children, seed, epoch, start=start, stream=stream)
         parts = _cycles if self.mode == "zip_longest" else _plain
-        return _side_by_side(parts(children, seed, epoch, start, stream), self._pack(), self._end(children, start))
+        return _side_by_side(parts(children, seed, epoch, start=start, stream=stream), self._pack(), self._end(children, start))
 
     def _pack(self) -> Callable[[Sequence[Any]], Any]:
         names = self.names
@@ -71,7 +71,7 @@ def zip_shortest(*loaders: Any, **named: Any) -> Combined:
         TypeError: If there are no loaders, or both kinds.
 
     Example:
-        >>> from fnlight.data.source import Source
+        >>> from fnlight.data import Source
         >>> source = Source(zip_shortest(["a", "b", "c"], [1, 2]))
         >>> [batch for batch, samples, last in source.epoch(seed=0, epoch=0)]
         [('a', 1), ('b', 2)]
@@ -93,7 +93,7 @@ def zip_longest(*loaders: Any, **named: Any) -> Combined:
         TypeError: If there are no loaders, or both kinds.
 
     Example:
-        >>> from fnlight.data.source import Source
+        >>> from fnlight.data import Source
         >>> source = Source(zip_longest(x=["a", "b", "c"], y=[1, 2]))
         >>> [tuple(batch.values()) for batch, samples, last in source.epoch(seed=0, epoch=0)]
         [('a', 1), ('b', 2), ('c', 1)]
@@ -114,7 +114,7 @@ def concat(*loaders: Any) -> Combined:
         TypeError: If there are no loaders.
 
     Example:
-        >>> from fnlight.data.source import Source
+        >>> from fnlight.data import Source
         >>> [batch for batch, samples, last in Source(concat(["a", "b"], [1, 2])).epoch(seed=0, epoch=0)]
         ['a', 'b', 1, 2]
     """
@@ -137,11 +137,11 @@ def _cycles(children: Sequence[Any], seed: int, epoch: int, start: int, stream: 
     if None in lengths:
         raise LoaderError(
             f"zip_longest must know how long its loaders are, but loader {lengths.index(None)} has no length; "
-            "use zip_shortest, or say how long it is with fl.Source(loader, limit=n)"
+            "use zip_shortest, or say how long it is with fl.data.Source(loader, limit=n)"
         )
     total = max(lengths)
     return [
-        _cycle(child, fold_in(seed, i), epoch * -(-total // n), start, stream, n)
+        _cycle(child, fold_in(seed, i), epoch * -(-total // n), start=start, stream=stream, length=n)
         for i, (child, n) in enumerate(zip(children, lengths, strict=True))
     ]
 
@@ -182,7 +182,7 @@ def _concat(children: Sequence[Any], seed: int, epoch: int, start: int, stream: 
             if length is None:
                 raise LoaderError(
                     f"concat cannot go on at batch {start} of its loader {i}, which has no length; put loaders without a length last, "
-                    "or say how long they are with fl.Source(loader, limit=n)"
+                    "or say how long they are with fl.data.Source(loader, limit=n)"
                 )
             start -= length
             continue

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fnlight.data.parts import generator_state, parts, set_generator
-from fnlight.tree import equal
+from fnlight.tensors import equal
 
 _PLAIN = (bool, int, float, str, bytes, type(None))
 _LONG = 100_000  # entries of a list, an array or a tensor that is remembered; a longer one is data
@@ -114,8 +114,10 @@ def _put(node: Any, name: str, value: Any) -> None:
     if isinstance(value, dict):
         if held is not None:
             set_generator(held, value["generator"])
+    elif isinstance(held, Tensor) and held.shape == value.shape:
+        held.copy_(value)
     elif isinstance(held, Tensor):
-        held.copy_(value) if held.shape == value.shape else vars(node).__setitem__(name, value.clone())
+        vars(node)[name] = value.clone()
     elif isinstance(value, Tensor) and held is not None:
         vars(node)[name] = value.numpy().copy()
     elif type(held) is list and isinstance(value, list):

@@ -7,7 +7,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from fnlight.tree import leaves
+from fnlight.tensors import leaves, version_of
 
 
 def digest_of(batch: Any) -> str | None:
@@ -49,7 +49,7 @@ def versions_of(batch: Any) -> int:
     """
     kind = batch.__class__
     found = batch if kind is tuple or kind is list else batch.values() if kind is dict else (batch,)
-    return sum(each._version for each in found if each.__class__ is Tensor and not each.is_inference())
+    return sum(version_of(each) for each in found if each.__class__ is Tensor and not each.is_inference())
 
 
 def _walk(batch: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

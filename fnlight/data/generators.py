@@ -1,6 +1,6 @@
 """Random numbers of a data set's own: generators and transforms that it holds are keyed for each sample, as the global generators are.
 
-Not part of `fnlight.rng`, which seeds what belongs to the process: what is seeded here belongs to the user's data.
+Not part of `fnlight.tensors.rng`, which seeds what belongs to the process: what is seeded here belongs to the user's data.
 """
 
 import inspect
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fnlight.data.parts import parts
-from fnlight.rng import fold_in
+from fnlight.tensors import fold_in
 
 Reseed = Callable[[int], Any]
 

@@ -12,9 +12,10 @@ from fnlight.data.place import placed
 from fnlight.data.samples import num_samples
 from fnlight.data.share import Share
 from fnlight.data.source import Source, check_loader
-from fnlight.errors import LoaderError, check_type
+from fnlight.errors import check_type
+from fnlight.pipe import batches_at
+from fnlight.runtime import WallTime
 from fnlight.state import A_STATE, TrainState
-from fnlight.times import Times
 
 
 @attrs.frozen(eq=False)
@@ -29,7 +30,7 @@ class Item:
         samples: Samples in all of its batches.
         seconds: Time since the item before was handed out, in seconds.
         position: None, or what gives the place in the data that a state keeps, until the next item is asked for.
-        group: The batches that a full item has; 0 where nobody says.
+        batches_per_step: The batches that a full item has; 0 where nobody says.
 
     Example:
         >>> Item(([1, 2],), epoch=0, batch=1, last=False, samples=2).last
@@ -43,7 +44,7 @@ class Item:
     samples: int
     seconds: float = 0.0
     position: Callable[[], Any] | None = None
-    group: int = 0
+    batches_per_step: int = 0
 
     @classmethod
     def of(cls, *batches: Any, state: Any) -> "Item":
@@ -59,7 +60,7 @@ class Item:
         if len(batches) == 1 and isinstance(batches[0], Item):
             return batches[0]
         at = state.progress
-        return cls(batches, at.epoch, at.batch + len(batches), False, sum(map(num_samples, batches)))
+        return cls(batches=batches, epoch=at.epoch, batch=at.batch + len(batches), last=False, samples=sum(map(num_samples, batches)))
 
 
 @attrs.frozen(eq=False)
@@ -118,43 +119,16 @@ def _check_named(use: str, given: Mapping[Any, Any]) -> None:
         check_loader(loader, f"Loaders({use}={{{name!r}: ...}})")
 
 
-def group_at(group: int | Mapping[int, int], epoch: int) -> int:
-    """How many batches a step consumes in an epoch.
-
-    Args:
-        group: A number, or a mapping from the epoch at which it starts to numbers.
-        epoch: The epoch, from 0 on.
-
-    Returns:
-        The number.
-
-    Raises:
-        LoaderError: If nothing is said about the epoch, or the number is below 1.
-
-    Example:
-        >>> group_at({0: 1, 5: 4}, 7)
-        4
-    """
-    if isinstance(group, Mapping):
-        begun = [first for first in group if first <= epoch]
-        if not begun:
-            raise LoaderError(f"a group given by epoch must say what holds from epoch 0 on, but got {dict(group)!r}; add 0: 1")
-        group = group[max(begun)]
-    if not isinstance(group, int) or isinstance(group, bool) or group < 1:
-        raise LoaderError(f"a group must be a number of batches >= 1, but got {group!r}")
-    return group
-
-
 def batches(
     loader: Any,
     state: Any,
-    group: int | Mapping[int, int] = 1,
+    batches_per_step: int | Mapping[int, int] = 1,
     *,
     limit: int | float | None = None,
     shuffle: bool = True,
     device: torch.device | str | None = None,
     clock: Callable[[], float] = time.perf_counter,
-    times: Times | None = None,
+    wall_time: WallTime | None = None,
     beat: Callable[[], float] | None = None,
 ) -> Iterator[Item]:
     """Items without end, epoch after epoch, from the place where a state stands.
@@ -164,12 +138,12 @@ def batches(
     Args:
         loader: A loader or a `Source`; it is not changed.
         state: Where training stands: seed, epoch, batch.
-        group: Batches in an item: a number, or a mapping from the epoch at which it starts to numbers; the last item of an epoch may be short.
+        batches_per_step: Batches in an item: a number, or a mapping from the epoch at which it starts to numbers; the last item of an epoch may be short.
         limit: Batches an epoch at most (int), or a fraction of them in 0..1 (float).
         shuffle: False takes a shuffled dataset in its own order.
         device: Where batches are moved to; None or the CPU leaves them as they are.
         clock: Gives seconds.
-        times: Where a run counts how long it waits for data.
+        wall_time: Where a run counts how long it waits for data.
         beat: Gives the seconds of ``progress.seconds``, where they are not simply those of the clock: ranks agree on theirs.
 
     Returns:
@@ -181,53 +155,53 @@ def batches(
 
     Example:
         >>> from itertools import islice
-        >>> from fnlight.task import Task
+        >>> from fnlight.state import Task
         >>> from fnlight.state import TrainState
         >>> state = TrainState.create(Task(torch.nn.Identity(), lambda model, batch: batch.sum()))
-        >>> [(item.batches, item.epoch, item.last) for item in islice(batches(["a", "b", "c"], state, group=2), 3)]
+        >>> [(item.batches, item.epoch, item.last) for item in islice(batches(["a", "b", "c"], state, batches_per_step=2), 3)]
         [(('a', 'b'), 0, False), (('c',), 0, True), (('a', 'b'), 1, False)]
     """
     check_type("batches(loader, state, ...)", state, TrainState, A_STATE)
     check_type("batches(clock=...)", clock, Callable, "a function that gives seconds")
     check_type("batches(beat=...)", beat, Callable | None, "a function that gives seconds, or None")
-    check_type("batches(times=...)", times, Times | None, "a fl.times.Times, or None")
-    group_at(group, state.progress.epoch)
+    check_type("batches(wall_time=...)", wall_time, WallTime | None, "a fl.runtime.WallTime, or None")
+    batches_at(batches_per_step, state.progress.epoch)
     place = state.store.place
     share = None if place is None else Share(place.world)
     source = Source.of(loader, limit=limit, shuffle=shuffle, device=device, share=share)
-    return _items(source, state, group, clock, times, beat)
+    return _items(source, state, batches_per_step, clock=clock, wall_time=wall_time, beat=beat)
 
 
 def _items(
     source: Source,
     state: Any,
-    group: int | Mapping[int, int],
+    batches_per_step: int | Mapping[int, int],
     clock: Callable[[], float],
-    times: Times | None,
+    wall_time: WallTime | None,
     beat: Callable[[], float] | None,
 ) -> Iterator[Item]:
     seed, epoch, saved = state.seed, state.progress.epoch, kept_by(state)
     check_data(source, saved)
     start, place = placed(source, state.progress).batch, Place(source)
-    found = resumed(source, seed, epoch, start, saved)
+    found = resumed(source, seed, epoch, start=start, saved=saved)
     beat = beat or clock
     then, asked = beat(), None  # when the item before was handed out, and when this one was asked for: at the first one, nobody counts
     try:
         while True:
-            size = group_at(group, epoch)
+            size = batches_at(batches_per_step, epoch)
             for given, done, samples, last in _groups(found, size, start):
                 now = beat()
                 passed = max(0.0, now - then)  # a clock that is set back takes no time back
-                if asked is not None and times is not None:
-                    times.data += max(0.0, (now if beat is clock else clock()) - asked)
+                if asked is not None and wall_time is not None:
+                    wall_time.data += max(0.0, (now if beat is clock else clock()) - asked)
                 item = Item(given, epoch, done, last, samples, passed, place, size)
                 place.move(epoch, done, last, item)
                 yield item
                 item = given = None  # nothing is kept of what is handed out
                 then = now
-                if times is not None:
+                if wall_time is not None:
                     if asked is None:
-                        times.started()
+                        wall_time.started()
                     asked = clock()
             epoch, start = epoch + 1, 0
             found = source.epoch(seed, epoch, follows=True)

@@ -18,7 +18,7 @@ from fnlight.data.order import Span, length_of
 from fnlight.data.reading import looking_ahead, seeded, skip
 from fnlight.data.stream import KeyedStream
 from fnlight.errors import LoaderError, LoaderWarning, warn
-from fnlight.rng import LOADER
+from fnlight.tensors import LOADER
 
 
 @attrs.frozen(eq=False, repr=False)

@@ -237,7 +237,7 @@ def resumed(source: Source, seed: int, epoch: int, start: int, saved: Mapping[st
     if not start and any(_differences(data, facts_of(source), "")):  # between two epochs that is the user's choice
         position = without_digests(saved).get("loader")
     workers = _workers(source, data, epoch)
-    compare = None if digest is None or not start else partial(_compare, digest, epoch, start, type(source.loader).__name__)
+    compare = None if digest is None or not start else partial(_compare, digest, epoch, start, kind=type(source.loader).__name__)
     if compare is None or source.reads_to_skip:
         return source.epoch(seed, epoch, start, position=position, follows=True, workers=workers, seen=compare)
     if source.keeps_position and position is not None:
@@ -252,7 +252,7 @@ def _compared(found: Iterator[Triple], compare: Any) -> Iterator[Triple]:
     yield from found
 
 
-def _compare(digest: str, epoch: int, start: int, kind: str, batch: Any) -> None:
+def _compare(digest: str, epoch: int, start: int, batch: Any, *, kind: str) -> None:
     now = digest_of(batch)
     if now is not None and now != digest:
         raise LoaderError(

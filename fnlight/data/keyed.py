@@ -25,9 +25,9 @@ from torch.utils.data import (
 from fnlight.data.epochs import Listener, listeners, tell_epoch
 from fnlight.data.generators import Reseed, own_generators
 from fnlight.data.order import Span, Task, tasks
+from fnlight.data.part import Part
 from fnlight.data.workers import Started, early, options_of
-from fnlight.gradients import Part
-from fnlight.rng import COLLATE, SAMPLE, fold_in, seed_generators
+from fnlight.tensors import COLLATE, SAMPLE, fold_in, seed_generators
 
 Todo = tuple[Task, int | None, float | None]
 """A task, the samples of its batch (None where the dataset makes the batches itself), and what they count (None for 1)."""
@@ -192,7 +192,7 @@ class _Keyed:
         dataset = loader.dataset
         own, draws = loader.collate_fn not in (default_collate, default_convert), _draws(dataset)
         batched = callable(getattr(_innermost(dataset), "__getitems__", None))
-        return cls(dataset, batched, draws, own, reseed, epoch, [told])
+        return cls(dataset=dataset, batched=batched, draws=draws, collates=own, reseed=reseed, epoch=epoch, told=[told])
 
     def __getitems__(self, task: Task) -> Any:
         key, ids, indices = task

@@ -8,9 +8,10 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from fnlight.data.parts import parts
+from fnlight.tensors import has_own_iterator
 
-_PLAIN = ("torch.utils.data.", "torchdata.stateful_dataloader.")
-"""Whose ``__iter__`` does what torch's does: goes over the data set with the sampler and the workers of the loader."""
+_TORCHDATA = "torchdata.stateful_dataloader."
+"""Its ``__iter__`` does what torch's does: goes over the data set with the sampler and the workers of the loader."""
 
 
 def _is_of(value: Any, package: str, *names: str) -> bool:
@@ -32,7 +33,7 @@ def is_kind(value: Any, kind: Any) -> bool:
         True
     """
     own = type(value)
-    return own is kind or (own.__name__ == kind.__name__ and own.__module__.startswith("torchdata.stateful_dataloader."))
+    return own is kind or (own.__name__ == kind.__name__ and own.__module__.startswith(_TORCHDATA))
 
 
 def is_plain(loader: Any) -> bool:
@@ -50,10 +51,7 @@ def is_plain(loader: Any) -> bool:
         >>> is_plain(DataLoader([1])), is_plain([1])
         (True, False)
     """
-    if not isinstance(loader, DataLoader):
-        return False
-    kind: Any = type(loader)
-    return all(fn.__module__.startswith(_PLAIN) for fn in (kind.__iter__, kind._get_iterator))
+    return isinstance(loader, DataLoader) and not has_own_iterator(loader, (_TORCHDATA,))
 
 
 def resumes_itself(loader: Any) -> bool:

@@ -18,7 +18,7 @@ from fnlight.data.permutation import Permutation, permutation
 from fnlight.data.samplers import drawn
 from fnlight.data.share import Share
 from fnlight.errors import LoaderError
-from fnlight.rng import SAMPLE, fold_in
+from fnlight.tensors import SAMPLE, fold_in
 
 Task = tuple[int, Sequence[int], Any]
 """A key, the numbers that are folded into it, one a sample, and the indices to read (a single one where nothing is collated)."""
@@ -160,7 +160,7 @@ def tasks(loader: DataLoader[Any], span: Span, shuffle: bool = True) -> Iterator
     order = None
     if shuffle and is_kind(sampler, RandomSampler):
         order = permutation(span.order_key, count)
-    return _sliced_tasks(order, count, size, range(span.start, end), span.key(SAMPLE), collated)
+    return _sliced_tasks(order, count, size, numbers=range(span.start, end), key=span.key(SAMPLE), collated=collated)
 
 
 def _generator(key: int) -> torch.Generator:

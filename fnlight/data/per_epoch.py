@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 from fnlight.errors import LoaderError, check_type
-from fnlight.rng import LOADER, fold_in
+from fnlight.tensors import LOADER, fold_in
 
 _BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 

@@ -9,7 +9,7 @@ from fnlight.data.combine import Triple
 from fnlight.data.order import Span, check_start, length_of
 from fnlight.data.samples import num_samples
 from fnlight.errors import LoaderError, LoaderWarning, warn
-from fnlight.rng import fold_in, seed_generators
+from fnlight.tensors import fold_in, seed_generators
 
 END: Any = object()
 """What stands for a batch where there is none."""

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from fnlight.errors import LoaderError
-from fnlight.rng import fold_in, isolated, seed_generators
+from fnlight.tensors import fold_in, isolated, seed_generators
 
 _CHUNK = 64  # batches of indices taken at a time
 _MOST = 10_000_000  # of an epoch that may have no end, what is looked at

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fnlight.tree import leaves
+from fnlight.tensors import leaves
 
 
 def num_samples(batch: Any) -> int:

@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 import attrs
 from torch import Tensor
 
+from fnlight.data.part import Part
 from fnlight.errors import StepError
-from fnlight.gradients import Part
-from fnlight.tree import leaves, map_nodes
+from fnlight.tensors import leaves, map_nodes
 
 T = TypeVar("T")
 Triple = tuple[Any, int, bool]
@@ -86,7 +86,7 @@ class Share:
         """Batches of ranks that each have their own, up to the first one that is the last of any rank; the samples are those of all."""
         rank, size = self.world.rank, self.world.size
         for batch, samples, last in found:
-            *counts, ends = self.world.total([*(samples if i == rank else 0 for i in range(size)), int(last)])
+            *counts, ends = self.world.all_reduce_sum([*(samples if i == rank else 0 for i in range(size)), int(last)])
             yield batch if min(counts) == max(counts) else Part(batch, 1.0, max(counts)), sum(counts), bool(ends)
             if ends:
                 return

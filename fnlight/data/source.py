@@ -14,14 +14,14 @@ from fnlight.data.combine import Combined, Triple
 from fnlight.data.epochs import tell_epoch
 from fnlight.data.known import is_dataset, is_loader
 from fnlight.data.order import Span, check_start, length_of
+from fnlight.data.part import Part
 from fnlight.data.per_epoch import PerEpoch
 from fnlight.data.readers import Epochs, Iterated, Listed, Stateful, reader_of
 from fnlight.data.share import Sharded, Share
 from fnlight.data.tensor_loader import Held
 from fnlight.data.transfer import transferred
 from fnlight.errors import LoaderError, LoaderWarning, warn
-from fnlight.gradients import Part
-from fnlight.rng import ORDER, RANK, fold_in
+from fnlight.tensors import ORDER, RANK, fold_in
 
 
 def check_loader(loader: Any, what: str) -> None:
@@ -265,7 +265,17 @@ class Source:
         """
         limited = None if self.limit is None else self.num_batches
         ahead = follows and (self.ahead is True or epoch + 1 < self.ahead)
-        span = Span(seed, epoch, start, limited, stream, position, ahead, workers=workers, seen=seen)
+        span = Span(
+            seed=seed,
+            epoch=epoch,
+            start=start,
+            stop=limited,
+            stream=stream,
+            position=position,
+            ahead=ahead,
+            workers=workers,
+            seen=seen,
+        )
         found = self._reader.epoch(span) if self.share is None else self._shared(span)
         if self.samples is not None:
             found = _counted(found, self.samples)
@@ -373,7 +383,7 @@ class _Joined:
         if span.stop is not None:
             check_start(span, span.stop, self.loader)
         left = None if span.stop is None else span.stop - span.start
-        found = self.loader.epoch(self.children, span.seed, span.epoch, span.start, span.stream)
+        found = self.loader.epoch(self.children, span.seed, epoch=span.epoch, start=span.start, stream=span.stream)
         for done, (batch, samples, last) in enumerate(itertools.islice(found, left), 1):
             _check_parts(batch)
             yield batch, samples, last or done == left

@@ -13,7 +13,7 @@ from fnlight.data.combine import Triple
 from fnlight.data.epochs import tell_epoch
 from fnlight.data.order import Span, length_of
 from fnlight.data.reading import counting, first_of, looking_ahead, seeded, skip
-from fnlight.rng import LOADER
+from fnlight.tensors import LOADER
 
 
 @attrs.frozen(eq=False, repr=False)

@@ -14,7 +14,7 @@ from fnlight.data.counters import Counters
 from fnlight.data.epochs import listeners, tell_epoch
 from fnlight.data.order import Span
 from fnlight.data.workers import Started, early, options_of
-from fnlight.rng import LOADER, fold_in, seed_generators
+from fnlight.tensors import LOADER, fold_in, seed_generators
 
 
 @attrs.frozen(eq=False, repr=False)

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from fnlight.data.combine import Triple
 from fnlight.data.order import Span, check_start
+from fnlight.data.part import Part
 from fnlight.data.permutation import Permutation, permutation
 from fnlight.data.share import Share
 from fnlight.errors import LoaderError
-from fnlight.gradients import Part
-from fnlight.tree import leaves, map_tensors
+from fnlight.tensors import leaves, map_tensors
 
 _CHUNK = 64  # batches gathered at a time: one kernel a tensor for all of them, in bounded memory
 

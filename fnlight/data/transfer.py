@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fnlight.data.combine import Triple
-from fnlight.device import spread_on
 from fnlight.errors import LoaderWarning, warn
-from fnlight.tree import leaves, map_nodes
+from fnlight.tensors import leaves, map_nodes, spread_on
 
 
 def transferred(found: Iterator[Triple], device: torch.device) -> Iterator[Triple]:

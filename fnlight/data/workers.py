@@ -14,7 +14,7 @@ import attrs
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from fnlight.signals import held_back, leave_to_parent, listening, worker_death
+from fnlight.runtime import held_back, leave_to_parent, listening, worker_death
 
 _OPTIONS = (
     "num_workers",

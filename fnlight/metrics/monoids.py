@@ -8,6 +8,8 @@ import attrs
 import torch
 from torch import Tensor
 
+from fnlight.metrics.wide import alike
+
 
 @attrs.frozen(eq=False)  # tensors do not compare to one bool
 class Mean:
@@ -16,6 +18,8 @@ class Mean:
     Args:
         total: The sum, a scalar tensor, shape [], or a number.
         weight: Samples, tokens or any other weight: a number or a scalar tensor.
+        exact: For fnlight: what plain numbers count in means over the data, where each of them is the mean of a batch; a sum and its samples,
+            True where it is the samples of the step, or None for a mean that says its own weight.
 
     Example:
         >>> Mean(6.0, 2).merge(Mean(3.0, 1)).compute()
@@ -24,6 +28,7 @@ class Mean:
 
     total: Any
     weight: Any = 1
+    _exact: Any = attrs.field(default=None, alias="exact", repr=False)
 
     @classmethod
     def empty(cls) -> Self:
@@ -32,7 +37,8 @@ class Mean:
 
     def merge(self, other: Self) -> Self:
         """The mean of both parts together."""
-        return type(self)(self.total + other.total, self.weight + other.weight)
+        exact = None if self._exact is None and other._exact is None else _exact(self, other)
+        return type(self)(_sum(self.total, other.total), _sum(self.weight, other.weight), exact)
 
     def compute(self) -> Any:
         """The value; NaN where nothing was counted."""
@@ -65,7 +71,7 @@ class Sum:
 
     def merge(self, other: Self) -> Self:
         """The sum of both."""
-        return type(self)(self.value + other.value)
+        return type(self)(_sum(self.value, other.value))
 
     def compute(self) -> Any:
         """The value."""
@@ -141,8 +147,24 @@ def _float(value: Any) -> float:
     return float(value.detach() if isinstance(value, Tensor) else value)
 
 
+def _exact(a: Mean, b: Mean) -> Any:
+    """The sums over samples of both; None where one of them does not know its own, and counts."""
+    counted = [each._exact for each in (a, b) if each._exact is not None or isinstance(each.weight, Tensor) or each.weight]
+    found = [each for each in counted if isinstance(each, tuple)]
+    if len(found) < len(counted):
+        return None
+    return found[0] if len(found) == 1 else tuple(_sum(x, y) for x, y in zip(*found, strict=True))
+
+
+def _sum(a: Any, b: Any) -> Any:
+    """The sum of both, in a type that holds it: ten bools are 10, not True."""
+    a, b = alike(a, b)
+    return a + b
+
+
 def _pick(a: Any, b: Any, tensors: Callable[..., Any], numbers: Callable[..., Any]) -> Any:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
+        a, b = alike(a, b)
         return tensors(torch.as_tensor(a), torch.as_tensor(b))
     return next((v for v in (a, b) if v != v), None) if a != a or b != b else numbers(a, b)
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from functools import reduce
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import attrs
@@ -14,6 +14,9 @@ from torch import Tensor
 from fnlight.errors import MemoryWarning, StepError, check_type, warn
 from fnlight.metrics.media import MEDIA
 from fnlight.metrics.monoids import Last, Max, Mean, Min, Sum, _pick
+from fnlight.metrics.own import scalars_of
+from fnlight.metrics.torchmetric import is_torchmetric
+from fnlight.metrics.wide import check_scalar
 
 SCALARS = {"Mean": Mean, "Sum": Sum, "Max": Max, "Min": Min, "Last": Last}
 
@@ -22,7 +25,7 @@ _FOLD: dict[str, Callable[[Any, Any], Any]] = {
     "Min": lambda a, b: _pick(a, b, torch.minimum, min),
     "Last": lambda a, b: b,
 }
-_DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
+_DTYPE, _DEVICE, _DIM = attrgetter("dtype"), attrgetter("device"), methodcaller("dim")
 _PLAIN, _MEAN = {Tensor}, ["Mean"]
 _NEUTRAL = {"Max": -math.inf, "Min": math.inf}  # what nothing comes to; it is no sign of a broken number
 _STACK = 256  # pending steps after which their scalars are stacked on the device: bounded memory without a host sync
@@ -54,15 +57,18 @@ class Tally:
     parts: list[Any] | None = attrs.field(default=None, kw_only=True)
     _names: Any = attrs.field(default=None, init=False)
     _turns: set[frozenset[str]] = attrs.field(factory=set, init=False)  # sets of names that are steps of some phases, but not of all
-    _pending: list[tuple[int, Mapping[str, Any]]] = attrs.field(factory=list, init=False)
-    _stacked: list[tuple["_Block | None", dict[str, tuple[str, list[int], list[Any]]]]] = attrs.field(factory=list, init=False)
+    _pending: list[tuple[int, Mapping[str, Any], float | None]] = attrs.field(factory=list, init=False)
+    _stacked: list[tuple["_Block | None", dict[str, "_Columns"]]] = attrs.field(factory=list, init=False)
     _objects: dict[str, list[Any]] = attrs.field(factory=dict, init=False)
 
-    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Take the metrics of one step; the names must be those of the first one, but for whole phases that are not due."""
+    def add(self, step: int, metrics: Mapping[str, Any], samples: float | None = None) -> None:
+        """Take the metrics of one step, in which plain numbers count with its samples; without `samples` each counts once.
+
+        The names must be those of the first one, but for whole phases that are not due.
+        """
         if metrics.keys() != self._names and frozenset(metrics) not in self._turns:
             self._accept(step, metrics)
-        self._pending.append((step, metrics))
+        self._pending.append((step, metrics, samples))
         if len(self._pending) >= _STACK:
             self._stack()
 
@@ -83,13 +89,12 @@ class Tally:
             )
         for name, value in metrics.items():
             check_type("the name of a metric", name, str, "a string")
-            if isinstance(value, Tensor) and value.dim():
-                raise StepError(
-                    f"metric {name!r} must be one number, but has shape {list(value.shape)}; reduce it, or use Mean, Cat or Histogram"
-                )
+            for field in scalars_of(value):
+                check_scalar(name, field)
             if not _kind(value) and not isinstance(value, MEDIA) and not callable(getattr(value, "merge", None)):
+                more = "; objects of torchmetrics are read in eval_step only" if is_torchmetric(value) else ""
                 raise StepError(
-                    f"metric {name!r} must be a number, a scalar tensor, or a value such as Mean or Image, but got {value!r:.60}"
+                    f"metric {name!r} must be a number, a scalar tensor, or a value such as Mean or Image, but got {value!r:.60}{more}"
                 )
         if turns:
             self._turns |= {frozenset(known or ()), frozenset(metrics)}
@@ -112,11 +117,11 @@ class Tally:
         for block, columns in self._stacked:
             if block is not None:
                 for name, values in zip(block.names, block.values.tolist(), strict=True):
-                    merge(name, "Mean", [values, len(values)], block.steps)
-            hosted = _to_host([column for _, _, fields in columns.values() for column in fields])
+                    merge(name, "Mean", _times([values, len(values)], block.times), block.steps)
+            hosted = _to_host([column for each in columns.values() for column in each.fields])
             place = iter(hosted)
-            for name, (kind, steps, fields) in columns.items():
-                merge(name, kind, [next(place) for _ in fields], steps)
+            for name, each in columns.items():
+                merge(name, each.kind, _times([next(place) for _ in each.fields], each.times), each.steps)
         self._stacked.clear()
 
     def _stack(self) -> None:
@@ -127,22 +132,26 @@ class Tally:
             return
         for phase in dict.fromkeys(map(_phase, names)):
             own = [name for name in names if _phase(name) == phase]
-            held = [(step, metrics) for step, metrics in rows if own[0] in metrics]
+            held = [row for row in rows if own[0] in row[1]]
             if held:
                 self._stack_whole(own, held)
 
-    def _stack_whole(self, names: list[str], pending: list[tuple[int, Mapping[str, Any]]]) -> None:
-        steps = [step for step, _ in pending]
-        found = {name: [metrics[name] for _, metrics in pending] for name in names}
+    def _stack_whole(self, names: list[str], pending: list[tuple[int, Mapping[str, Any], float | None]]) -> None:
+        steps = [step for step, _, _ in pending]
+        counts = None if pending[0][2] is None else [samples or 0 for _, _, samples in pending]
+        found = {name: [metrics[name] for _, metrics, _ in pending] for name in names}
         plain = [n for n, values in found.items() if set(map(type, values)) == _PLAIN and self.totals.get(n, _MEAN)[0] == "Mean"]
-        block = _block(plain, steps, [value for name in plain for value in found[name]])
-        columns: dict[str, tuple[str, list[int], list[Any]]] = {}
+        for name in plain:
+            if any(map(_DIM, found[name])):
+                check_scalar(name, next(value for value in found[name] if value.dim()))
+        block = _block(plain, steps, [value for name in plain for value in found[name]], counts)
+        columns: dict[str, _Columns] = {}
         for name in found if block is None else [n for n in found if n not in block.names]:
             kind = _one_kind(name, found[name], self.totals.get(name))
             if kind is None:
                 self._keep(name, found[name])
             else:
-                columns[name] = _columns(kind, steps, found[name])
+                columns[name] = _columns(name, kind, steps, found[name], counts)
         self._stacked.append((block, columns))
 
     def _keep(self, name: str, values: list[Any]) -> None:
@@ -209,20 +218,45 @@ class _Block:
     names: list[str]
     steps: list[int]
     values: Tensor
+    times: list[float] | None
 
 
-def _block(names: list[str], steps: list[int], values: list[Tensor]) -> _Block | None:
+@attrs.frozen(eq=False, repr=False)
+class _Columns:
+    """The fields of a monoid, a column each, with the steps they were taken at, and what plain numbers count; None where all count 1."""
+
+    kind: str
+    steps: list[int]
+    fields: list[Any]
+    times: list[float] | None
+
+
+def _times(fields: list[Any], times: list[float] | None) -> list[Any]:
+    """The totals and weights of means, each row as often as it counts."""
+    if times is None:
+        return fields
+    return [times if isinstance(f, int) else [value * n for value, n in zip(f, times, strict=True)] for f in fields]
+
+
+def _block(names: list[str], steps: list[int], values: list[Tensor], times: list[float] | None) -> _Block | None:
     if not values or len(set(map(_DTYPE, values))) != 1 or len(set(map(_DEVICE, values))) != 1:
         return None
-    return _Block(names, steps, torch.stack(values).detach().reshape(len(names), len(steps)))
+    return _Block(names, steps, torch.stack(values).detach().reshape(len(names), len(steps)), times)
 
 
-def _columns(kind: str, steps: list[int], values: list[Any]) -> tuple[str, list[int], list[Any]]:
-    """The fields of a monoid, a column each, with the steps they were taken at."""
+def _columns(name: str, kind: str, steps: list[int], values: list[Any], counts: list[float] | None) -> _Columns:
     if kind == "Last":
         steps = [step for step, v in zip(steps, values, strict=True) if v.value is not None]
         values = [v for v in values if v.value is not None]
-    return kind, steps, [_column(field) for field in _fields(kind, values)]
+    times = None
+    if kind == "Mean" and counts is not None:
+        times = [n if not isinstance(v, Mean) or v._exact is True else 1 for v, n in zip(values, counts, strict=True)]
+        values = [Mean(*v._exact) if isinstance(v, Mean) and isinstance(v._exact, tuple) else v for v in values]
+    fields = _fields(kind, values)
+    for field in fields:
+        for value in () if isinstance(field, int) else field:
+            check_scalar(name, value)
+    return _Columns(kind, steps, [_column(field) for field in fields], times)
 
 
 def columns_of(tally: Tally) -> dict[str, list[Any]]:

@@ -10,6 +10,7 @@ import attrs
 from torch import Tensor, nn
 
 from fnlight.errors import OptimizerError, check_type
+from fnlight.tensors import NORMS
 
 Options = Mapping[str, Any]
 
@@ -77,7 +78,7 @@ def param_groups(model: nn.Module, *rules: GroupRule | Mapping[str, Options], **
                 left_out[name] = named[name]
                 del held[name]
                 continue
-            held[name] |= {key: _value(key, value, held[name], name, rule) for key, value in given.items()}
+            held[name] |= {key: _value(key, value, held[name], name=name, rule=rule) for key, value in given.items()}
             labels[name] += [label] if label else []
     if not held:
         raise OptimizerError(f"nothing is left to train: {', '.join(map(repr, rules)) or 'no rule'} leaves no trainable parameter")
@@ -227,7 +228,10 @@ def no_decay(*also: str | type[nn.Module]) -> GroupRule:
 
     def find(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, Options]]:
         inside = {
-            f"{at}.{own}".lstrip(".") for at, m in model.named_modules() if _is_norm(m) or isinstance(m, kinds) for own in m._parameters
+            f"{at}.{own}".lstrip(".")
+            for at, m in model.named_modules()
+            if _is_norm(m) or isinstance(m, kinds)
+            for own, _ in m.named_parameters(recurse=False, remove_duplicate=False)
         }
         for pattern in patterns:
             inside |= set(meant(pattern, model, "no_decay"))
@@ -238,7 +242,7 @@ def no_decay(*also: str | type[nn.Module]) -> GroupRule:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    known = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+    known = (*NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
     return isinstance(module, known) or re.search(r"Norm(\dd)?$", type(module).__name__) is not None
 
 

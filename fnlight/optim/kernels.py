@@ -4,12 +4,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import profiler
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fnlight.optim.fused import fused_step
-from fnlight.shards import is_sharded
+from fnlight.tensors import has_step_hooks, is_profiling, is_sharded, say_fused
 
 _FUSED = {
     torch.optim.Adam: ("cpu", "cuda"),
@@ -57,7 +55,7 @@ def choose_fused(optimizer: Optimizer, module: nn.Module) -> None:
     for group in optimizer.param_groups:
         group["fused"] = fused
     optimizer.defaults["fused"] = fused
-    setattr(optimizer, "_step_supports_amp_scaling", bool(fused))  # noqa: B010  # what the constructor sets with fused=True; unknown to type stubs
+    say_fused(optimizer, bool(fused))
 
 
 def _can_fuse(optimizer: Optimizer, module: nn.Module) -> bool:
@@ -88,15 +86,7 @@ def take_step(optimizer: Any, memo: dict[str, Any] | None = None) -> None:
         [0.5]
     """
     step: Any = type(optimizer).step
-    listening = (
-        not getattr(step, "hooked", False)
-        or "step" in vars(optimizer)
-        or profiler._is_profiler_enabled
-        or optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-        or _global_optimizer_pre_hooks
-        or _global_optimizer_post_hooks
-    )
+    listening = not getattr(step, "hooked", False) or "step" in vars(optimizer) or is_profiling() or has_step_hooks(optimizer)
     if listening:
         optimizer.step()
     elif memo is None or not fused_step(optimizer, memo):

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fnlight.errors import OptimizerError
+from fnlight.tensors import foreach_copy_, foreach_lerp_
 
 SLOW = "slow"  # the slot of a parameter that holds its slow weight
 
@@ -61,8 +62,8 @@ class Lookahead(Optimizer):
         loss = self.base.step(closure) if closure is not None else self.base.step()
         count = self.param_groups[0]["lookahead_step"] + 1
         if count % self.k == 0:
-            torch._foreach_lerp_(slow, params, self.alpha)
-            torch._foreach_copy_(params, slow)
+            foreach_lerp_(slow, params, self.alpha)
+            foreach_copy_(params, slow)
         for group in self.param_groups:
             group["lookahead_step"] = count
         for p, held in zip(params, slow, strict=True):

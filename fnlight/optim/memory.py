@@ -24,7 +24,7 @@ def named_state(optim: Optim, module: nn.Module) -> dict[str, dict[str, Any]]:
 
     Example:
         >>> import torch
-        >>> from fnlight.optim.prepare import prepare
+        >>> from fnlight.optim import prepare
         >>> model = nn.Linear(2, 1)
         >>> optim = prepare(torch.optim.Adam(model.parameters()), model)
         >>> model(torch.ones(1, 2)).sum().backward(); optim.optimizer.step()
@@ -55,7 +55,7 @@ def named_groups(optim: Optim, module: nn.Module) -> list[dict[str, Any]]:
 
     Example:
         >>> import torch
-        >>> from fnlight.optim.prepare import prepare
+        >>> from fnlight.optim import prepare
         >>> model = nn.Linear(2, 1)
         >>> named_groups(prepare(torch.optim.SGD(model.parameters(), lr=0.1), model), model)[0]["params"]
         ['weight', 'bias']
@@ -107,7 +107,7 @@ def to_device(optim: Optim) -> None:
         for param in group["params"]:
             slots = optimizer.state.get(param)
             for slot, value in (slots or {}).items():
-                slots[slot] = place_slot(slot, value, param, group, optim.offload)
+                slots[slot] = place_slot(slot, value, param, group=group, offload=optim.offload)
 
 
 def class_name(optimizer: Any) -> str:
@@ -148,7 +148,7 @@ def weights_to_use(optims: Iterable[Optim], module: nn.Module) -> dict[str, Tens
 
     Example:
         >>> import torch
-        >>> from fnlight.optim.prepare import prepare
+        >>> from fnlight.optim import prepare
         >>> model = nn.Linear(1, 1)
         >>> weights_to_use([prepare(torch.optim.SGD(model.parameters(), lr=0.1), model)], model)
         {}

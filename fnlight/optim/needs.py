@@ -57,7 +57,7 @@ def by_itself(optim: Any) -> bool:
 
     Example:
         >>> import torch
-        >>> from fnlight.optim.prepare import prepare
+        >>> from fnlight.optim import prepare
         >>> model = torch.nn.Linear(1, 1)
         >>> by_itself(prepare(torch.optim.SGD(model.parameters(), lr=0.1), model))
         True

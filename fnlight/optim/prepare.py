@@ -13,6 +13,7 @@ from fnlight.optim.kernels import choose_fused, leaves_open
 from fnlight.optim.needs import is_second_order, public_name, wants_closure, why_unfit
 from fnlight.optim.rates import courses_of, group_name
 from fnlight.optim.spec import Optim
+from fnlight.tensors import has_scheduler
 
 
 def prepare(made: Any, module: nn.Module) -> Optim:
@@ -100,7 +101,7 @@ def _completed(optim: Optim, module: nn.Module) -> Optim:
             "configure_optimizers must return a torch.optim.Optimizer or fl.Optim(optimizer, schedule), but returned "
             f"{_describe(optim.optimizer)}"
         )
-    if getattr(optim.optimizer.step, "_wrapped_by_lr_sched", False):
+    if has_scheduler(optim.optimizer):
         raise OptimizerError(
             f"a torch scheduler was made on this {type(optim.optimizer).__name__}, and nobody would step it; "
             "return fl.Optim(optimizer, schedule=fl.from_torch(lambda optimizer: Scheduler(optimizer, ...))) instead"

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from fnlight.errors import MonitorError, OptimizerError
 from fnlight.optim.spec import Course, Optim
-from fnlight.replay import Plateau, TorchSchedule
-from fnlight.schedules import Curve
+from fnlight.schedules import Curve, Plateau, TorchSchedule
 
 REST = "*"  # the name under which a schedule is given for all groups that have none of their own
 
@@ -25,7 +24,7 @@ def set_lr(optim: Optim, progress: Any, history: tuple[Any, ...]) -> None:
     Example:
         >>> import torch
         >>> from types import SimpleNamespace
-        >>> from fnlight.optim.prepare import prepare
+        >>> from fnlight.optim import prepare
         >>> model = torch.nn.Linear(2, 1)
         >>> optim = prepare(Optim(torch.optim.SGD(model.parameters(), lr=0.1), lambda step: 0.5**step), model)
         >>> set_lr(optim, SimpleNamespace(step=2, epoch=0), ())
@@ -86,7 +85,7 @@ def courses_of(optim: Optim) -> list[Course]:
 
     Example:
         >>> import torch
-        >>> from fnlight.optim.prepare import prepare
+        >>> from fnlight.optim import prepare
         >>> model = torch.nn.Linear(2, 1)
         >>> made = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
         >>> [course.bases for course in courses_of(prepare(Optim(made, schedules={"weight_decay": lambda step: 1.0}), model))]
@@ -144,7 +143,7 @@ def ends(optim: Optim) -> list[tuple[str, Any, int, bool]]:
 
     Example:
         >>> import torch
-        >>> from fnlight.optim.prepare import prepare
+        >>> from fnlight.optim import prepare
         >>> from fnlight.schedules import cosine
         >>> model = torch.nn.Linear(2, 1)
         >>> ends(prepare(Optim(torch.optim.SGD(model.parameters(), lr=0.1), cosine(100)), model))
@@ -187,7 +186,7 @@ def reported(optim: Optim, phase: str = "") -> dict[str, float]:
 
     Example:
         >>> import torch
-        >>> from fnlight.optim.prepare import prepare
+        >>> from fnlight.optim import prepare
         >>> a, b = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
         >>> groups = [{"params": a.parameters(), "name": "trunk"}, {"params": b.parameters(), "lr": 0.5}]
         >>> reported(prepare(torch.optim.SGD(groups, lr=0.25), torch.nn.ModuleList([a, b])))

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fnlight.errors import OptimizerError
-from fnlight.replay import Plateau, TorchSchedule
+from fnlight.schedules import Plateau, TorchSchedule
 
 Interval = Literal["step", "epoch", "samples"]
 

@@ -14,18 +14,18 @@ Example:
 """
 
 from fnlight.parallel.agree import check_same, code_digest
+from fnlight.parallel.attach_placement import alone, placed_on
 from fnlight.parallel.batchnorm import sync_batchnorm
 from fnlight.parallel.ddp import Replicated, ddp
 from fnlight.parallel.exact import exact_ranks
 from fnlight.parallel.fsdp import Sharded, fsdp, hsdp
-from fnlight.parallel.loose import Loose, diloco, loose
-from fnlight.parallel.moving import alone, placed_on
+from fnlight.parallel.local_sgd import LocalSGD, diloco, local_sgd
 from fnlight.parallel.placement import Placement
 from fnlight.parallel.world import Pulse, World, first_host, join, named_world, pack, stream_part, unpack, world
 from fnlight.parallel.xla import OnXLA, xla
 
 __all__ = [
-    "Loose",
+    "LocalSGD",
     "OnXLA",
     "Placement",
     "Pulse",
@@ -42,7 +42,7 @@ __all__ = [
     "fsdp",
     "hsdp",
     "join",
-    "loose",
+    "local_sgd",
     "named_world",
     "pack",
     "placed_on",

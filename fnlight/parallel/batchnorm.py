@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fnlight.errors import ParallelError, check_type
+from fnlight.tensors import BATCH_NORMS, BatchNorm
 
 
-class SyncedNorm(_BatchNorm):
+class SyncedNorm(BatchNorm):
     """BatchNorm whose statistics are those of all ranks' samples while it trains, on every device; made by `sync_batchnorm`.
 
     Args:
@@ -17,7 +17,7 @@ class SyncedNorm(_BatchNorm):
         **options: Those of ``torch.nn.BatchNorm1d``.
 
     Attributes:
-        counts_samples: Whether samples of this rank count; False while one stands in for none, see `fnlight.gradients.Part`.
+        counts_samples: Whether samples of this rank count; False while one stands in for none, see `fnlight.data.Part`.
         alike: How many ranks have the same samples, as those of tensor parallel do.
 
     Example:
@@ -35,7 +35,7 @@ class SyncedNorm(_BatchNorm):
             input: Shape [samples, channels, ...].
         """
         if not self.training or not distributed.is_initialized() or distributed.get_world_size() == 1:
-            return _BatchNorm.forward(self, input)
+            return BatchNorm.forward(self, input)
         self._check_input_dim(input)
         x = input
         wide = x if x.dtype == torch.float64 else x.float()
@@ -109,7 +109,7 @@ def sync_batchnorm(module: nn.Module) -> nn.Module:
     """
     check_type("sync_batchnorm(module)", module, nn.Module, "an nn.Module")
     for each in module.modules():
-        if isinstance(each, _BatchNorm):
+        if isinstance(each, BATCH_NORMS):
             vars(each)["process_group"] = None  # of torch's own: all ranks
             each.__class__ = SyncedNorm if _on_cpu(each) else nn.SyncBatchNorm
     return module
@@ -142,7 +142,7 @@ def meet(module: nn.Module, alike: int = 1) -> None:
                     f"{name!r} is a SyncBatchNorm for a group of ranks, which torch does not have on CPUs, and fnlight only over all ranks: give the "
                     "model its BatchNorm, and fl.parallel.ddp(sync_batchnorm=True)"
                 )
-            each.__class__ = SyncedNorm  # pyright: ignore[reportAttributeAccessIssue]  # it has the same fields
+            each.__class__ = SyncedNorm  # it has the same fields
         if isinstance(each, SyncedNorm):
             each.alike = alike
 

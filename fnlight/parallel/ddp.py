@@ -13,12 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fnlight.errors import ConfigError, ParallelError, StepError, check_type
 from fnlight.metrics import Mean
-from fnlight.parallel.apart import Apart
 from fnlight.parallel.batchnorm import is_synced, meet
 from fnlight.parallel.batchnorm import sync_batchnorm as synced
+from fnlight.parallel.deferred_allreduce import Apart
 from fnlight.parallel.world import World, named_world, world
 from fnlight.protocols import Gradients
-from fnlight.task import copied
+from fnlight.state import copied
+from fnlight.tensors import foreach_norm, remove_reducer_hooks
 
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -156,7 +157,7 @@ class Replicated:
     def _bind(self, store: Any, held: list[int]) -> "_Bound":
         """Wrap the module for the parameters that are trained now, which may change from epoch to epoch."""
         if store.bound is not None:
-            store.bound.ddp.reducer._remove_autograd_hooks()
+            remove_reducer_hooks(store.bound.ddp)
         if store.optim.create_graph:
             raise ParallelError(
                 f"{type(store.optim.optimizer).__name__} takes gradients of gradients, which ranks do not bring together; train in one process, "
@@ -181,11 +182,9 @@ class Replicated:
             raise StepError(_unused(store, found))
         return found
 
-    def mean_weight(self, weight: Any) -> Any:
-        """The mean over ranks of a weight."""
-        if weight.__class__ is float:
-            return weight
-        return self.world.mean(weight)[0]
+    def mean_weight(self, found: Gradients) -> Any:
+        """The mean over ranks of the weight."""
+        return found.weight if found.plain else self.world.mean(found.weight)[0]
 
     def norm(self, values: list[Tensor]) -> Tensor:
         """The joint 2-norm."""
@@ -193,7 +192,7 @@ class Replicated:
 
     def norms(self, values: Sequence[Tensor]) -> Tensor:
         """The 2-norm of each."""
-        return torch.stack([n.float() for n in torch._foreach_norm(list(values))])
+        return torch.stack([n.float() for n in foreach_norm(list(values))])
 
     def unit_norms(self, tensor: Tensor) -> Tensor:
         """The 2-norm of each unit."""
@@ -208,7 +207,7 @@ class Replicated:
         if self.sync_batchnorm:
             return None
         if store.bound is not None:
-            store.bound.ddp.reducer._remove_autograd_hooks()
+            remove_reducer_hooks(store.bound.ddp)
             store.bound = None
         if self.options["broadcast_buffers"]:
             for buffer in store.module.buffers():

@@ -6,14 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from fnlight.combinator import Combinator
-from fnlight.data import group_at, num_samples
-from fnlight.data.share import cut
+from fnlight.data import Part, cut, num_samples
 from fnlight.errors import ConfigError, ParallelError
-from fnlight.gradients import Part, join_metrics
-from fnlight.protocols import Gradients
-from fnlight.rng import fold_in
-from fnlight.state import Store
+from fnlight.metrics import join_metrics
+from fnlight.pipe import Combinator, batches_at
+from fnlight.protocols import GradFn, Gradients, StoreView
+from fnlight.tensors import fold_in
 
 
 def exact_ranks(n: int | Mapping[int, int] = 1, *, parts: int = 8) -> Combinator:
@@ -38,12 +36,12 @@ def exact_ranks(n: int | Mapping[int, int] = 1, *, parts: int = 8) -> Combinator
         >>> print(exact_ranks(4))
         exact_ranks(4, parts=8)
     """
-    group_at(n, 0)
+    batches_at(n, 0)
     if not isinstance(parts, int) or parts < 1 or parts & (parts - 1):
         raise ConfigError(f"exact_ranks(parts=...) must be a power of two, such as 8, but got {parts!r}")
 
-    def wrap(grad_fn: Any) -> Any:
-        def exact(store: Store, batches: Sequence[Any], key: int) -> Gradients:
+    def wrap(grad_fn: GradFn) -> GradFn:
+        def exact(store: StoreView, batches: Sequence[Any], key: int) -> Gradients:
             rank, size = (0, 1) if store.place is None else (store.place.world.rank, store.place.world.size)
             if parts % size or (store.place is not None and store.place.lockstep):
                 raise ParallelError(
@@ -52,7 +50,7 @@ def exact_ranks(n: int | Mapping[int, int] = 1, *, parts: int = 8) -> Combinator
                 )
             total, metrics = None, None
             for m, batch in enumerate(batches):
-                flat, found = _of_batch(grad_fn, store, batch, fold_in(key, m), parts // size, rank, size)
+                flat, found = _of_batch(grad_fn, store, batch, key=fold_in(key, m), mine=parts // size, rank=rank, size=size)
                 total = flat if total is None else total + flat
                 metrics = found if metrics is None else join_metrics(metrics, found)
             assert total is not None
@@ -61,10 +59,10 @@ def exact_ranks(n: int | Mapping[int, int] = 1, *, parts: int = 8) -> Combinator
 
         return exact
 
-    return Combinator("exact_ranks", wrap, "sum", "grad", args=f"{n}, parts={parts}", group=n)
+    return Combinator("exact_ranks", wrap, "grad_sum", "grad", args=f"{n}, parts={parts}", batches_per_step=n)
 
 
-def _of_batch(grad_fn: Any, store: Store, batch: Any, key: int, mine: int, rank: int, size: int) -> tuple[Tensor, dict[str, Any]]:
+def _of_batch(grad_fn: GradFn, store: StoreView, batch: Any, key: int, mine: int, rank: int, size: int) -> tuple[Tensor, dict[str, Any]]:
     """The gradients of all ranks' parts of a batch, with loss and weight behind them, in one flat tensor; and this rank's metrics."""
     batch, share = (batch.batch, batch.share) if batch.__class__ is Part else (batch, 1.0)
     here = num_samples(batch) if share else 0
@@ -76,7 +74,7 @@ def _of_batch(grad_fn: Any, store: Store, batch: Any, key: int, mine: int, rank:
         part = Part(cut(batch, a - start, b - start, here), (b - a) / count) if b > a else Part(cut(batch, 0, 1, num_samples(batch)), 0.0)
         if store.place is not None:
             store.place.begin(store, last=False)
-        found: Gradients = grad_fn(store, part, fold_in(key, i))
+        found = grad_fn(store, part, fold_in(key, i))
         leaves.append(_flat(store, found))
         metrics = found.metrics if metrics is None else join_metrics(metrics, found.metrics)
         for p in store.params:
@@ -97,14 +95,17 @@ def _tree(values: list[Tensor]) -> Tensor:
     return values[0]
 
 
-def _flat(store: Store, found: Gradients) -> Tensor:
-    grads = [torch.zeros_like(p) if v is None else v for p, v in zip(store.params, found.values, strict=True)]
+def _flat(store: StoreView, found: Gradients) -> Tensor:
+    grads = [
+        torch.zeros_like(p) if v is None else v if v.layout == torch.strided else v.to_dense()
+        for p, v in zip(store.params, found.values, strict=True)
+    ]
     ends = [torch.as_tensor(each, device=store.device).detach().reshape(1) for each in (found.loss, found.weight)]
     wide = torch.promote_types(torch.float32, grads[0].dtype) if grads else torch.float32
     return torch.cat([each.detach().reshape(-1).to(wide) for each in (*grads, *ends)])
 
 
-def _split(store: Store, flat: Tensor, metrics: dict[str, Any]) -> Gradients:
+def _split(store: StoreView, flat: Tensor, metrics: dict[str, Any]) -> Gradients:
     sizes, weight = [p.numel() for p in store.params], flat[-1]
     parts = (flat[:-2] / weight).split(sizes)
     values: list[Tensor | None] = [part.view_as(p).to(p.dtype) for part, p in zip(parts, store.params, strict=True)]

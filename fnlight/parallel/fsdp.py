@@ -10,14 +10,14 @@ from torch import Tensor, distributed, nn
 
 from fnlight.errors import ConfigError, ParallelError, StepError, check_type
 from fnlight.parallel.batchnorm import meet
-from fnlight.parallel.cut import Policy, check_offload, chosen, cut_layers, dtype_of, offload_policy, precision_policy
 from fnlight.parallel.mesh import TENSOR, MeshLike, check_devices, data_mesh, data_world, made_mesh
 from fnlight.parallel.norms import norms, unit_norms
-from fnlight.parallel.twin import stripped_copy
+from fnlight.parallel.shard_policy import Policy, check_offload, chosen, cut_layers, dtype_of, offload_policy, precision_policy
+from fnlight.parallel.unsharded_copy import stripped_copy
 from fnlight.parallel.world import World, named_world, world
 from fnlight.protocols import Gradients
-from fnlight.shards import box_of, cuts, is_sharded, local
-from fnlight.task import hooked
+from fnlight.state import hooked
+from fnlight.tensors import box_of, broadcast_each, cuts, is_sharded, local, replace_tensors
 
 
 def fsdp(
@@ -36,9 +36,8 @@ def fsdp(
     The model is cut first, and its optimizer is built of the parts; so gradients, optimizer memory and averages of weights are parts, too.
 
     Args:
-        mesh: Which ranks share what: a ``DeviceMesh``, or names to sizes such as ``{"data": 4}`` or ``{"data": 2, "tensor": 2}``; None takes
-            all ranks as one row. Of two data dimensions the first replicates, as in `hsdp`. The dimension called ``tensor`` is for
-            `tensor_parallel`.
+        mesh: Which ranks share what: a ``DeviceMesh``, or names to sizes such as ``{"data": 2, "tensor": 2}``; None takes all ranks as one
+            row. Of two data dimensions the first replicates, as in `hsdp`. The dimension ``tensor`` is for `tensor_parallel`.
         policy: Which modules come together on their own, the rest as one: classes, or a function of name and module; None takes the blocks in
             each ``nn.ModuleList``.
         mixed_precision: The dtype of what is computed and sent, ``"bf16"`` or ``"fp16"``, with gradients summed in fp32; or a
@@ -64,7 +63,8 @@ def fsdp(
         Zhao et al., "PyTorch FSDP: experiences on scaling fully sharded data parallel" (2023).
     """
     check_type("fsdp(methods=...)", methods, Iterable, "names of methods")
-    return Sharded(mesh, policy, mixed_precision, offload, reshard, tensor_parallel, tuple(methods), broadcast_buffers)
+    more = {"tensor_parallel": tensor_parallel, "methods": tuple(methods), "broadcast_buffers": broadcast_buffers}
+    return Sharded(mesh, policy, mixed_precision, offload, reshard=reshard, **more)
 
 
 def hsdp(mesh: MeshLike = None, **options: Any) -> "Sharded":
@@ -206,7 +206,7 @@ class Sharded:
             return torch.full_like(t, torch.nan if t.is_floating_point() else 0, device=self._home) if t.is_meta else t
 
         with torch.no_grad():
-            module._apply(made)
+            replace_tensors(module, made)
 
     def _cut(self, module: nn.Module) -> None:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -242,7 +242,7 @@ class Sharded:
         buffers = self._bound(store).buffers
         if buffers:
             group: Any = self.world.group or distributed.group.WORLD
-            distributed._broadcast_coalesced(group, buffers, 1 << 28, 0)
+            broadcast_each(buffers, group)
 
     def _bound(self, store: Any) -> "_Bound":
         if store.bound is None:
@@ -275,11 +275,11 @@ class Sharded:
         """After a group: every rank has its part of all gradients."""
         return found
 
-    def mean_weight(self, weight: Any) -> Any:
-        """The mean over ranks of a weight."""
-        if weight.__class__ is float:
-            return weight
-        mean = torch.as_tensor(weight).detach().float().clone()
+    def mean_weight(self, found: Gradients) -> Any:
+        """The mean over ranks of the weight."""
+        if found.plain:
+            return found.weight
+        mean = torch.as_tensor(found.weight).detach().float().clone()
         distributed.all_reduce(mean, group=self.world.group)
         return mean / self.world.size
 
@@ -327,7 +327,7 @@ class Sharded:
         twin = stripped_copy(module, memo, lambda p: nn.Parameter(_hollow(p, self.mesh), p.requires_grad), self.methods)
         self._cut(twin)
         with torch.no_grad():
-            twin._apply(lambda t: torch.empty_like(t, device=self._home) if t.is_meta else t)
+            replace_tensors(twin, lambda t: torch.empty_like(t, device=self._home) if t.is_meta else t)
             for name, p in twin.named_parameters():
                 local(p).copy_(local(found[name]))
                 memo[id(found[name])] = p

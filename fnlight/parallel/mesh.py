@@ -9,6 +9,7 @@ from torch import nn
 
 from fnlight.errors import ParallelError
 from fnlight.parallel.world import World, world
+from fnlight.tensors import flattened_mesh
 
 TENSOR = "tensor"
 """The dimension of a mesh along which layers are cut; all others are for data."""
@@ -105,7 +106,7 @@ def data_world(mesh: Any) -> World:
     rank = 0
     for index, size in zip(data.get_coordinate(), data.shape, strict=True):
         rank = rank * size + index
-    group = None if data is mesh else (data if data.ndim == 1 else data._flatten()).get_group()
+    group = None if data is mesh else (data if data.ndim == 1 else flattened_mesh(data)).get_group()
     return World(rank, data.size(), world().local_rank, group)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from fnlight.shards import cuts, is_sharded, local, local_parts
+from fnlight.tensors import cuts, foreach_norm, is_sharded, local, local_parts
 
 
 def norms(values: Sequence[Tensor]) -> Tensor:
@@ -23,7 +23,7 @@ def norms(values: Sequence[Tensor]) -> Tensor:
         tensor([4., 0.])
     """
     parts = local_parts(values)
-    squares = torch.stack([n.float() for n in torch._foreach_norm(parts)]).square_() if parts else torch.zeros(0)
+    squares = torch.stack([n.float() for n in foreach_norm(parts)]).square_() if parts else torch.zeros(0)
     for group, which in _groups(values):
         if len(which) == len(parts):
             distributed.all_reduce(squares, group=group)

@@ -65,8 +65,8 @@ class Placement(Protocol):
         """After a group: gradients that are the same on all ranks, or each rank's shards of them."""
         ...
 
-    def mean_weight(self, weight: Any) -> Any:
-        """The mean over ranks of a weight; a plain float is the same on all of them, and needs no communication."""
+    def mean_weight(self, found: Gradients) -> Any:
+        """The mean over ranks of the weight; that of plain losses is the same on all of them, and needs no communication."""
         ...
 
     def norm(self, values: list[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.data import get_worker_info
 
-from fnlight.checkpoint.encode import decode, encode
+from fnlight.checkpoint import decode, encode
 from fnlight.errors import ParallelError
 
 _SILENCE = re.compile(
@@ -49,7 +49,7 @@ class World:
     local_rank: int = 0
     group: Any = attrs.field(default=None, eq=False, repr=False)
 
-    def total(self, numbers: Sequence[int]) -> list[int]:
+    def all_reduce_sum(self, numbers: Sequence[int]) -> list[int]:
         """The sums over all ranks of some whole numbers."""
         if self.size == 1:
             return list(numbers)
@@ -57,7 +57,7 @@ class World:
         distributed.all_reduce(found, group=self.group)
         return found.tolist()
 
-    def most(self, numbers: Sequence[float]) -> list[float]:
+    def all_reduce_max(self, numbers: Sequence[float]) -> list[float]:
         """The largest over all ranks of some numbers."""
         if self.size == 1:
             return list(numbers)
@@ -155,7 +155,7 @@ class Pulse:
         passed, signals = self.clock() - self.begun, self.signals
         per_step = max(passed - self.now, 1e-6) / self.every
         wanted = min(max(1, int(_BEAT / per_step)), 4 * self.every) if self.world.rank == 0 else 0
-        self.now, number, every = self.world.most([passed, 0 if signals is None else signals.number, wanted])
+        self.now, number, every = self.world.all_reduce_max([passed, 0 if signals is None else signals.number, wanted])
         self.left = self.every = int(every) or 1
         self.left -= 1
         if signals is not None:

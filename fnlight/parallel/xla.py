@@ -14,9 +14,9 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from fnlight.device import move
 from fnlight.errors import ConfigError, ParallelError
 from fnlight.optim import meant
+from fnlight.tensors import move, register_device
 
 Spec = Sequence[str | None]
 
@@ -103,7 +103,7 @@ class OnXLA:
 
 @attrs.frozen(eq=False)
 class Device:
-    """What torch is told of as ``torch.xla``: random numbers, and what `fnlight.device` asks of a lazy device.
+    """What torch is told of as ``torch.xla``: random numbers, and what `fnlight.tensors.device` asks of a lazy device.
 
     Example:
         >>> callable(Device().spread)
@@ -141,7 +141,7 @@ class Device:
 
 def _tell_torch() -> None:
     if getattr(torch, "xla", None) is None:  # as the makers of devices do it; a later torch_xla may bring its own
-        torch._register_device_module("xla", Device())
+        register_device("xla", Device())
 
 
 def _use(mesh: Mapping[str, int], runtime: Any) -> None:

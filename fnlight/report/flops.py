@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fnlight.errors import ConfigError
 from fnlight.state import TrainState
-from fnlight.update import update
+from fnlight.step import update
 
 
 @attrs.frozen
@@ -38,19 +38,19 @@ class Device:
 
 
 PEAKS = (
-    Device(r"B200", 80, 1125, 2250, 2250, "NVIDIA, DGX B200 datasheet, an eighth of it"),
-    Device(r"H200", 67, 494.7, 989.4, 989.4, "NVIDIA, H200 Tensor Core GPU datasheet"),
-    Device(r"H100 PCIe", 51.2, 378, 756, 756, "NVIDIA, H100 Tensor Core GPU datasheet, PCIe"),
-    Device(r"H100 NVL", 60, 417.5, 835, 835, "NVIDIA, H100 Tensor Core GPU datasheet, NVL"),
-    Device(r"H100", 66.9, 494.7, 989.4, 989.4, "NVIDIA, H100 Tensor Core GPU datasheet, SXM"),
-    Device(r"A100", 19.5, 156, 312, 312, "NVIDIA, A100 Tensor Core GPU datasheet"),
-    Device(r"L40S", 91.6, 183, 362, 362, "NVIDIA, L40S datasheet"),
-    Device(r"\bL4\b", 30.3, 60, 121, 121, "NVIDIA, L4 Tensor Core GPU datasheet"),
-    Device(r"\bA10\b", 31.2, 62.5, 125, 125, "NVIDIA, A10 Tensor Core GPU datasheet"),
-    Device(r"V100-SXM", 15.7, None, 125, None, "NVIDIA, V100 Tensor Core GPU datasheet, SXM2"),
-    Device(r"V100-PCIE", 14, None, 112, None, "NVIDIA, V100 Tensor Core GPU datasheet, PCIe"),
-    Device(r"\bT4\b", 8.1, None, 65, None, "NVIDIA, T4 Tensor Core GPU datasheet"),
-    Device(r"MI300X", 163.4, 653.7, 1307.4, 1307.4, "AMD, Instinct MI300X data sheet"),
+    Device(r"B200", fp32=80, tf32=1125, fp16=2250, bf16=2250, source="NVIDIA, DGX B200 datasheet, an eighth of it"),
+    Device(r"H200", fp32=67, tf32=494.7, fp16=989.4, bf16=989.4, source="NVIDIA, H200 Tensor Core GPU datasheet"),
+    Device(r"H100 PCIe", fp32=51.2, tf32=378, fp16=756, bf16=756, source="NVIDIA, H100 Tensor Core GPU datasheet, PCIe"),
+    Device(r"H100 NVL", fp32=60, tf32=417.5, fp16=835, bf16=835, source="NVIDIA, H100 Tensor Core GPU datasheet, NVL"),
+    Device(r"H100", fp32=66.9, tf32=494.7, fp16=989.4, bf16=989.4, source="NVIDIA, H100 Tensor Core GPU datasheet, SXM"),
+    Device(r"A100", fp32=19.5, tf32=156, fp16=312, bf16=312, source="NVIDIA, A100 Tensor Core GPU datasheet"),
+    Device(r"L40S", fp32=91.6, tf32=183, fp16=362, bf16=362, source="NVIDIA, L40S datasheet"),
+    Device(r"\bL4\b", fp32=30.3, tf32=60, fp16=121, bf16=121, source="NVIDIA, L4 Tensor Core GPU datasheet"),
+    Device(r"\bA10\b", fp32=31.2, tf32=62.5, fp16=125, bf16=125, source="NVIDIA, A10 Tensor Core GPU datasheet"),
+    Device(r"V100-SXM", fp32=15.7, tf32=None, fp16=125, bf16=None, source="NVIDIA, V100 Tensor Core GPU datasheet, SXM2"),
+    Device(r"V100-PCIE", fp32=14, tf32=None, fp16=112, bf16=None, source="NVIDIA, V100 Tensor Core GPU datasheet, PCIe"),
+    Device(r"\bT4\b", fp32=8.1, tf32=None, fp16=65, bf16=None, source="NVIDIA, T4 Tensor Core GPU datasheet"),
+    Device(r"MI300X", fp32=163.4, tf32=653.7, fp16=1307.4, bf16=1307.4, source="AMD, Instinct MI300X data sheet"),
 )
 """Devices whose peak is known; the first whose name fits counts. Of others nothing is claimed."""
 
@@ -65,13 +65,13 @@ def flops(state: TrainState, batch: Any) -> int:
 
     Args:
         state: Where training stands; it is left as it was.
-        batch: One batch, or an `Item`, as `fnlight.update.update` takes it.
+        batch: One batch, or an `Item`, as `fnlight.step.update` takes it.
 
     Returns:
         The number.
 
     Example:
-        >>> from fnlight.task import Task
+        >>> from fnlight.state import Task
         >>> task = Task(torch.nn.Linear(32, 8), lambda model, batch: model(batch).sum(),
         ...             configure_optimizers=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
         >>> flops(TrainState.create(task), torch.ones(4, 32))  # forward, and the gradient of the weight

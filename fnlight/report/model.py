@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fnlight.errors import ConfigError
-from fnlight.rng import isolated
-from fnlight.state import TrainState
-from fnlight.task import Task
-from fnlight.tree import leaves, map_tensors
+from fnlight.state import Task, TrainState
+from fnlight.tensors import isolated, leaves, map_tensors
 
 _SHAPES = 3  # tensors of one output whose shapes are listed
 
@@ -164,9 +162,9 @@ def summary(model: Task | TrainState | nn.Module, batch: Any = None, *, depth: i
     modes = {path: part.training for path, part in module.named_modules(remove_duplicate=False) if _level(path) <= depth}
     outputs: dict[str, str] = {}
     if batch is not None:
-        module, outputs = _shapes(module, name, forward, batch, modes)
+        module, outputs = _shapes(module, name, forward, batch=batch, paths=modes)
     seen: dict[int, str] = {}  # parameters by the module that counts them, outermost module first
-    rows = [_row(path, module.get_submodule(path), modes[path], outputs.get(path), seen) for path in modes]
+    rows = [_row(path, module.get_submodule(path), modes[path], output=outputs.get(path), seen=seen) for path in modes]
     params = list(module.parameters())
     buffers = list(module.buffers())
     return ModelSummary(
@@ -245,8 +243,8 @@ def _row(path: str, module: nn.Module, training: bool, output: str | None, seen:
         (own if _counts(seen, p, path) else shared).append(p)
     lazy = any(is_lazy(p) for p in params)
     return ModuleRow(
-        path, type(module).__name__, _count(p for p in own if p.requires_grad), _count(p for p in own if not p.requires_grad),
-        _count(shared), training, output, lazy,
+        name=path, type=type(module).__name__, trainable=_count(p for p in own if p.requires_grad), frozen=_count(p for p in own if not p.requires_grad),
+        shared=_count(shared), training=training, output=output, lazy=lazy,
     )  # fmt: skip
 
 

@@ -9,13 +9,13 @@ from fnlight.schedules.curve import Curve
 
 
 def one_cycle(
-    total: int, warmup: float = 0.3, start_div: float = 25.0, final_div: float = 1e4, anneal: Literal["cos", "linear"] = "cos"
+    total: int, up_fraction: float = 0.3, start_div: float = 25.0, final_div: float = 1e4, anneal: Literal["cos", "linear"] = "cos"
 ) -> Curve:
     """One cycle: up from a fraction of the base learning rate, which is the peak, and down to almost nothing.
 
     Args:
         total: All steps of the cycle.
-        warmup: The part of them that goes up, in 0..1.
+        up_fraction: The part of them that goes up, in 0..1.
         start_div: The first factor is ``1 / start_div``.
         final_div: The last factor is ``1 / (start_div * final_div)``.
         anneal: The form of both parts: ``"cos"`` or ``"linear"``.
@@ -35,12 +35,12 @@ def one_cycle(
         Smith and Topin, "Super-convergence: very fast training of neural networks using large learning rates" (2018).
     """
     check_count("one_cycle(total)", total)
-    check_real("one_cycle(warmup)", warmup, high=1.0)
+    check_real("one_cycle(up_fraction)", up_fraction, high=1.0)
     check_real("one_cycle(start_div)", start_div, above=True)
     check_real("one_cycle(final_div)", final_div, above=True)
     if anneal not in _ANNEAL:
         raise ConfigError(f"one_cycle(anneal) must be one of {sorted(_ANNEAL)}, but got {anneal!r}")
-    between, peak, last = _ANNEAL[anneal], float(warmup * total) - 1, total - 1
+    between, peak, last = _ANNEAL[anneal], float(up_fraction * total) - 1, total - 1
     first, final = 1.0 / start_div, 1.0 / start_div / final_div
 
     def cycle(count: int) -> float:
@@ -49,7 +49,9 @@ def one_cycle(
             return between(first, 1.0, place / peak)
         return between(1.0, final, (place - peak) / (last - peak)) if last > peak else 1.0
 
-    return Curve(f"one_cycle({total}, warmup={warmup}, start_div={start_div}, final_div={final_div}, anneal={anneal!r})", cycle, last)
+    return Curve(
+        f"one_cycle({total}, up_fraction={up_fraction}, start_div={start_div}, final_div={final_div}, anneal={anneal!r})", cycle, last
+    )
 
 
 def cyclic(
@@ -109,11 +111,11 @@ _HEIGHTS: Mapping[str, Callable[[int, int, float], float]] = {
 }
 
 
-def cosine_restarts(first: int, mult: int = 1, final: float = 0.0) -> Curve:
+def cosine_restarts(period: int, mult: int = 1, final: float = 0.0) -> Curve:
     """Half a cosine wave from 1 down to `final`, again and again; a restart is a jump back to 1.
 
     Args:
-        first: Steps until the first restart.
+        period: Steps of the first wave.
         mult: How many times as long each wave is as the one before.
         final: The factor at the end of a wave.
 
@@ -131,17 +133,17 @@ def cosine_restarts(first: int, mult: int = 1, final: float = 0.0) -> Curve:
     References:
         Loshchilov and Hutter, "SGDR: Stochastic gradient descent with warm restarts" (2017).
     """
-    check_count("cosine_restarts(first)", first)
+    check_count("cosine_restarts(period)", period)
     check_count("cosine_restarts(mult)", mult)
     check_real("cosine_restarts(final)", final)
 
     def wave(count: int) -> float:
-        place, length = (count % first, first) if mult == 1 else (count, first)
+        place, length = (count % period, period) if mult == 1 else (count, period)
         while place >= length:
             place, length = place - length, length * mult
         return anneal_cos(1.0, final, place / length)
 
-    return Curve(f"cosine_restarts({first}, mult={mult}, final={final})", wave)
+    return Curve(f"cosine_restarts({period}, mult={mult}, final={final})", wave)
 
 
 _ANNEAL: Mapping[str, Callable[[float, float, float], float]] = {

@@ -12,20 +12,20 @@ from fnlight.schedules.curve import Curve
 from fnlight.schedules.shapes import constant, cosine
 
 
-def warmup(steps: int, then: Callable[[int], float] | None = None) -> Curve:
-    """A rise to 1 over `steps` steps, followed by another schedule, which counts from there.
+def warmup(warmup: int, then: Callable[[int], float] | None = None) -> Curve:
+    """A rise to 1 over `warmup` steps, followed by another schedule, which counts from there.
 
-    The first step already learns: the factors are 1/steps, 2/steps, ..., 1. For a first factor of 0 write ``linear(0, 1, steps)``.
+    The first step already learns: the factors are 1/warmup, 2/warmup, ..., 1. For a first factor of 0 write ``linear(0, 1, total=warmup)``.
 
     Args:
-        steps: How many steps it takes; 0 for none.
+        warmup: Steps of the rise; 0 for none.
         then: What follows; a constant 1 if left out.
 
     Returns:
         A schedule.
 
     Raises:
-        ConfigError: If `steps` is negative or `then` is no function.
+        ConfigError: If `warmup` is negative or `then` is no function.
 
     Example:
         >>> rise = warmup(4)
@@ -35,11 +35,11 @@ def warmup(steps: int, then: Callable[[int], float] | None = None) -> Curve:
     References:
         Goyal et al., "Accurate, large minibatch SGD: training ImageNet in 1 hour" (2017).
     """
-    check_count("warmup(steps)", steps, least=0)
+    check_count("warmup(warmup)", warmup, least=0)
     after = constant() if then is None else then
     check_schedule("warmup(then)", after)
-    text = f"warmup({steps})" if then is None else f"warmup({steps}, then={text_of(then)})"
-    return Curve(text, _rise(steps, after), _end(steps, after) if then is not None else steps)
+    text = f"warmup({warmup})" if then is None else f"warmup({warmup}, then={text_of(then)})"
+    return Curve(text, _rise(warmup, after), _end(warmup, after) if then is not None else warmup)
 
 
 def _end(start: int, last: Callable[[int], float]) -> int | None:
@@ -148,7 +148,7 @@ def join(schedules: Sequence[Callable[[int], float]], boundaries: Sequence[int])
 
     Example:
         >>> from fnlight.schedules import linear
-        >>> both = join([constant(0.1), linear(1.0, 0.0, steps=2)], [2])
+        >>> both = join([constant(0.1), linear(1.0, 0.0, total=2)], [2])
         >>> [both(count) for count in range(5)]
         [0.1, 0.1, 1.0, 0.5, 0.0]
     """

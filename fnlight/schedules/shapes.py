@@ -24,13 +24,13 @@ def constant(factor: float = 1.0) -> Curve:
     return Curve(f"constant({factor})", lambda count: factor)
 
 
-def linear(start: float, end: float, steps: int) -> Curve:
-    """A straight line from `start` at count 0 to `end` at count `steps`.
+def linear(start: float, end: float, total: int) -> Curve:
+    """A straight line from `start` at count 0 to `end` at count `total`.
 
     Args:
         start: The first factor.
         end: The last factor.
-        steps: How many steps it takes.
+        total: How many steps it takes.
 
     Returns:
         A schedule.
@@ -39,14 +39,14 @@ def linear(start: float, end: float, steps: int) -> Curve:
         ConfigError: If a factor is negative or there is no step.
 
     Example:
-        >>> line = linear(1.0, 0.0, steps=4)
+        >>> line = linear(1.0, 0.0, total=4)
         >>> [line(count) for count in range(6)]
         [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
     """
     check_real("linear(start)", start)
     check_real("linear(end)", end)
-    check_count("linear(steps)", steps)
-    return Curve(f"linear({start}, {end}, steps={steps})", lambda count: start + (end - start) * min(count, steps) / steps, steps)
+    check_count("linear(total)", total)
+    return Curve(f"linear({start}, {end}, total={total})", lambda count: start + (end - start) * min(count, total) / total, total)
 
 
 def cosine(total: int, final: float = 0.0) -> Curve:
@@ -74,11 +74,11 @@ def cosine(total: int, final: float = 0.0) -> Curve:
     return Curve(f"cosine({total}, final={final})", lambda count: anneal_cos(1.0, final, min(count, total) / total), total)
 
 
-def step_decay(every: int, factor: float = 0.1) -> Curve:
-    """A staircase: the learning rate is multiplied by `factor` every so many steps.
+def step_decay(period: int, factor: float = 0.1) -> Curve:
+    """A staircase: the learning rate is multiplied by `factor` every `period` steps.
 
     Args:
-        every: The length of a stair.
+        period: Steps of one stair.
         factor: What one stair multiplies by.
 
     Returns:
@@ -92,9 +92,9 @@ def step_decay(every: int, factor: float = 0.1) -> Curve:
         >>> [stairs(count) for count in range(5)]
         [1.0, 1.0, 0.5, 0.5, 0.25]
     """
-    check_count("step_decay(every)", every)
+    check_count("step_decay(period)", period)
     check_real("step_decay(factor)", factor)
-    return Curve(f"step_decay({every}, factor={factor})", lambda count: float(factor ** (count // every)))
+    return Curve(f"step_decay({period}, factor={factor})", lambda count: float(factor ** (count // period)))
 
 
 def exponential(rate: float) -> Curve:

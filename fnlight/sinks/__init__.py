@@ -6,9 +6,17 @@ resumed run leaves no duplicates. The text of a sink, such as ``JSONL('log.jsonl
 """
 
 from fnlight.sinks.console import Console
+from fnlight.sinks.deliver import deliver, let_go
 from fnlight.sinks.fan_out import FanOut, fan_out
 from fnlight.sinks.jsonl import JSONL
 from fnlight.sinks.table import CSV
 from fnlight.sinks.tensorboard import TensorBoard
 
-__all__ = ["CSV", "JSONL", "Console", "FanOut", "TensorBoard", "fan_out"]
+__all__ = [
+    "CSV",
+    "JSONL",
+    "Console",
+    "FanOut",
+    "TensorBoard",
+    "fan_out",
+]

@@ -176,7 +176,7 @@ def _interval(_: Any, __: Any, value: Any) -> None:
         raise ConfigError(f"Console(interval=...) must be seconds, at least 0, but got {value!r}")
 
 
-@attrs.define(eq=False, repr=False)
+@attrs.define(repr=False, unsafe_hash=True)
 class Console:
     """A sink that shows progress: a bar on a terminal, else a line every few seconds and at every evaluation.
 
@@ -198,7 +198,7 @@ class Console:
 
     Example:
         >>> import sys
-        >>> from fnlight.history import Record
+        >>> from fnlight.state import Record
         >>> times = iter([0.0, 2.0])
         >>> console = Console(total_steps=30, interval=0, stream=sys.stdout, clock=lambda: next(times), force_terminal=False)
         >>> console(Record(10, 0, {"train/loss": 0.5}))
@@ -213,7 +213,7 @@ class Console:
     stream: Any = None
     clock: Callable[[], float] = time.monotonic
     force_terminal: bool | None = None
-    _run: _Run | None = attrs.field(default=None, init=False)
+    _run: _Run | None = attrs.field(default=None, init=False, eq=False)
 
     def __call__(self, record: Any) -> None:
         """Take a record; show it if it is time."""
@@ -237,7 +237,9 @@ class Console:
         dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
         display: Any = _Bar(stream) if terminal and not dumb else _Lines(stream)
         ends = weakref.finalize(self, display.close)  # a bar that nobody closes hides the cursor: close it at the latest at exit
-        return _Run(display, ends, step, now, step, last=now, values=dict.fromkeys(self.metrics or ()))
+        return _Run(
+            display=display, ends=ends, first_step=step, first_time=now, step=step, last=now, values=dict.fromkeys(self.metrics or ())
+        )
 
     def _note(self, run: _Run, own: dict[str, float]) -> None:
         for name, value in own.items():
@@ -250,7 +252,17 @@ class Console:
         rate = done / elapsed if done and elapsed > 0 else None
         left = max(self.total_steps - record.step, 0) / rate if rate and self.total_steps is not None else None
         samples, waited = (run.seen / run.timed, run.waited / run.timed) if run.timed else (None, None)
-        view = _View(record.step, self.total_steps, record.epoch, elapsed, rate, left, samples, waited, _ordered(run.values))
+        view = _View(
+            step=record.step,
+            total=self.total_steps,
+            epoch=record.epoch,
+            elapsed=elapsed,
+            rate=rate,
+            left=left,
+            samples=samples,
+            waited=waited,
+            values=_ordered(run.values),
+        )
         run.display.show(view, own)
 
     def flush(self) -> None:

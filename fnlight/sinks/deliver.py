@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fnlight.errors import FaultWarning, FnlightError, warn
-from fnlight.signals import worker_death
+from fnlight.runtime import worker_death
 
 FAILED = "failed_sinks"
 """Where the memory of a state says which sinks failed."""
@@ -26,7 +26,7 @@ def deliver(sinks: Sequence[Any], record: Any, memory: dict[str, Any], told: set
         told: The sinks that this run has warned of; changed in place.
 
     Example:
-        >>> from fnlight.history import Record
+        >>> from fnlight.state import Record
         >>> memory = {FAILED: {}}
         >>> deliver([print], Record(1, 0, {}), memory, set())
         Record(step=1, epoch=0, metrics={})

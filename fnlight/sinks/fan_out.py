@@ -8,7 +8,7 @@ import attrs
 from fnlight.errors import ConfigError
 
 
-@attrs.frozen(eq=False, repr=False)
+@attrs.frozen(repr=False)
 class FanOut:
     """A sink that hands each record to several sinks; see `fan_out`.
 
@@ -51,7 +51,7 @@ def fan_out(*sinks: Any) -> FanOut:
         ConfigError: If one is not callable.
 
     Example:
-        >>> from fnlight.history import Record
+        >>> from fnlight.state import Record
         >>> steps, losses = [], []
         >>> both = fan_out(lambda record: steps.append(record.step), lambda record: losses.append(record.metrics["loss"]))
         >>> both(Record(10, 0, {"loss": 0.5}))

@@ -26,7 +26,7 @@ class JSONL:
 
     Example:
         >>> import tempfile
-        >>> from fnlight.history import Record
+        >>> from fnlight.state import Record
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     sink = JSONL(f"{folder}/log.jsonl")
         ...     sink(Record(10, 1, {"val/loss": 0.5}))
@@ -63,6 +63,12 @@ class JSONL:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, JSONL) and self.path == other.path
+
+    def __hash__(self) -> int:
+        return hash((JSONL, self.path))
 
     def __repr__(self) -> str:
         return f"JSONL({self.path!r})"

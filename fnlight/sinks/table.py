@@ -29,7 +29,7 @@ class CSV:
 
     Example:
         >>> import tempfile
-        >>> from fnlight.history import Record
+        >>> from fnlight.state import Record
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     sink = CSV(f"{folder}/log.csv")
         ...     sink(Record(10, 0, {"train/loss": 0.5}))
@@ -77,6 +77,12 @@ class CSV:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CSV) and self.path == other.path
+
+    def __hash__(self) -> int:
+        return hash((CSV, self.path))
 
     def __repr__(self) -> str:
         return f"CSV({self.path!r})"

@@ -29,7 +29,7 @@ class TensorBoard:
 
     Example:
         >>> import tempfile
-        >>> from fnlight.history import Record
+        >>> from fnlight.state import Record
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     sink = TensorBoard(f"{folder}/a", hparams={"lr": 0.1})
         ...     sink(Record(10, 1, {"val/loss": 0.5}))
@@ -84,6 +84,12 @@ class TensorBoard:
                     append(file, hparams_end(time.time()))
         finally:
             file.close()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TensorBoard) and self.dir == other.dir and self.hparams == other.hparams
+
+    def __hash__(self) -> int:
+        return hash((TensorBoard, self.dir))
 
     def __repr__(self) -> str:
         return f"TensorBoard({self.dir!r}{f', hparams={self.hparams!r}' if self.hparams else ''})"

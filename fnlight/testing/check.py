@@ -15,15 +15,14 @@ from torch import Tensor, nn
 
 from fnlight.checkpoint import load, save
 from fnlight.errors import ConfigError, StepError, TaskCheckError
-from fnlight.evaluate import inference
-from fnlight.metrics import Tally
+from fnlight.gradients import grad
+from fnlight.loop import inference
+from fnlight.metrics import Tally, parted
 from fnlight.pipe import Phase, pipe
-from fnlight.rng import TRAIN, fold_in, isolated, seed_generators
-from fnlight.state import Store, TrainState
-from fnlight.task import Task
+from fnlight.state import Store, Task, TrainState
+from fnlight.step import apply
+from fnlight.tensors import buffers_of, differences, fold_in, isolated, leaves, map_tensors, seed_generators
 from fnlight.testing.compare import listed, next_numbers, plain, snapshot
-from fnlight.tree import differences, leaves, map_tensors
-from fnlight.update import apply, grad
 
 
 @attrs.frozen
@@ -59,7 +58,7 @@ class _Case:
 
     @property
     def key(self) -> int:
-        return fold_in(self.state.seed, TRAIN, 0, 0)
+        return fold_in(self.state.key, 0)  # of the first micro-batch
 
     def fresh(self) -> tuple[Store, Any]:
         return self.state.copy().store, copy.deepcopy(self.batch)
@@ -155,7 +154,7 @@ def check_task(task: Task, batch: Any, *, seed: int = 0, skip: Iterable[str] = (
         ConfigError: If `skip` names no check.
 
     Example:
-        >>> from fnlight.testing.tiny import tiny_batches, tiny_task
+        >>> from fnlight.testing import tiny_batches, tiny_task
         >>> report = check_task(tiny_task(), tiny_batches()[0])
         >>> report.skipped
         {}
@@ -239,7 +238,7 @@ def _anatomy(module: nn.Module) -> dict[str, Any]:
     """All that a module is, the values of its buffers aside."""
     found: dict[str, Any] = {}
     for name, part in module.named_modules():
-        found |= {".".join(filter(None, (name, key))): _frozen(value) for key, value in vars(part).items() if key != "_buffers"}
+        found |= {".".join(filter(None, (name, key))): _frozen(value) for key, value in vars(part).items() if value is not buffers_of(part)}
     return found
 
 
@@ -295,14 +294,18 @@ def _evaluation(case: _Case) -> str | None:
 
 
 def _read_metrics(out: Any) -> None:
-    if not isinstance(out, Mapping) or not out:
+    out, objects = parted(out)
+    for each in objects.values():
+        each.reset()
+    if not isinstance(out, Mapping) or not (out or objects):
         _fail(
             "evaluation", f"eval_step gives {type(out).__name__}: {out!r:.60}, no dict of metrics", 'Return a dict such as {"loss": loss}'
         )
     tally = Tally()
     try:
-        tally.add(1, out)
-        tally.read()
+        if out:
+            tally.add(1, out)
+            tally.read()
     except (StepError, RuntimeError, TypeError, ValueError) as error:
         _fail(
             "evaluation",

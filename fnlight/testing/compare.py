@@ -10,10 +10,9 @@ from torch import nn
 
 from fnlight.metrics import Tally
 from fnlight.optim import named_groups
-from fnlight.rng import isolated, seed_generators
 from fnlight.state import TrainState
-from fnlight.tree import differences, map_tensors
-from fnlight.update import pure
+from fnlight.step import pure
+from fnlight.tensors import differences, isolated, map_tensors, seed_generators
 
 
 def trees_equal(a: Any, b: Any) -> bool:
@@ -27,7 +26,7 @@ def trees_equal(a: Any, b: Any) -> bool:
         True if nothing differs; NaN equals NaN.
 
     Example:
-        >>> from fnlight.testing.tiny import tiny_task
+        >>> from fnlight.testing import tiny_task
         >>> state = TrainState.create(tiny_task())
         >>> trees_equal(state, state.copy())
         True
@@ -53,7 +52,7 @@ def assert_trees_equal(a: Any, b: Any) -> None:
 
 
 def plain(tree: Any) -> Any:
-    """Turn a tree into dicts, lists and leaves that `fnlight.tree.differences` can compare.
+    """Turn a tree into dicts, lists and leaves that `fnlight.tensors.differences` can compare.
 
     Args:
         tree: Any tree, state or module.
@@ -62,7 +61,7 @@ def plain(tree: Any) -> Any:
         A tree that shares its tensors.
 
     Example:
-        >>> from fnlight.testing.tiny import tiny_task
+        >>> from fnlight.testing import tiny_task
         >>> plain(TrainState.create(tiny_task()))["progress"]
         {'step': 0, 'epoch': 0, 'batch': 0, 'samples': 0}
     """
@@ -168,8 +167,8 @@ def assert_pure(step: Any, state: TrainState, batch: Any) -> None:
         AssertionError: If one of these does not hold; the message names the place.
 
     Example:
-        >>> from fnlight.testing.tiny import tiny_batches, tiny_task
-        >>> from fnlight.update import update
+        >>> from fnlight.testing import tiny_batches, tiny_task
+        >>> from fnlight.step import update
         >>> assert_pure(update, TrainState.create(tiny_task()), tiny_batches()[0])
     """
     before, given, drawn = snapshot(state), snapshot(batch), next_numbers()

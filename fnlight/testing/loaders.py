@@ -16,14 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from fnlight.checkpoint.encode import decode, encode
-from fnlight.data import Loaders, Source, batches
-from fnlight.data.digest import digest_of
-from fnlight.data.known import inexact, is_plain
+from fnlight.checkpoint import decode, encode
+from fnlight.data import Loaders, Source, batches, digest_of, inexact, is_plain
 from fnlight.errors import ConfigError, LoaderCheckError, LoaderError, LoaderWarning
-from fnlight.rng import isolated, seed_generators
-from fnlight.state import Progress, TrainState
-from fnlight.task import Task
+from fnlight.state import Progress, Task, TrainState
+from fnlight.tensors import isolated, seed_generators
 
 CHECKS = ("again", "middle", "copy", "workers", "process")
 """The names of the checks, in the order in which they are made."""
@@ -100,7 +97,9 @@ def check_loader(loaders: Any, *, seed: int = 0, limit: int = 64, skip: Iterable
     if not left_out <= set(CHECKS):
         raise ConfigError(f"check_loader has no check called {sorted(left_out - set(CHECKS))}; there are {list(CHECKS)}")
     with isolated():
-        return LoaderReport({name: _checked(name, loader, seed, limit, left_out) for name, loader in _named(loaders).items()})
+        return LoaderReport(
+            {name: _checked(name, loader, seed, limit=limit, left_out=left_out) for name, loader in _named(loaders).items()}
+        )
 
 
 def _named(loaders: Any) -> dict[str, Any]:
@@ -117,8 +116,8 @@ def _checked(name: str, loader: Any, seed: int, limit: int, left_out: set[str]) 
     why = inexact(loader.loader if isinstance(loader, Source) else loader)
     if why is not None:
         _fail(name, "again", why, "Or resume only at the end of an epoch")
-    whole, length, _ = _read(loader, seed, limit, {}, Progress(), None)
-    case = _Case(name, loader, seed, limit, whole, length, {})
+    whole, length, _ = _read(loader, seed, limit)
+    case = _Case(name=name, loader=loader, seed=seed, limit=limit, whole=whole, length=length, saved={})
     if not any(whole):
         return "nothing can be said: its batches hold no tensors, arrays, numbers or texts that could be compared"
     notes = list[str]()
@@ -147,11 +146,17 @@ def _state(seed: int, progress: Progress, memory: Mapping[str, Any]) -> TrainSta
 
 
 def _read(
-    loader: Any, seed: int, limit: int, memory: Mapping[str, Any], progress: Progress, count: int | None
+    loader: Any,
+    seed: int,
+    limit: int,
+    *,
+    memory: Mapping[str, Any] | None = None,
+    progress: Progress = Progress(),
+    count: int | None = None,
 ) -> tuple[list[Any], int, dict[str, Any]]:
     """The digests of so many batches, or of two epochs; the batches of the first epoch that ends, and what a state keeps after the last one."""
     found, length, kept = list[Any](), 0, dict[str, Any]()
-    items: Any = batches(Source.of(loader, limit=limit), _state(seed, progress, memory))
+    items: Any = batches(Source.of(loader, limit=limit), _state(seed, progress, memory or {}))
     try:
         for item in islice(items, count):
             found.append(digest_of(item.batches[0]))
@@ -170,13 +175,13 @@ def _rest(loader: Any, case: _Case) -> list[Any]:
     at = Progress(epoch=1, batch=case.cut - case.length)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LoaderWarning)
-        return _read(loader, case.seed, case.limit, case.saved, at, len(case.whole) - case.cut)[0]
+        return _read(loader, case.seed, case.limit, memory=case.saved, progress=at, count=len(case.whole) - case.cut)[0]
 
 
 def _again(case: _Case) -> None:
     seed_generators(12345)  # what is drawn before must not matter
-    found, _, _ = _read(case.loader, case.seed, case.limit, {}, Progress(), None)
-    _compare(case, "again", found, case.whole, 0, "read again in the same process", _KEYED)
+    found, _, _ = _read(case.loader, case.seed, case.limit)
+    _compare(case, "again", found, case.whole, first=0, where="read again in the same process", advice=_KEYED)
 
 
 def _middle(case: _Case) -> dict[str, Any]:
@@ -189,7 +194,7 @@ def _middle(case: _Case) -> dict[str, Any]:
         tensors[name] = tensor
         return name
 
-    _, _, kept = _read(case.loader, case.seed, case.limit, {}, Progress(), case.cut)
+    _, _, kept = _read(case.loader, case.seed, case.limit, count=case.cut)
     saved = decode(json.loads(json.dumps(encode(kept, put, "memory"))), tensors.__getitem__)
     case = attrs.evolve(case, saved=saved)
     _resumes(case, "middle", case.loader, "a run that is resumed in the middle of the second epoch")
@@ -206,9 +211,9 @@ def _resumes(case: _Case, check: str, loader: Any, where: str) -> None:
         check,
         found,
         case.whole[case.cut :],
-        case.cut,
-        where,
-        "Give it set_epoch(epoch) in the place of a counter of its own. " + _KEYED,
+        first=case.cut,
+        where=where,
+        advice="Give it set_epoch(epoch) in the place of a counter of its own. " + _KEYED,
     )
 
 
@@ -224,10 +229,10 @@ def _copy(case: _Case) -> str | None:
 def _workers(case: _Case) -> str | None:
     if not is_plain(case.loader):
         return None
-    found = {count: _read(_with_workers(case.loader, count), case.seed, case.limit, {}, Progress(), None)[0] for count in (0, 2)}
+    found = {count: _read(_with_workers(case.loader, count), case.seed, case.limit)[0] for count in (0, 2)}
     if isinstance(case.loader.dataset, IterableDataset):
         return "its order depends on the number of workers" if found[0] != found[2] else None
-    _compare(case, "workers", found[2], found[0], 0, "read by 2 workers rather than in this process", _KEYED)
+    _compare(case, "workers", found[2], found[0], first=0, where="read by 2 workers rather than in this process", advice=_KEYED)
     return None
 
 
@@ -249,7 +254,7 @@ def _process(case: _Case) -> str | None:
     advice, where = "Is there an order of a set, or a hash, in it? " + _KEYED, "read by a new process, in which a run is resumed,"
     if isinstance(found, Exception):
         _fail(case.name, "process", f"{where} it is refused: {found}", advice)
-    _compare(case, "process", found, case.whole[case.cut :], case.cut, where, advice)
+    _compare(case, "process", found, case.whole[case.cut :], first=case.cut, where=where, advice=advice)
     return None
 
 

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fnlight.errors import ConfigError
-from fnlight.history import Record
 from fnlight.metrics import Mean
-from fnlight.rng import isolated, seed_generators
-from fnlight.task import Task
+from fnlight.state import Record, Task
+from fnlight.tensors import isolated, seed_generators
 
 
 @attrs.define
@@ -77,7 +76,11 @@ def tiny_task(kind: str = "mlp", seed: int = 0) -> Task:
         seed_generators(seed)
         model = _kind(kind)[0]()
     return Task(
-        model, _train_step, _eval_step, lambda model, batch: model(batch[0]), lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2)
+        model=model,
+        train_step=_train_step,
+        eval_step=_eval_step,
+        predict_step=lambda model, batch: model(batch[0]),
+        configure_optimizers=lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2),
     )
 
 

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 import fnlight as fl
-from fnlight.checkpoint.write import describe_state
-from fnlight.saving import Saver
+from fnlight.checkpoint import describe_state
+from fnlight.loop import Saver
 
 
 def make_state(mib: int) -> fl.TrainState:

@@ -47,7 +47,7 @@ def by_torch(net, batches):
 def by_fnlight(net, batches):
     held = [fl.TrainState.create(fl.Task(net, train_step, configure_optimizers=optimizer), place=fl.parallel.ddp())]
     step = fl.pipe(train_step, fl.grad(), fl.apply())
-    items = [fl.Item((batch,), 0, 1, False, len(batch[1])) for batch in batches]
+    items = [fl.data.Item((batch,), 0, 1, False, len(batch[1])) for batch in batches]
 
     def block():
         for item in items:

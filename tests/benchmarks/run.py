@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.benchmarks.tables import PAGE, header, write_section
 
-PROGRAMS = ("overhead", "steps", "size", "memory", "microbatch", "savings", "checkpoint", "compiled", "peers", "work")
+PROGRAMS = ("overhead", "steps", "size", "memory", "microbatch", "savings", "checkpoint", "compiled", "kept", "peers", "work")
 
 
 def takes(program, option):

@@ -97,7 +97,7 @@ def fnlight_loop(width: int = WIDTH) -> Callable[[torch.Tensor], Any]:
     held = [step.start(make(width))]
 
     def one(batch: torch.Tensor) -> None:
-        held[0], _ = step(held[0], fl.Item.of(batch, state=held[0]))
+        held[0], _ = step(held[0], fl.data.Item.of(batch, state=held[0]))
 
     return one
 
@@ -159,7 +159,7 @@ def memory(rank: int, side: str, wide: str = "768") -> None:
 def stepped(width: int) -> tuple[fl.TrainState, nn.Module, Any]:
     """The same state on both sides, with optimizer memory."""
     state = make(width)
-    state, _ = fl.pipe(train_step, fl.grad(), fl.apply())(state, fl.Item.of(batch_of(0), state=state))
+    state, _ = fl.pipe(train_step, fl.grad(), fl.apply())(state, fl.data.Item.of(batch_of(0), state=state))
     model = sharded(width)
     optimizer = adamw(model)
     train_step(model, batch_of(0)).backward()

@@ -135,7 +135,7 @@ def histories(clock: Clock) -> Iterator[str]:
     numbers, states, sides = (0, 10**3, 10**4, 10**5), list[Any](), list[Iterator[Any]]()
     for n in numbers:
         state = fl.TrainState.create(task)
-        history = type(state.history)(fl.Record(i + 1, i + 1, {"val/loss": 1.0, "val/acc": 0.5}) for i in range(n))
+        history = type(state.history)(fl.state.Record(i + 1, i + 1, {"val/loss": 1.0, "val/acc": 0.5}) for i in range(n))
         states.append(attrs.evolve(state, history=history, progress=attrs.evolve(state.progress, step=n, epoch=n)))
         evaluation = fl.evaluate_every([batch], fl.steps(10**9), eval_step=lambda model, batch: {"loss": train_step(model, batch)})
         rule = fl.stop_when(fl.patience("val/loss", 10**9) | fl.max_steps(10**9))  # one for each: it remembers the last history

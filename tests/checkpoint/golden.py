@@ -11,7 +11,7 @@ import platform
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fnlight as fl
 from fnlight.checkpoint.migrations import FORMAT
-from fnlight.tree import leaves
+from fnlight.tensors import leaves
 from tests.checkpoint.parted import save_in_parts
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -91,6 +91,16 @@ def adamw(net: nn.Module) -> fl.Optim:
     return fl.Optim(torch.optim.AdamW(groups, lr=0.05), schedule=fl.warmup_cosine(warmup=4, total=40))
 
 
+def body_and_head(net: nn.Module) -> dict[str, Any]:
+    """Two optimizers: AdamW with two groups and a schedule, and SGD with momentum for the last layer."""
+    parts: Any = net
+    groups = [{"params": parts[0].parameters()}, {"params": parts[1:-1].parameters(), "weight_decay": 0.0, "lr": 0.02}]
+    return {
+        "body": fl.Optim(torch.optim.AdamW(groups, lr=0.05), schedule=fl.warmup_cosine(warmup=4, total=40)),
+        "head": torch.optim.SGD(parts[-1].parameters(), lr=0.1, momentum=0.9),
+    }
+
+
 def momentum(net: nn.Module) -> Any:
     """One slot a parameter."""
     return torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
@@ -113,6 +123,8 @@ class Case:
         total: Steps after which it ended.
         draws: Whether what it computes depends on the generator of the machine.
         unsure: Parameters whose gradients are rounding errors alone, which AdamW makes as large as any other.
+        train_step: Its `train_step`: one loss, or a loss for each optimizer.
+        since: The first format that there is a checkpoint of.
     """
 
     model: Callable[[], nn.Module]
@@ -122,15 +134,17 @@ class Case:
     total: int
     draws: bool = False
     unsure: frozenset[str] = frozenset()
+    train_step: Any = train_step
+    since: int = 1
 
     def task(self) -> fl.Task:
         """The task."""
-        return fl.Task(self.model(), train_step, eval_step, configure_optimizers=self.configure)
+        return fl.Task(self.model(), self.train_step, eval_step, configure_optimizers=self.configure)
 
     def on(self, state: fl.TrainState, steps: int) -> fl.TrainState:
         """The state after so many steps more."""
         pipe = fl.pipe(
-            train_step, fl.grad(), fl.apply(), fl.ema(0.9), fl.evaluate_every([data()], every=fl.steps(3)), fl.log_to(ignore, every=fl.steps(50))
+            self.train_step, fl.grad(), fl.apply(), fl.ema(0.9), fl.evaluate_every([data()], every=fl.steps(3)), fl.log_to(ignore, every=fl.steps(50))
         )  # fmt: skip
         return list(islice(fl.run(pipe, state, self.loader()), steps))[-1][0]
 
@@ -146,7 +160,11 @@ CASES = {
     "momentum": Case(model, momentum, shuffled, 5, 12),
     "nested memory": Case(model, lbfgs, shuffled, 4, 8),
     "own position": Case(model, momentum, Counting, 3, 8),
-}
+    "two optimizers": Case(
+        lambda: model(nn.BatchNorm1d(6), nn.Dropout(0.25)), body_and_head, shuffled, 10, 20, draws=True, unsure=frozenset({"0.bias"}),
+        train_step={"body": train_step, "head": fl.Phase(train_step, fl.clip_norm(0.5), every=fl.steps(2))}, since=3,
+    ),
+}  # fmt: skip
 
 
 def held(state: fl.TrainState) -> dict[str, Any]:
@@ -175,9 +193,20 @@ def machine() -> dict[str, str]:
     return {"torch": torch.__version__, "kernels": torch.backends.cpu.get_cpu_capability(), "machine": platform.machine()}
 
 
+def plain() -> dict[str, list[float]]:
+    """Where "own position" ends in a loop of torch alone, which tells whether this machine rounds as that of a record did."""
+    net, case = model(), CASES["own position"]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for x, y in islice(chain(Counting(), Counting()), case.total):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    return {name: p.detach().double().reshape(-1).tolist() for name, p in net.named_parameters()}
+
+
 def draw() -> str:
     """What the generator of this machine makes of a seed, as dropout sees it."""
-    with fl.isolated():
+    with fl.tensors.isolated():
         torch.manual_seed(11)
         return said(F.dropout(torch.ones(64), 0.25))
 
@@ -198,7 +227,15 @@ def written(case: Case, save: Callable[[fl.TrainState, str], Any] = fl.save) -> 
         path = Path(save(half, f"{folder}/a"))
         files = {p.name: base64.b85encode(zlib.compress(p.read_bytes(), 9)).decode("ascii") for p in sorted(path.iterdir())}
     end = case.on(half.copy(), case.total - case.saved)
-    return {"files": files, "saved": held(half), "end": values(end), "machine": machine(), "draw": draw()}
+    return {
+        "files": files,
+        "saved": held(half),
+        "end": values(end),
+        "ended": held(end),
+        "machine": machine(),
+        "plain": plain(),
+        "draw": draw(),
+    }
 
 
 def unpacked(golden: Mapping[str, Any], folder: Path) -> Path:

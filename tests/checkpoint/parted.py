@@ -7,11 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from fnlight import TrainState
+from fnlight.checkpoint import Parts, at, describe_state, write_together
 from fnlight.checkpoint.layout import Layout
-from fnlight.checkpoint.places import at
 from fnlight.checkpoint.tensors import describe
-from fnlight.checkpoint.together import Parts, write_together
-from fnlight.checkpoint.write import describe_state
 
 ROWS = Layout(((0, 3),), (0, 1, 2))
 GRID = Layout(((0, 2), (1, 2)), (0, 2, 1, 3))

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fnlight.averages import ema
 from fnlight.checkpoint import manifest
+from fnlight.gradients import grad
 from fnlight.metrics import Mean, Tally
 from fnlight.pipe import pipe
-from fnlight.state import TrainState
-from fnlight.task import Task
-from fnlight.tree import differences
-from fnlight.update import apply, grad, pure, update
+from fnlight.state import Task, TrainState
+from fnlight.step import apply, ema, pure, update
+from fnlight.tensors import differences
 
 
 class Net(nn.Module):

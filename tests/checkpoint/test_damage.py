@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fnlight.checkpoint import checkpoints, load, load_weights, newest, restore, save, step_path, verify
-from fnlight.checkpoint.manifest import parse, render
+from fnlight.checkpoint import checkpoints, load, load_weights, newest, parse, restore, save, step_path, verify
+from fnlight.checkpoint.manifest import render
 from fnlight.checkpoint.migrations import FORMAT
 from fnlight.errors import BrokenCheckpointError, CheckpointError, CheckpointWarning
 from fnlight.state import TrainState

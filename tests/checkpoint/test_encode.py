@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fnlight.checkpoint.encode import decode, encode
+from fnlight.checkpoint import decode, encode
 from fnlight.errors import CheckpointError
 from fnlight.metrics import Mean, Tally
 

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from fnlight.checkpoint import lock
-from fnlight.checkpoint.lock import hold
+from fnlight.checkpoint import hold, lock
 from fnlight.errors import CheckpointError, CheckpointWarning, LockedError
 
 ROOT = Path(__file__).resolve().parents[2]
 
 HOLDER = """
 import os, sys, time
-from fnlight.checkpoint.lock import hold
+from fnlight.checkpoint import hold
 held = hold(sys.argv[1], clock=lambda: 0.0)
 child = os.fork()
 if child == 0:

@@ -13,11 +13,10 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 import fnlight as fl
+from fnlight.checkpoint import at, chunks, parse, verify
 from fnlight.checkpoint.layout import Layout, overlap
-from fnlight.checkpoint.manifest import parse, render
+from fnlight.checkpoint.manifest import render
 from fnlight.checkpoint.pieces import read_pieces
-from fnlight.checkpoint.places import at, verify
-from fnlight.checkpoint.tensors import chunks
 from fnlight.cli import run
 from fnlight.errors import BrokenCheckpointError
 from tests.checkpoint.golden import CASES
@@ -206,5 +205,5 @@ def test_a_checkpoint_of_parts_is_replaced_whole(state, tmp_path):
         assert not [name for name in at(path).names() if "-of-" in name]
     save_in_parts(state, tmp_path / "c")
     (tmp_path / "c" / "notes.txt").write_text("mine")
-    with pytest.raises(fl.CheckpointError, match="it holds notes.txt"):
+    with pytest.raises(fl.errors.CheckpointError, match="it holds notes.txt"):
         fl.save(state, tmp_path / "c")

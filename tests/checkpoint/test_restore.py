@@ -12,10 +12,9 @@ from torch import nn
 from fnlight.checkpoint import load, restore, save
 from fnlight.errors import CheckpointWarning, MismatchError
 from fnlight.optim import Optim
-from fnlight.state import TrainState
-from fnlight.task import Task
-from fnlight.tree import differences
-from fnlight.update import update
+from fnlight.state import Task, TrainState
+from fnlight.step import update
+from fnlight.tensors import differences
 from tests.checkpoint.tasks import Net, adamw, content, make_task, trained, unlike
 
 

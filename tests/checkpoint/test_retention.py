@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fnlight.checkpoint import Retention, best, checkpoints, every, folder, last, prune, save, step_path
-from fnlight.checkpoint.retention import sweep
+from fnlight.checkpoint import Retention, best, checkpoints, every, folder, last, prune, save, step_path, sweep
 from fnlight.errors import CheckpointWarning, ConfigError
-from fnlight.history import Record
+from fnlight.state import Record
 from tests.checkpoint.tasks import trained
 
 STEPS = st.lists(st.integers(0, 12), unique=True)

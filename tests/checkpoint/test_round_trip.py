@@ -16,9 +16,8 @@ from torch.nn import functional as F
 from fnlight.checkpoint import load, restore, save, verify
 from fnlight.errors import CheckpointError
 from fnlight.optim import Optim
-from fnlight.state import TrainState
-from fnlight.task import Task
-from fnlight.update import update
+from fnlight.state import Task, TrainState
+from fnlight.step import update
 from tests.checkpoint.tasks import adamw, advance, content, files, forge_bytes, make_task, tokens, trained, unlike
 from tests.optim.table import CASES, OF_TORCH
 

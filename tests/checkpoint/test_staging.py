@@ -5,8 +5,7 @@ import threading
 import pytest
 import torch
 
-from fnlight.checkpoint.background import Background
-from fnlight.checkpoint.staging import Buffers
+from fnlight.checkpoint import Background, Buffers
 
 
 def test_staged_tensors_are_bitwise_those_of_the_moment() -> None:

@@ -10,8 +10,7 @@ from torch import nn
 
 from fnlight.checkpoint import load_weights, save, step_path
 from fnlight.errors import BrokenCheckpointError, CheckpointError, MismatchError
-from fnlight.state import TrainState
-from fnlight.task import Task
+from fnlight.state import Task, TrainState
 from tests.checkpoint.tasks import content, files, trained, unlike
 
 
@@ -79,7 +78,9 @@ def test_floating_point_is_converted_and_said(tmp_path: Path) -> None:
 def test_names_may_be_mapped(tmp_path: Path, rename: Any) -> None:
     """A mapping or a function translates the names of the file."""
     save_file({"body.weight": torch.ones(1, 2), "body.bias": torch.ones(1)}, tmp_path / "a.safetensors")
-    assert load_weights(linear(), tmp_path / "a.safetensors", rename=rename)[1].fits
+    state, report = load_weights(linear(), tmp_path / "a.safetensors", rename=rename)
+    assert report.fits
+    assert [p.flatten().tolist() for p in state.params.values()] == [[1.0, 1.0], [1.0]]
 
 
 def test_names_may_be_left_out_but_not_joined(tmp_path: Path) -> None:

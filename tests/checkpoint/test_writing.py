@@ -13,8 +13,7 @@ import torch
 
 from fnlight.checkpoint import amend, folder, load, newest, save, step_path, verify, writable
 from fnlight.errors import CheckpointError, CheckpointWarning, DonatedStateError
-from fnlight.state import Progress, TrainState
-from fnlight.task import Task
+from fnlight.state import Progress, Task, TrainState
 from tests.checkpoint.tasks import files, make_task, trained, unlike
 
 ROOT = Path(__file__).resolve().parents[2]

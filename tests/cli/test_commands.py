@@ -211,7 +211,7 @@ def test_a_checkpoint_says_what_its_time_went_to(tmp_path, capsys):
 
     state = TrainState.create(tiny_task())
     assert shown(save(state, tmp_path / "a")) == "-"
-    spent = state.store.times
+    spent = state.store.wall_time
     spent.total, spent.data, spent.lost, spent.save, spent.runs = 100.0, 20.0, 10.0, 0.1, 2
     assert shown(save(state, tmp_path / "b")) == "70% of 100.0 s in 2 runs, 20% data, 10% lost"
 

@@ -106,7 +106,7 @@ def test_a_compiled_step_is_the_eager_one_up_to_rounding(name: str) -> None:
         pytest.skip("the C++ that torch 2.9 writes for it does not compile; see the next test")
     task = task_of(OPTIMIZERS[name])
     with warnings.catch_warnings():
-        warnings.simplefilter("error", fl.CompileWarning)
+        warnings.simplefilter("error", fl.errors.CompileWarning)
         (one, metrics), (two, others) = (trained(task, *parts, data=batches_of((6,) * 8)) for parts in ((), (fl.compile("step"),)))
     assert apart(one, two) < 1e-5
     assert all(a == pytest.approx(b, rel=1e-5, abs=1e-6) for a, b in zip(metrics, others, strict=True))
@@ -132,7 +132,7 @@ def test_a_step_that_the_compiler_fails_at_is_taken_without_it(monkeypatch: pyte
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", fail)
     task = task_of(OPTIMIZERS["AdamW"])
     with pytest.warns(
-        fl.CompileWarning,
+        fl.errors.CompileWarning,
         match="no graph at level 'step': torch's compiler fails at it with .*no such instruction; going on at level 'trace'",
     ):
         two, _ = trained(task, fl.compile("step"))
@@ -179,7 +179,7 @@ def test_a_function_that_holds_something_is_no_part_of_a_graph() -> None:
 
     task = fl.Task(model_of(), told, configure_optimizers=task_of().configure_optimizers)
     step = fl.pipe(task.train_step, fl.grad(), fl.apply(), fl.compile("trace"), fl.stop_when(fl.max_steps(2)))
-    with pytest.warns(fl.CompileWarning, match="Cat whose function holds nothing"):
+    with pytest.warns(fl.errors.CompileWarning, match="Cat whose function holds nothing"):
         found = [metrics for _, metrics in fl.run(step, fl.TrainState.create(task, seed=0), batches_of((6, 3)))]
     assert len(found) == 2
 
@@ -330,7 +330,7 @@ def test_what_a_graph_would_freeze_is_said_and_goes_on_without_one(task: fl.Task
     """One warning names the part and the reason; the result is the eager one."""
     eager = fl.FitConfig(max_steps=4, progress=False)
     traced = fl.FitConfig(max_steps=4, progress=False, compile="trace")
-    with pytest.warns(fl.CompileWarning, match=match) as found:
+    with pytest.warns(fl.errors.CompileWarning, match=match) as found:
         two = fl.fit(fl.TrainState.create(task, seed=3), batches_of((6, 6)), traced)
     assert len(found) == 1
     if task.train_step is not reads_the_clock:
@@ -340,7 +340,7 @@ def test_what_a_graph_would_freeze_is_said_and_goes_on_without_one(task: fl.Task
 
 def test_a_level_falls_back_to_the_next_below() -> None:
     """What cannot be compiled is tried as a trace, then goes on without a graph, and each time the reason is said."""
-    with pytest.warns(fl.CompileWarning, match="going on") as found:
+    with pytest.warns(fl.errors.CompileWarning, match="going on") as found:
         fl.fit(fl.TrainState.create(task_of(fn=decides)), batches_of((6, 6)), fl.FitConfig(max_steps=3, compile="step", progress=False))
     assert ["going on at level 'trace'" in str(w.message) for w in found] == [True, False]
 
@@ -348,7 +348,7 @@ def test_a_level_falls_back_to_the_next_below() -> None:
 def test_ever_new_shapes_end_in_one_warning() -> None:
     """Who changes something all the time would compile all the time: at some point the eager step goes on."""
     task = task_of()
-    with pytest.warns(fl.CompileWarning, match="16 graphs were made") as found:
+    with pytest.warns(fl.errors.CompileWarning, match="16 graphs were made") as found:
         fl.fit(fl.TrainState.create(task), batches_of(tuple(range(2, 24))), fl.FitConfig(max_epochs=1, compile="trace", progress=False))
     assert len(found) == 1
 
@@ -374,19 +374,24 @@ def test_how_long_compiling_took_is_logged(caplog: pytest.LogCaptureFixture) -> 
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda: fl.compile("graphs"), fl.ConfigError, "one of the levels"),
-        (lambda: fl.compile("step", unroll=0), fl.ConfigError, "unroll"),
-        (lambda: fl.compile("model", unroll=2), fl.ConfigError, "1 at level 'model'"),
-        (lambda: fl.FitConfig(max_steps=1, unroll=4), fl.ConfigError, "give compile='step'"),
+        (lambda: fl.compile("graphs"), fl.errors.ConfigError, "one of the levels"),
+        (lambda: fl.compile("step", unroll=0), fl.errors.ConfigError, "unroll"),
+        (lambda: fl.compile("model", unroll=2), fl.errors.ConfigError, "1 at level 'model'"),
+        (lambda: fl.FitConfig(max_steps=1, unroll=4), fl.errors.ConfigError, "give compile='step'"),
         (
             lambda: fl.pipe(train_step, fl.grad(), fl.apply(), fl.epoch_means(), fl.compile("trace")),
-            fl.SeamError,
+            fl.errors.SeamError,
             "move|something else stands between",
         ),
-        (lambda: fl.pipe(train_step, fl.grad(), fl.compile("step")), fl.SeamError, "apply"),
+        (lambda: fl.pipe(train_step, fl.grad(), fl.compile("step")), fl.errors.SeamError, "apply"),
         (
             lambda: fl.pipe(train_step, fl.grad(), fl.apply(), fl.compile("step", unroll=2), fl.ema(0.9)),
-            fl.SeamError,
+            fl.errors.SeamError,
+            "would average once a call; move it in front",
+        ),
+        (
+            lambda: fl.pipe(train_step, fl.grad(), fl.apply(), fl.compile("step", unroll=2), fl.ema(0.9, name="every=10")),
+            fl.errors.SeamError,
             "would average once a call; move it in front",
         ),
     ],
@@ -425,7 +430,9 @@ def test_code_that_gives_nan_where_the_operations_give_none_is_not_used(monkeypa
     ends = []
     for level in (None, "step"):
         with (
-            nullcontext() if level is None else pytest.warns(fl.CompileWarning, match="gives NaN where the operations themselves give none")
+            nullcontext()
+            if level is None
+            else pytest.warns(fl.errors.CompileWarning, match="gives NaN where the operations themselves give none")
         ):
             ends.append(fl.fit(fl.TrainState.create(task, seed=3), data, fl.FitConfig(max_epochs=1, compile=level, progress=False)))
     assert_trees_equal(ends[0].params, ends[1].params)

@@ -16,7 +16,7 @@ from tests.laws.tasks import TASKS
 def ended(task: fl.Task, data: Any, **config: Any) -> fl.TrainState:
     """Two epochs, with no word about a step without a graph."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error", fl.CompileWarning)
+        warnings.simplefilter("error", fl.errors.CompileWarning)
         return fl.fit(fl.TrainState.create(task, seed=2), data, fl.FitConfig(max_epochs=2, progress=False, device="cpu", **config))
 
 
@@ -50,5 +50,5 @@ def test_a_step_by_hand_with_an_optimizer_is_a_graph() -> None:
 def test_several_updates_in_a_call_are_of_one_optimizer() -> None:
     """It is said before any work."""
     case = TASKS["two optimizers"]
-    with pytest.raises(fl.ConfigError, match="takes several updates of one optimizer in a call"):
+    with pytest.raises(fl.errors.ConfigError, match="takes several updates of one optimizer in a call"):
         fl.compose(case.make(), fl.FitConfig(max_steps=4, compile="trace", unroll=2))

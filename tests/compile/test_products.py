@@ -38,7 +38,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, onednn: bool | None, batch: int = 6
     step = fl.pipe(train_step, fl.grad(), fl.apply(), *parts, fl.stop_when(fl.max_steps(6)))
     data = [(torch.randn(batch, 256), torch.randint(0, 3, (batch,))) for _ in range(3)]
     with warnings.catch_warnings():
-        warnings.simplefilter("error", fl.CompileWarning)
+        warnings.simplefilter("error", fl.errors.CompileWarning)
         *_, (state, _) = fl.run(step, fl.TrainState.create(task, seed=0), data)
     return state
 

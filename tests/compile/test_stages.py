@@ -64,7 +64,7 @@ def trained(
 def test_a_stage_is_traced_bitwise(name: str) -> None:
     """Weights, buffers, slots, every memory and every metric are those of the eager step, and nothing is said of a step without a graph."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error", fl.CompileWarning)
+        warnings.simplefilter("error", fl.errors.CompileWarning)
         (one, metrics), (two, others) = (trained(name, *parts) for parts in ((), (fl.compile("trace"),)))
     for a, b in ((one.params, two.params), (one.buffers, two.buffers), (one.opt_state, two.opt_state), (one.memory, two.memory)):
         assert_trees_equal(dict(a), dict(b))
@@ -103,7 +103,7 @@ def test_too_many_steps_in_a_row_that_are_not_finite_still_end_a_run() -> None:
     data = batches_of((6,) * 8)
     for x, _ in data[3:]:
         x[0, 0] = float("nan")
-    with pytest.raises(fl.NonFiniteError, match="3 steps in a row were left out"):
+    with pytest.raises(fl.errors.NonFiniteError, match="3 steps in a row were left out"):
         trained("skip_nonfinite", fl.compile("trace"), data=data)
 
 
@@ -138,7 +138,7 @@ def test_a_stage_that_is_none_for_a_graph_is_named(name: str) -> None:
     for parts in ((), (fl.compile("trace"),)):
         step = fl.pipe(train_step, fl.grad(), *make(), fl.apply(), *parts, fl.stop_when(fl.max_steps(5)))
         with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always", fl.CompileWarning)
+            warnings.simplefilter("always", fl.errors.CompileWarning)
             found.append(dict(list(fl.run(step, fl.TrainState.create(task), batches_of((6, 6))))[-1][0].params))
         assert [why in str(w.message) for w in said] == ([True] if parts else [])
     assert_trees_equal(found[0], found[1])
@@ -148,6 +148,8 @@ def test_loss_scaling_goes_on_without_a_graph() -> None:
     """Whether a step counts must be known before the next one: the warning says so, and the result is the eager one."""
     config = fl.FitConfig(max_steps=3, precision="fp16", progress=False)
     one = fl.fit(fl.TrainState.create(task_of()), batches_of((6, 6)), config)
-    with pytest.warns(fl.CompileWarning, match="loss_scale must know after every step whether it counts, .* going on without a graph"):
+    with pytest.warns(
+        fl.errors.CompileWarning, match="loss_scale must know after every step whether it counts, .* going on without a graph"
+    ):
         two = fl.fit(fl.TrainState.create(task_of()), batches_of((6, 6)), attrs.evolve(config, compile="trace"))
     assert_trees_equal(dict(one.params), dict(two.params))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fnlight.rng import isolated
+from fnlight.tensors import isolated
 
 
 @pytest.fixture(autouse=True)

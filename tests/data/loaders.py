@@ -18,8 +18,7 @@ from torch.utils.data import (
 )
 
 from fnlight.data import Source, per_epoch, zip_shortest
-from fnlight.state import Progress, TrainState
-from fnlight.task import Task
+from fnlight.state import Progress, Task, TrainState
 
 
 class Pair(NamedTuple):

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from fnlight.config import FitConfig
 from fnlight.data import Loaders, Source, batches
 from fnlight.errors import LoaderError
-from fnlight.fit import fit
+from fnlight.fit import FitConfig, fit
+from fnlight.gradients import grad
 from fnlight.loop import run, stop_when
 from fnlight.pipe import pipe
-from fnlight.rules import max_steps
 from fnlight.state import TrainState
+from fnlight.step import apply
 from fnlight.testing import assert_trees_equal, tiny_task
-from fnlight.update import apply, grad
+from fnlight.triggers import max_steps
 from tests.data.loaders import Noisy, Numbers, state_at
 
 WORKERS: dict[str, Any] = {"num_workers": 2, "multiprocessing_context": "fork"}

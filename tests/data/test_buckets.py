@@ -14,11 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from fnlight import FitConfig, Loaders, Mean, TrainState, fit, load, total_steps
-from fnlight.data import LengthBuckets, Source, batches
-from fnlight.data.share import Share
+from fnlight.data import LengthBuckets, Part, Share, Source, batches
 from fnlight.errors import LoaderError
-from fnlight.gradients import Part
-from fnlight.task import Task
+from fnlight.state import Task
 from fnlight.testing import assert_trees_equal
 from tests.data.loaders import Noisy, Numbers, flags, flat, read, state_at
 

@@ -13,8 +13,9 @@ from torch.utils.data import (
     DataLoader,
 )
 
-from fnlight.data import Item, Loaders, Source, batches, group_at, num_samples
+from fnlight.data import Item, Loaders, Source, batches, num_samples
 from fnlight.errors import LoaderError
+from fnlight.pipe import batches_at
 from tests.data.loaders import Noisy, Numbers, Pair, Placed, Stream, state_at
 
 
@@ -107,7 +108,7 @@ def test_a_group_that_means_nothing_is_refused(group: Any, match: str) -> None:
 
 def test_group_at_takes_the_newest_entry() -> None:
     """The entry with the greatest first epoch that has begun holds."""
-    assert [group_at({0: 1, 5: 4}, epoch) for epoch in (0, 4, 5, 9)] == [1, 1, 4, 4]
+    assert [batches_at({0: 1, 5: 4}, epoch) for epoch in (0, 4, 5, 9)] == [1, 1, 4, 4]
 
 
 def test_items_carry_samples_and_seconds() -> None:

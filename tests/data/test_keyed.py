@@ -29,7 +29,7 @@ from torch.utils.data import (
 
 from fnlight.data import Item, Source, batches
 from fnlight.errors import LoaderError, LoaderWarning
-from fnlight.rng import EVALUATE
+from fnlight.tensors import EVALUATE
 from tests.data.loaders import (
     ByLength,
     Endless,

@@ -17,15 +17,13 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler, TensorDataset
 
 from fnlight.checkpoint.encode import decode, encode
-from fnlight.config import FitConfig
 from fnlight.data import Share, Source, TensorLoader, batches, per_epoch, sharded, zip_shortest
 from fnlight.data.counters import Counters
 from fnlight.data.order import Span
 from fnlight.errors import LoaderError, LoaderWarning
-from fnlight.evaluate import evaluate
-from fnlight.fit import fit
-from fnlight.state import Progress, TrainState
-from fnlight.task import Task
+from fnlight.fit import FitConfig, fit
+from fnlight.loop import evaluate
+from fnlight.state import Progress, Task, TrainState
 from tests.data.loaders import KINDS, CountsAtFirst, Hidden, Numbers, Placed, Stream, Told, order_of, read, rows_of, state_at, stream
 
 
@@ -45,7 +43,7 @@ def run_of(loader: Any, state: TrainState, n: int, *steps: Any) -> tuple[list[An
             found.append(plain(item.batches[0]))
             for step in steps:
                 step(item.batches[0])
-            state.store.position = item.position
+            state.store.step.position = item.position
             progress = Progress(0, item.epoch + item.last, 0 if item.last else item.batch)
             state = attrs.evolve(state, progress=progress)
     items.close()

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from fnlight.data import Source, TensorLoader
 from fnlight.data.order import Span
 from fnlight.data.permutation import Permutation, permutation
-from fnlight.rng import ORDER, fold_in
+from fnlight.tensors import ORDER, fold_in
 
 keys = st.integers(0, 2**64 - 1)
 counts = st.integers(1, 3000)

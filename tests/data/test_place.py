@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fnlight.data import Source, TensorLoader, batches, placed, zip_longest
 from fnlight.errors import LoaderError
-from fnlight.state import Progress, TrainState
-from fnlight.task import Task
+from fnlight.state import Progress, Task, TrainState
 
 TASK = Task(torch.nn.Linear(1, 1), lambda model, batch: model(batch).mean())
 ROWS = torch.arange(24.0).reshape(24, 1)

@@ -67,7 +67,7 @@ def test_a_resumed_run_reads_what_the_whole_one_does(kind: Kind, workers: int, t
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             if kind.resumes == "refused":
-                with pytest.raises(fl.LoaderError, match="not what it was|does not begin epoch"):
+                with pytest.raises(fl.errors.LoaderError, match="not what it was|does not begin epoch"):
                     run(kind.make(data, workers), STEPS, dir=folder, resume=True)
                 continue
             assert first + run(kind.make(data, workers), STEPS, dir=folder, resume=True) == whole, f"resumed at step {done}"
@@ -90,7 +90,7 @@ def test_a_second_run_on_one_loader_is_the_first_one_again(kind: Kind, workers: 
 def test_what_cannot_be_resumed_is_said_as_a_run_that_saves_begins(kind: Kind, tmp_path: Path) -> None:
     """Once, with the line to change."""
     needs(kind)
-    with pytest.warns(fl.LoaderWarning, match="can be saved, but not resumed exactly.*seed"):
+    with pytest.warns(fl.errors.LoaderWarning, match="can be saved, but not resumed exactly.*seed"):
         run(kind.make(tmp_path, 0), 1, dir=str(tmp_path / "run"))
 
 
@@ -138,7 +138,7 @@ def check_transform(read: Any) -> None:
     found = []
     for workers, start in ((0, 0), (2, 0), (0, 2)):
         loader = torch.utils.data.DataLoader(Transformed(read, transform), batch_size=2, shuffle=True, num_workers=workers)
-        found.append([batch.tolist() for batch, _, _ in fl.Source(loader).epoch(0, 1, start)])
+        found.append([batch.tolist() for batch, _, _ in fl.data.Source(loader).epoch(0, 1, start)])
     assert found[0] == found[1]
     assert found[0][2:] == found[2]
 

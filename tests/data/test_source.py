@@ -248,7 +248,7 @@ def run_of(loader: Any, state: TrainState, n: int) -> tuple[list[Any], TrainStat
     found = []
     for item in islice(batches(loader, state), n):
         found.append(item.batches[0].tolist())
-        state.store.position = item.position
+        state.store.step.position = item.position
         state = attrs.evolve(state, progress=Progress(0, item.epoch + item.last, 0 if item.last else item.batch))
     state.store.settle()
     return found, state

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import fnlight as fl
 from fnlight.data import Source, batches
 from fnlight.errors import LoaderError
+from fnlight.tensors import equal
 from fnlight.testing import tiny_batches, tiny_task
-from fnlight.tree import equal
 from tests.data.loaders import Pair, state_at
 
 TENSORS = (torch.arange(23).float(), torch.arange(23) * 10)

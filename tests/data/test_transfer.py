@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from fnlight.data.transfer import Buffers, Lane, moved, transferred
-from fnlight.tree import map_tensors
+from fnlight.tensors import map_tensors
 
 
 class Recorded:

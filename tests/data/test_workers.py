@@ -11,9 +11,10 @@ from multiprocessing import get_context
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from fnlight import LoaderError, TrainState, apply, grad, pipe, run
+from fnlight import TrainState, apply, grad, pipe, run
 from fnlight.data.workers import follow, owner
-from fnlight.signals import worker_death
+from fnlight.errors import LoaderError
+from fnlight.runtime import worker_death
 from fnlight.testing import tiny_batches, tiny_task
 from tests.faults.processes import in_a_child
 

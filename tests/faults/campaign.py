@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from fnlight import CheckpointError, load, newest, save
+from fnlight import load, newest, save
+from fnlight.errors import CheckpointError
 from fnlight.testing import assert_trees_equal
 from tests.faults.processes import Shared, Watch, dying, every_instant, failing, in_a_child, instants, vanishing
 from tests.faults.training import STEPS, make_loaders, make_task, train

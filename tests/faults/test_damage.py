@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fnlight import CheckpointWarning, load, save, verify
+from fnlight import load, save, verify
 from fnlight.checkpoint import step_path
+from fnlight.errors import CheckpointWarning
 from tests.checkpoint.tasks import make_task, trained, unlike
 
 TASK, OLD = make_task(), trained(steps=1)

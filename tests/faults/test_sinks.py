@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fnlight import JSONL, FaultWarning, FitConfig, TrainState, fit, last, load, newest, steps
-from fnlight.errors import StepError
+from fnlight import JSONL, FitConfig, TrainState, fit, last, load, newest, steps
+from fnlight.errors import FaultWarning, StepError
 from fnlight.testing import RecordingSink, assert_trees_equal, tiny_batches, tiny_task
 from tests.faults.processes import in_a_child
 

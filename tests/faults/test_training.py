@@ -22,7 +22,7 @@ from fnlight.testing import assert_trees_equal, tiny_batches, tiny_task
 from tests.faults.processes import in_a_child
 from tests.faults.training import Noisy, make_config, make_loaders, make_task, train
 
-rollback_module = sys.modules["fnlight.rollback"]  # the function has the module's name
+rollback_module = sys.modules["fnlight.nonfinite.rollback"]  # the function has the module's name
 
 
 class Fatal(Noisy):

@@ -21,7 +21,7 @@ from tests.checkpoint.golden import ASSETS, case_of, unpacked
 
 KEPT = {name: json.loads(path.read_text()) for path in sorted((ASSETS / f"format-{FORMAT}").glob("*.json")) for name in [path.stem]}
 TASKS = {name: case_of(kept["case"]).task() for name, kept in KEPT.items()}
-REFUSED = (fl.BrokenCheckpointError, fl.MismatchError, fl.CheckpointError)
+REFUSED = (fl.errors.BrokenCheckpointError, fl.errors.MismatchError, fl.errors.CheckpointError)
 
 
 class Attempt:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fnlight import Mean, Optim, Phase, Store, Task, clip_norm, cosine, isolated, manual, pipe, steps
+from fnlight import Mean, Optim, Phase, Task, clip_norm, cosine, manual, pipe, steps
+from fnlight.state import Store
+from fnlight.tensors import isolated
 from fnlight.testing import tiny_batches, tiny_task
 
 
@@ -188,7 +190,7 @@ def of(model: Callable[[], nn.Module], *functions: Any) -> Callable[[], Task]:
 
 
 PHASES = {"disc": tell_apart, "gen": Phase(deceive, clip_norm(0.05), every=steps(2))}
-WHOLE = pipe(draw_near, manual(lambda store: {"counts": torch.zeros(3, device=store.device)}, key="k-means"))
+WHOLE = pipe(draw_near, manual(lambda store: {"counts": torch.zeros(3, device=store.device)}, name="k-means"))
 
 TASKS = {
     "mlp with BatchNorm and dropout": Case(lambda: tiny_task("mlp"), "mlp"),

@@ -1,4 +1,4 @@
-"""The law of bad input: a value that makes no sense is refused by the very function it is given to, which says what it takes and what it got."""
+"""Law 10: a value that makes no sense is refused by the very function it is given to, which says what it takes and what it got."""
 
 import inspect
 import types
@@ -63,14 +63,14 @@ def sound(fn: str, name: str, folder: Path) -> Any:
         "config": fl.FitConfig(max_steps=1, progress=False), "model": here.task.model, "module": here.task.model, "fn": train_step,
         "step": fl.update, "loss_fn": train_step, "path": folder / "saved", "paths": [folder / "saved"], "dir": folder / "run", "monitor": "val/loss",
         "dtype": torch.bfloat16, "schedules": [fl.constant(1.0)], "boundaries": [], "outputs": [], "lengths": [1], "make": lambda optimizer: None,
-        "init": lambda store: {}, "patterns": ["weight"], "also": [], "weights": {"a": 1.0}, "epochs": {0: ["weight"]}, "then": fl.constant(1.0),
-        "sinks": [print], "steps": range(2), "decay": 0.5, "rate": 0.5, "layers": ["0", "1"], "sigma": 5.0, "name": "adamw", "params": [],
+        "init": lambda store: {}, "patterns": ["weight"], "also": [], "weights": {"a": 1.0}, "epochs": {"weight": 1}, "then": fl.constant(1.0),
+        "sinks": [print], "steps": range(1, 3), "every": fl.steps(2), "rules": [fl.max_steps(1)], "decay": 0.5, "rate": 0.5, "layers": ["0", "1"], "sigma": 5.0, "name": "adamw", "params": [],
         "final": 0.1, "total": 9, "warmup": 2,
     }  # fmt: skip
-    return 2 if (fn, name) in {("wsd", "decay"), ("warmup", "steps")} else known.get(name, 2)
+    return 2 if (fn, name) == ("wsd", "decay") else known.get(name, 2)
 
 
-PARALLEL = ("ddp", "fsdp", "loose", "diloco", "exact_ranks", "sync_batchnorm")
+PARALLEL = ("ddp", "fsdp", "local_sgd", "diloco", "exact_ranks", "sync_batchnorm")
 
 
 def public() -> dict[str, Any]:
@@ -94,7 +94,13 @@ def called(name: str, bad: dict[str, Any], folder: Path) -> Any:
     fn, given, named = public()[name], [], {}
     for p in inspect.signature(fn).parameters.values():
         if p.kind is p.VAR_POSITIONAL:
-            given += [bad[p.name]] if p.name in bad else sound(name, p.name, folder) if p.name in ("sinks", "layers", "patterns") else []
+            given += (
+                [bad[p.name]]
+                if p.name in bad
+                else sound(name, p.name, folder)
+                if p.name in ("sinks", "layers", "patterns", "rules")
+                else []
+            )
         elif p.name in bad or (p.default is p.empty and p.kind is not p.VAR_KEYWORD):
             value = bad[p.name] if p.name in bad else sound(name, p.name, folder)
             if p.default is p.empty and p.kind is not p.KEYWORD_ONLY:
@@ -110,7 +116,9 @@ def test_nonsense_is_refused_where_it_is_given(name: str, arg: str, tmp_path: Pa
     """The error comes from the call, with what was expected and what was got."""
     if name in ("load", "load_weights", "restore", "average_checkpoints", "verify"):
         fl.save(state(), tmp_path / "saved")
-    with pytest.raises((TypeError, ValueError, fl.FnlightError), match=r"(?s)(must|takes|needs|there is|starts from|joins) .*Nonsense"):
+    with pytest.raises(
+        (TypeError, ValueError, fl.errors.FnlightError), match=r"(?s)(must|takes|needs|there is|starts from|joins) .*Nonsense"
+    ):
         called(name, {arg: Nonsense()}, tmp_path)
 
 

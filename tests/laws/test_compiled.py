@@ -1,4 +1,4 @@
-"""A traced step is the eager one, bitwise, with every combinator beside it; what is no part of a graph says so."""
+"""Law 8: a traced step is the eager one, bitwise, with every combinator beside it; what is no part of a graph says so."""
 
 import warnings
 from pathlib import Path
@@ -9,24 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fnlight import (
-    CompileWarning,
-    FitConfig,
-    Last,
-    Max,
-    Mean,
-    Min,
-    Pipe,
-    Sum,
-    Task,
-    TensorLoader,
-    TrainState,
-    compile,  # noqa: A004  # what everybody in this field calls it
-    fit,
-    pipe,
-    run,
-    steps,
-)
+from fnlight import FitConfig, Last, Max, Mean, Min, Pipe, Sum, Task, TensorLoader, TrainState, compile, fit, pipe, run, steps  # noqa: A004  # what everybody in this field calls it
+from fnlight.errors import CompileWarning
 from fnlight.testing import assert_trees_equal
 from tests.laws.combinators import ENTRIES, pipe_with
 from tests.laws.tasks import TASKS

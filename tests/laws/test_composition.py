@@ -25,20 +25,17 @@ from fnlight import (
     epochs,
     evaluate_every,
     fit,
-    fold_in,
     grad,
-    isolated,
     last,
     log_to,
     max_epochs,
     patience,
     pipe,
     run,
-    seed_generators,
     steps,
     stop_when,
 )
-from fnlight.rng import TRAIN
+from fnlight.tensors import TRAIN, fold_in, isolated, seed_generators
 from fnlight.testing import RecordingSink, assert_trees_equal, trees_equal
 from tests.laws.tasks import TASKS, draw_near
 

@@ -4,7 +4,9 @@ import inspect
 
 import pytest
 
-from fnlight import DonatedStateError, FitConfig, Item, TrainState, evaluate, fit, predict, pure, run, save, update
+from fnlight import FitConfig, TrainState, evaluate, fit, predict, pure, run, save, update
+from fnlight.data import Item
+from fnlight.errors import DonatedStateError
 from fnlight.testing import trees_equal
 from tests.laws.combinators import PAIRS, pipe_with
 from tests.laws.tasks import TASKS
@@ -14,7 +16,7 @@ READERS = {
     "buffers": lambda state: state.buffers,
     "opt_state": lambda state: state.opt_state,
     "memory": lambda state: state.memory,
-    "times": lambda state: state.times,
+    "wall_time": lambda state: state.wall_time,
     "live": lambda state: state.live,
     "module": lambda state: state.module(),
     "copy": lambda state: state.copy(),

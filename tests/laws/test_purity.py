@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from fnlight import FitConfig, Item, Loaders, MemoryWarning, TrainState, evaluate, fit, predict, pure, run, update
+from fnlight import FitConfig, Loaders, TrainState, evaluate, fit, predict, pure, run, update
+from fnlight.data import Item
+from fnlight.errors import MemoryWarning
 from fnlight.testing import assert_pure, assert_trees_equal, trees_equal
 from fnlight.testing.compare import next_numbers, snapshot
 from tests.laws.combinators import PAIRS, pipe_with

@@ -1,4 +1,4 @@
-"""Between two ticks no step waits for the device: nothing that a combinator does at every step brings a number to the host."""
+"""Law 9: between two ticks no step waits for the device: nothing that a combinator does at every step brings a number to the host."""
 
 import warnings
 from itertools import islice
@@ -14,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fnlight import (
-    MemoryWarning,
     Task,
     TrainState,
     check_finite,
@@ -28,6 +27,7 @@ from fnlight import (
     skip_spikes,
     steps,
 )
+from fnlight.errors import MemoryWarning
 from fnlight.testing import RecordingSink
 from tests.laws.combinators import ENTRIES, pipe_with
 

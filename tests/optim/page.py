@@ -1,4 +1,4 @@
-"""The table of all optimizers in docs/optimizers.md, written by the proof: ``python -m tests.optim.page``."""
+"""Write the table of all optimizers in docs/optimizers.md from the results of the round-trip test: ``python -m tests.optim.page``."""
 
 import importlib.metadata
 import tempfile
@@ -13,8 +13,8 @@ PACKAGES = ("torch", "torch-optimizer", "schedulefree", "pytorch-optimizer")
 
 
 def versions() -> str:
-    """What the table was proven with."""
-    return "Proven with " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES) + "."
+    """The package versions that the table was tested with."""
+    return "Tested with " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES) + "."
 
 
 def _version(name: str) -> str:
@@ -25,17 +25,17 @@ def _version(name: str) -> str:
 
 
 def page(text: str, rows: list[Row]) -> str:
-    """The page with its table as the proof finds it now."""
+    """The page, with the table replaced by the current results."""
     head, _, rest = text.partition(BEGIN)
     return f"{head}{BEGIN}\n\n{table(rows)}\n{END}{rest.partition(END)[2]}"
 
 
 def table(rows: list[Row]) -> str:
-    """What was found out about every optimizer."""
+    """The table with one row per optimizer, and the list of refused ones."""
     lines = [versions(), "", f"{len(rows)} optimizers:", ""]
-    lines += ["| name | memory of a parameter | memory in the groups | needs | resumes |", "|---|---|---|---|---|"]
+    lines += ["| name | state per parameter | state per group | needs | resumes |", "|---|---|---|---|---|"]
     lines += [f"| `{r.name}` | {r.memory} | {r.groups} | {r.needs} | {r.resumes} |" for r in rows]
-    lines += ["", f"{len(LEFT_OUT)} do not fit, and are refused before any work:", "", "| name | why |", "|---|---|"]
+    lines += ["", f"{len(LEFT_OUT)} optimizers are not supported. They are refused before any work:", "", "| name | reason |", "|---|---|"]
     return "\n".join([*lines, *(f"| `{name}` | {reason} |" for name, reason in LEFT_OUT.items())]) + "\n"
 
 

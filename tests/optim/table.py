@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fnlight import tree
 from fnlight.checkpoint import load, save
+from fnlight.gradients import grad
 from fnlight.optim import UNFIT, optimizer, optimizer_classes, param_groups
 from fnlight.pipe import pipe
-from fnlight.state import TrainState
-from fnlight.task import Task
-from fnlight.update import apply, grad
+from fnlight.state import Task, TrainState
+from fnlight.step import apply
+from fnlight.tensors import tree
 
 SOURCES = {"torch.optim": 15, "torch_optimizer": 30, "schedulefree": 9, "pytorch_optimizer": 100}
 """Where optimizers come from, and how many there are at least."""

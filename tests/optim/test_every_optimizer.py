@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from fnlight import tree
+from fnlight.gradients import grad
 from fnlight.optim import Lookahead, optimizer_class
 from fnlight.pipe import pipe
-from fnlight.rng import TRAIN, fold_in, isolated, seed_generators
 from fnlight.state import TrainState
-from fnlight.update import apply, grad
+from fnlight.step import apply
+from fnlight.tensors import TRAIN, fold_in, isolated, seed_generators, tree
 from tests.optim.table import CASES, FOUND, FUSED, LEFT_OUT, OF_TORCH, OPTIONS, SOURCES, Case, memory, train_step
 
 pytestmark = [

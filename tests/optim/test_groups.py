@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from fnlight.errors import OptimizerError
+from fnlight.gradients import grad
 from fnlight.optim import frozen, layer_decay, no_decay, param_groups
 from fnlight.pipe import pipe
-from fnlight.state import TrainState
-from fnlight.task import Task
-from fnlight.update import apply, grad
+from fnlight.state import Task, TrainState
+from fnlight.step import apply
 
 
 class OwnRMSNorm(nn.Module):

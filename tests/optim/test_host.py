@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from fnlight import Optim, OptimizerError, TrainState, apply, clip_norm, ema, grad, load, optimizer, pipe, run, save, skip_nonfinite
-from fnlight.optim import to_device
-from fnlight.optim.host import take_step_on_host
-from fnlight.release import apply_in_backward
+from fnlight import Optim, TrainState, apply, clip_norm, ema, grad, load, optimizer, pipe, run, save, skip_nonfinite
+from fnlight.errors import OptimizerError
+from fnlight.optim import take_step_on_host, to_device
+from fnlight.step import apply_in_backward
 from fnlight.testing import assert_trees_equal, tiny_batches, tiny_task
 from tests.laws.tasks import TASKS
 from tests.optim.table import CASES

@@ -149,7 +149,7 @@ def test_a_second_order_optimizer_trains_through_accumulation_and_clipping() -> 
     step = fl.pipe(loss, fl.grad(), fl.accumulate(2), fl.clip_norm(0.5), fl.apply())
     first = copy.deepcopy(dict(state.params))
     for i in range(0, 8, 2):
-        state, metrics = step(state, fl.Item.of(*BATCHES[i : i + 2], state=state))
+        state, metrics = step(state, fl.data.Item.of(*BATCHES[i : i + 2], state=state))
     assert all(bool((p != first[name]).any()) and bool(torch.isfinite(p).all()) for name, p in state.params.items())
     assert all((p.grad is None and not p.is_leaf) or p.grad is None for p in state.live.params)
     assert not any(v.requires_grad for v in metrics.values() if isinstance(v, torch.Tensor))

@@ -84,7 +84,7 @@ def test_training_never_notices_an_evaluation_or_a_checkpoint(name: str, tmp_pat
     """A run that is evaluated and saved after every step ends in the bits of one that is neither."""
     config = fl.FitConfig(max_steps=8, eval_every=fl.steps(1), save_every=fl.steps(1), dir=tmp_path, progress=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fl.TaskWarning)
+        warnings.simplefilter("ignore", fl.errors.TaskWarning)
         watched = fl.fit(fl.TrainState.create(task(name)), fl.Loaders(train=BATCHES, val=BATCHES[:2]), config)
     alone = fl.fit(fl.TrainState.create(task(name)), BATCHES, fl.FitConfig(max_steps=8, progress=False))
     assert_trees_equal(dict(watched.params), dict(alone.params))
@@ -110,6 +110,6 @@ def test_another_optimizer_goes_on_from_the_averaged_weights(tmp_path: Path) -> 
     """Who changes the optimizer gets the weights that are in the file, with a warning that its memory starts afresh."""
     state = trained("schedulefree.AdamWScheduleFree")
     path = fl.save(state, tmp_path / "a")
-    with pytest.warns(fl.CheckpointWarning, match="optimizer changed"):
+    with pytest.warns(fl.errors.CheckpointWarning, match="optimizer changed"):
         other = fl.restore(path, fl.TrainState.create(task("sgd")), allow=("optimizer",))
     assert_trees_equal(dict(other.params), weights_to_use([state.live.optim], state.live.module))

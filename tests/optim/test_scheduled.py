@@ -102,8 +102,8 @@ def test_a_plateau_may_stand_beside_another_schedule() -> None:
         ),
         model,
     )
-    history = fl.History().add(fl.Record(1, 0, {"val/loss": 1.0})).add(fl.Record(2, 0, {"val/loss": 1.0}))
-    set_lr(optim, fl.Progress(step=2), history)
+    history = fl.state.History().add(fl.state.Record(1, 0, {"val/loss": 1.0})).add(fl.state.Record(2, 0, {"val/loss": 1.0}))
+    set_lr(optim, fl.state.Progress(step=2), history)
     assert [g["lr"] for g in optim.optimizer.param_groups] == [0.25, 0.0625]
 
 
@@ -115,7 +115,7 @@ def test_a_tensor_learning_rate_of_a_group_keeps_its_place() -> None:
     )
     optim = prepare(fl.Optim(made, {"0": lambda n: 0.5**n, "*": lambda n: 1.0 + n}), model)
     held = [g["lr"] for g in made.param_groups]
-    set_lr(optim, fl.Progress(step=2), ())
+    set_lr(optim, fl.state.Progress(step=2), ())
     assert made.param_groups[0]["lr"] is held[0]
     assert [lr.item() for lr in held] == [0.125, 0.75]
 

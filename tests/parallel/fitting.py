@@ -17,7 +17,7 @@ SIZES = (8, 5)
 
 def task(limits=()):
     """A net with dropout and BatchNorm, whose forward pass runs out of memory on ranks that have a limit; the loss is exact over tokens."""
-    with fl.isolated():
+    with fl.tensors.isolated():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3))
 
@@ -47,14 +47,14 @@ def trained(rank, size="auto", limits=(), begin=None, place=None):
     if begin is not None:
         state.store.memory["microbatch"]["size"] = begin
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", fl.FaultWarning)
+        warnings.simplefilter("always", fl.errors.FaultWarning)
         for i in range(4):
-            state, _ = step(state, fl.Item.of(part(2 * i, rank), part(2 * i + 1, rank), state=state))
+            state, _ = step(state, fl.data.Item.of(part(2 * i, rank), part(2 * i + 1, rank), state=state))
     numbers = {name: t.detach().flatten().tolist() for name, t in state.store.module.state_dict().items()}
     return {
         "numbers": numbers,
         "size": state.memory.get("microbatch", {}).get("size"),
-        "warned": [str(w.message) for w in caught if w.category is fl.FaultWarning],
+        "warned": [str(w.message) for w in caught if w.category is fl.errors.FaultWarning],
     }
 
 
@@ -62,7 +62,7 @@ def refused():
     """What is said where ranks hold parts of a model."""
     try:
         trained(fl.parallel.world().rank, place=fl.parallel.fsdp())
-    except fl.ParallelError as error:
+    except fl.errors.ParallelError as error:
         return str(error)
 
 

@@ -11,14 +11,14 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import fnlight as fl
+from fnlight.checkpoint import Folder
 from fnlight.checkpoint.bucket import Bucket
-from fnlight.checkpoint.folder import Folder
-from fnlight.shards import is_sharded
+from fnlight.tensors import is_sharded
 from tests.parallel.sharded import PLAN, Net, adamw, batches, evaluated, here, make, numbers, said, trained
 from tests.parallel.steps import data, plain
 
 torch.use_deterministic_algorithms(True)
-warnings.simplefilter("error", fl.CheckpointWarning)
+warnings.simplefilter("error", fl.errors.CheckpointWarning)
 
 PLACES = {
     "fsdp": fl.parallel.fsdp(),
@@ -116,7 +116,7 @@ def loaders():
 def fitted(folder, steps, place, **options):
     """`fit` with saving in the background, and an evaluation of five batches."""
     task = fl.Task(Net(), plain, evaluated, lambda model, batch: model(batch[0]), configure_optimizers=adamw)
-    with fl.isolated():
+    with fl.tensors.isolated():
         torch.manual_seed(0)
         task = make()
     config = fl.FitConfig(

@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import fnlight as fl
-from fnlight.shards import is_sharded, local
+from fnlight.tensors import is_sharded, local
 from tests.laws.combinators import ENTRIES, pipe_with
 from tests.parallel.steps import cut, data, plain, weighted
 
@@ -48,7 +48,7 @@ class Net(nn.Module):
 
 
 def net(synced=None, **options):
-    with fl.isolated():
+    with fl.tensors.isolated():
         torch.manual_seed(0)
         return Net(**options) if synced is None else synced(Net(**options))
 
@@ -91,7 +91,7 @@ def numbers(named):
 def trained(state, step, given):
     metrics = {}
     for group in given:
-        state, metrics = step(state, fl.Item.of(*group, state=state))
+        state, metrics = step(state, fl.data.Item.of(*group, state=state))
     return state, metrics
 
 
@@ -153,7 +153,7 @@ def said(fn):
     """What an error says; None if there is none."""
     try:
         fn()
-    except (fl.FnlightError, TypeError) as error:
+    except (fl.errors.FnlightError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 

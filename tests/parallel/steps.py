@@ -15,7 +15,7 @@ torch.use_deterministic_algorithms(True)
 
 
 def task(step, model=None):
-    with fl.isolated():
+    with fl.tensors.isolated():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)) if model is None else model
     return fl.Task(model, step, configure_optimizers=lambda model: torch.optim.AdamW(model.parameters(), lr=0.05))
@@ -55,13 +55,13 @@ def by_hand(loss_fn, sizes, world, group=1, model=None, place=None, *, given=())
     for i in range(4):
         whole = [data(4 * i + j, sum(sizes)) for j in range(group)]
         batches = [cut(batch, sizes, world.rank) for batch in whole] if world.size > 1 else whole
-        state, _ = step(state, fl.Item.of(*batches, state=state))
+        state, _ = step(state, fl.data.Item.of(*batches, state=state))
     return numbers(state.params)
 
 
 def torch_by_hand(sizes, world, group=1):
     """The same with torch alone."""
-    with fl.isolated():
+    with fl.tensors.isolated():
         torch.manual_seed(0)
         model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
@@ -86,7 +86,7 @@ def unused():
             state, _ = step(state, data(0))
             state, _ = step(state, data(1))
             said.append(str(state.progress.step))
-        except fl.StepError as error:
+        except fl.errors.StepError as error:
             said.append(str(error))
     return said
 

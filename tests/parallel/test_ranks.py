@@ -8,10 +8,12 @@ import sys
 import pytest
 import torch
 
+import fnlight as fl
 from fnlight.errors import ConfigError
 from fnlight.parallel import Pulse, World, ddp, diloco, exact_ranks
+from fnlight.triggers import steps
 from tests.parallel.launch import ROOT, ran
-from tests.parallel.things import exact, gone_back
+from tests.parallel.things import exact, gone_back, loader, measured
 from tests.parallel.trajectories import numbers, task
 
 
@@ -40,7 +42,7 @@ def found(tmp_path_factory):
         ("carry", "carry keeps what belongs to the samples of one process"),
         ("cache", "grad_cache takes the loss of all samples of a step at once"),
         ("predict", "predict(signals=...) is for one process"),
-        ("diloco", "create the state with place=fl.parallel.loose()"),
+        ("diloco", "create the state with place=fl.parallel.local_sgd()"),
         ("sides", "uneven parts of loaders side by side"),
         ("hosts", "several processes say that they are the one of local rank 0 on"),
     ],
@@ -49,6 +51,17 @@ def test_what_does_not_fit_is_refused_on_all_ranks(what, says, found):
     """Every rank says what is wrong, and what to do; none waits for another."""
     for each in found:
         assert says in each["refused"][what]
+
+
+def test_one_pipe_gives_each_state_the_data_of_its_own_placement(found):
+    """A state on two ranks evaluates a half on each, and one that this process has alone all of it, with the same pipe in turn."""
+    mine, together = zip(*(each["one pipe"][0] for each in found), strict=True)
+    assert sum(mine) == 24
+    assert 24 not in mine
+    assert together == (24, 24)
+    for each in found:
+        assert each["one pipe"][1] == [24, 24]
+        assert each["one pipe"][2] == each["one pipe"][0]
 
 
 def test_two_launchers_may_share_a_machine_without_accelerators(found):
@@ -114,10 +127,12 @@ def test_gradients_may_travel_in_other_ways(found):
 
 def test_ranks_that_meet_now_and_then_learn_as_well(found):
     """Local SGD and DiLoCo: after a meeting all hold the same weights, which are better than the first."""
+    untrained = fl.evaluate(fl.TrainState.create(task()), loader(), eval_step=measured)["loss"]
     for name in ("diloco", "local sgd"):
         weights, loss = found[0]["others"][name]
+        assert found[1]["others"][name] == [weights, loss]
         assert weights != numbers(dict(task().model.named_parameters()))
-        assert loss < 1.3
+        assert loss < 0.95 * untrained
 
 
 @pytest.mark.parametrize("step", ["plain", "weighted"])
@@ -133,13 +148,13 @@ def test_exact_ranks_are_bitwise_on_four(tmp_path):
 
 
 def test_numbers_that_make_no_sense_are_refused():
-    """Parts that are no power of two, meetings never, a hook that is none."""
+    """Parts that are no power of two, a number in place of a trigger, a hook that is none."""
     with pytest.raises(ConfigError, match="must be a power of two, such as 8, but got 6"):
         exact_ranks(parts=6)
-    with pytest.raises(ConfigError, match="a number of steps of at least 1, but got 0"):
-        diloco(0)
+    with pytest.raises(TypeError, match=r"diloco\(every=...\) must be a trigger .* but got int: 100; write fl.steps\(100\)"):
+        diloco(100)
     with pytest.raises(ConfigError, match="momentum in 0..1, but got lr=0.7, momentum=1"):
-        diloco(2, momentum=1)
+        diloco(steps(2), momentum=1)
     with pytest.raises(ConfigError, match=r"comm_hook=\.\.\.\) must be one of 'bf16', 'fp16'"):
         ddp(comm_hook="fp8")
 

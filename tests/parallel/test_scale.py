@@ -9,11 +9,10 @@ from torch import distributed, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fnlight as fl
+from fnlight.checkpoint import describe_state, parse, parts_of
 from fnlight.checkpoint.layout import Layout, overlap
-from fnlight.checkpoint.manifest import MAX_BYTES, parse, render
-from fnlight.checkpoint.together import parts_of
-from fnlight.checkpoint.write import describe_state
-from fnlight.shards import box_of, local
+from fnlight.checkpoint.manifest import MAX_BYTES, render
+from fnlight.tensors import box_of, local
 
 RANKS = 1024
 

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from fnlight import ParallelError, parallel
+from fnlight import parallel
+from fnlight.errors import ParallelError
 from fnlight.parallel import OnXLA
 
 

@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fnlight as fl
 from fnlight.data import num_samples
-from fnlight.shards import is_sharded
+from fnlight.tensors import is_sharded
 from tests.parallel.trajectories import STEPS, measured, numbers, plain, task, tensors
 
 
-def said(fn, kind=fl.FnlightError):
+def said(fn, kind=fl.errors.FnlightError):
     """The error of a function, as text."""
     try:
         return fn() and "nothing"
@@ -53,7 +53,7 @@ def refused(world, folder):
     yield "config", said(lambda: fitted(clip_norm=1.0 + rank))
     yield "names", said(lambda: fitted(step=uneven_names(rank)))
     yield "more ranks than samples", said(lambda: fitted(loader(batch=1)))
-    yield "placed later", said(lambda: fl.parallel.placed_on(fl.parallel.fsdp(), state))
+    yield "placed later", said(lambda: fl.parallel.placed_on(state, fl.parallel.fsdp()))
     yield "devices", said(lambda: fl.TrainState.create(fl.Task(model, plain), place=fl.parallel.ddp()))
     together = fl.parallel.ddp(sync_batchnorm=True)
     yield "one value", said(lambda: fitted(loader(9), step=STEPS["normed"], place=together), ValueError)
@@ -67,7 +67,7 @@ def refused(world, folder):
         yield name, said(lambda step=step: list(fl.run(fl.pipe(*step, fl.apply()), placed(), loader())))
     with fl.Signals() as signals:
         yield "predict", said(lambda: fl.predict(placed(), loader(), predict_step=embed, signals=signals))
-    yield "diloco", said(lambda: list(fl.run(fl.pipe(plain, fl.grad(), fl.apply(), fl.parallel.diloco(2)), placed(), loader())))
+    yield "diloco", said(lambda: list(fl.run(fl.pipe(plain, fl.grad(), fl.apply(), fl.parallel.diloco(fl.steps(2))), placed(), loader())))
     yield "sides", said(lambda: fitted(fl.zip_shortest(loader(batch=7), loader(batch=8)), step=lambda model, batch: plain(model, batch[0])))
     local, os.environ["LOCAL_RANK"] = os.environ["LOCAL_RANK"], "0"
     yield "hosts", said(lambda: fl.parallel.check_same(fl.parallel.world(), state))
@@ -140,7 +140,7 @@ def gone_back(folder, places=("ddp", "fsdp")):
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             state = fitted(data, place=place, **options)
-        said = [str(w.message).split(" back to ")[0] for w in told if w.category is fl.FaultWarning]
+        said = [str(w.message).split(" back to ")[0] for w in told if w.category is fl.errors.FaultWarning]
         whole = {name: p.full_tensor() if is_sharded(p) else p for name, p in state.params.items()}
         yield name, [numbers(whole), state.progress.step, state.progress.skipped, said]
 
@@ -151,14 +151,29 @@ def others():
         state = fitted(place=place)
         yield name, numbers(state.params)
     for name, given in (("diloco", {}), ("local sgd", {"lr": 1.0, "momentum": 0.0})):
-        step = fl.pipe(plain, fl.grad(), fl.apply(), fl.parallel.diloco(3, **given), fl.stop_when(fl.max_steps(6)))
-        state = [state for state, _ in fl.run(step, placed(fl.parallel.loose()), loader())][-1]
+        step = fl.pipe(plain, fl.grad(), fl.apply(), fl.parallel.diloco(fl.steps(3), **given), fl.stop_when(fl.max_steps(6)))
+        state = [state for state, _ in fl.run(step, placed(fl.parallel.local_sgd()), loader())][-1]
         yield name, [numbers(state.params), fl.evaluate(state, loader(), eval_step=measured)["loss"]]
+
+
+def one_pipe():
+    """The samples that this rank evaluates when one pipe trains a state that is placed on all ranks, one that is not, and the first kind again."""
+    seen = []
+
+    def counted(model, batch):
+        seen.append(num_samples(batch))
+        return {"n": fl.Sum(num_samples(batch))}
+
+    step = fl.pipe(plain, fl.grad(), fl.apply(), fl.evaluate_every(loader(), fl.at_end, eval_step=counted), fl.stop_when(fl.max_steps(1)))
+    for place in (fl.parallel.ddp(), None, fl.parallel.ddp()):
+        seen.clear()
+        *_, (state, _) = fl.run(step, fl.TrainState.create(task(), place=place), loader())
+        yield sum(seen), state.history[-1].metrics["val/n"]
 
 
 def exact(step="plain"):
     """Weights that do not depend on the number of ranks, bitwise; with dropout, uneven batches and accumulation."""
-    with fl.isolated():
+    with fl.tensors.isolated():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3))
     mine = fl.Task(model, STEPS[step], configure_optimizers=lambda model: torch.optim.AdamW(model.parameters(), lr=0.05))
@@ -176,6 +191,7 @@ def main(what, folder):
                 "kept": kept(folder),
                 "gone back": dict(gone_back(folder)),
                 "others": dict(others()),
+                "one pipe": list(one_pipe()),
             }
     Path(folder, f"{world.rank}.json").write_text(json.dumps(found))
 

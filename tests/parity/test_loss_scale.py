@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fnlight as fl
-from fnlight.rng import TRAIN, fold_in, isolated, seed_generators
+from fnlight.tensors import TRAIN, fold_in, isolated, seed_generators
 from fnlight.testing import RecordingSink, assert_trees_equal
 
 OPTIMIZERS = {

@@ -11,23 +11,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, Re
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fnlight import (
-    FitConfig,
-    Loaders,
-    Mean,
-    Optim,
-    Source,
-    Task,
-    TrainState,
-    evaluate,
-    fit,
-    fold_in,
-    from_torch,
-    isolated,
-    seed_generators,
-    steps,
-)
-from fnlight.rng import TRAIN
+from fnlight import FitConfig, Loaders, Mean, Optim, Task, TrainState, evaluate, fit, from_torch, steps
+from fnlight.data import Source
+from fnlight.tensors import TRAIN, fold_in, isolated, seed_generators
 from fnlight.testing import RecordingSink, assert_trees_equal
 
 SEED, EPOCHS = 8, 3

@@ -5,7 +5,10 @@ import os
 import re
 import sys
 import tempfile
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,18 +70,37 @@ def test_every_block_says_what_it_is(page: Path) -> None:
     assert not wrong, lacking(wrong, f"a block must be one of {sorted(LANGUAGES)}:")
 
 
+def _pages_of(menu: list[dict[str, Any]]) -> Iterator[str]:
+    for entry in menu:
+        for below in entry.values():
+            yield from [below] if isinstance(below, str) else _pages_of(below)
+
+
 def test_the_menu_holds_every_page() -> None:
-    """The pages in the menu of .mkdocs.yml are those in docs/, each once."""
-    menu = re.findall(r":\s+(\S+\.md)\s*$", (ROOT / ".mkdocs.yml").read_text(encoding="utf-8").split("\nnav:", 1)[1], re.M)
-    pages = sorted(p.relative_to(DOCS).as_posix() for p in PAGES)
+    """The pages in the menu of .zensical.toml are those in docs/, each once, in four groups."""
+    nav = tomllib.loads((ROOT / ".zensical.toml").read_text(encoding="utf-8"))["project"]["nav"]
+    menu, pages = list(_pages_of(nav)), sorted(p.relative_to(DOCS).as_posix() for p in PAGES)
     missing, gone = sorted(set(pages) - set(menu)), sorted(set(menu) - set(pages))
-    assert sorted(menu) == pages, f"not in the nav of .mkdocs.yml: {missing}; in it, but not in docs/: {gone}"
+    assert sorted(menu) == pages, f"not in the nav of .zensical.toml: {missing}; in it, but not in docs/: {gone}"
+    assert [name for entry in nav for name in entry] == ["Home", "Guides", "How-to", "Reference", "Background"]
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    """Every relative link of a page leads to a file of this repository."""
+    """Every relative link of a page leads to a file of this repository, and its anchor to a heading there."""
     prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", prose) if not re.match(r"[a-z]+:|#", link)]
-    wrong = [link for link in links if not (page.parent / link.split("#")[0]).exists()]
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", prose) if not re.match(r"[a-z]+:", link)]
+    wrong = [link for link in links if not _leads_somewhere(page, *link.partition("#")[::2])]
     assert not wrong, f"{page.relative_to(ROOT)} links to what is not there: {wrong}"
+
+
+def _leads_somewhere(page: Path, file: str, anchor: str) -> bool:
+    target = page.parent / file if file else page
+    return target.exists() and (not anchor or anchor in _anchors(target))
+
+
+def _anchors(page: Path) -> set[str]:
+    """What the headings of a page are called in links."""
+    prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    headings = re.findall(r"^#+ (.+)$", prose, re.M)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}

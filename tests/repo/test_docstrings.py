@@ -9,7 +9,7 @@ import pytest
 from tests.repo.source import PACKAGE, Function, functions, lacking, modules, noun, place, public, tree
 
 WITHOUT_EXAMPLE = {
-    "protocols": "types without code; `fnlight.pipe` shows them at work",
+    "protocols": "types without code; `fnlight.pipe.pipe` shows them at work",
     "errors": "exceptions say in one line what happened; the functions that raise them show when",
 }
 """Modules whose functions and classes need no ``Example:``, each with the reason."""
@@ -72,7 +72,7 @@ def _problems(path: Path, node: Function | ast.ClassDef) -> list[str]:
 def test_public_functions_and_classes_follow_the_template(path: Path) -> None:
     """Every public function and class says what it is, what it takes and gives, and shows it at work."""
     problems = [p for node in public(path) for p in _problems(path, node)]
-    assert not problems, lacking(problems, "docstrings (see `fold_in` in fnlight/rng.py for one that is complete):")
+    assert not problems, lacking(problems, "docstrings (see `fold_in` in fnlight/tensors/rng.py for one that is complete):")
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -3,17 +3,16 @@
 import re
 import tomllib
 import types
+from importlib import import_module
 
 import pytest
 
 import fnlight as fl
-from tests.repo.source import ROOT, lacking, names_in_init, nouns
+from tests.repo.api_pages import API, nouns_with_pages, page_of
+from tests.repo.source import PACKAGE, ROOT, lacking, names_in_init, nouns
 
-WITHOUT_TESTS = {"protocols": "types without code; every other test uses them"}
-TESTS_OF_NO_MODULE = {
-    "phases": "several optimizers go through pipe, update, state and checkpoint",
-    "examples": "runs the programs in examples/",
-}
+LONGEST = 140
+"""Names in ``fl.`` at most: what a training script writes; the rest is in its package."""
 
 
 def test_all_is_sorted_and_is_what_is_exported() -> None:
@@ -22,14 +21,25 @@ def test_all_is_sorted_and_is_what_is_exported() -> None:
     assert fl.__all__ == sorted(public), "fnlight.__all__ must list, as sorted() sorts them, the names that fnlight/__init__.py imports"
 
 
-def test_every_public_name_comes_from_a_documented_module() -> None:
-    """Every public name stands on the API page of the module that it comes from."""
-    wrong: list[str] = []
-    for name, module in names_in_init().items():
-        page = ROOT / "docs" / "api" / f"{module.split('.')[1]}.md"
-        if not page.exists() or f"::: fnlight.{module.split('.')[1]}" not in page.read_text(encoding="utf-8"):
-            wrong.append(f"fl.{name} comes from {module}, but {page.relative_to(ROOT)} does not hold the line `::: fnlight.{page.stem}`")
-    assert not wrong, lacking(wrong, "every public name must be documented:")
+def test_the_top_holds_what_a_training_script_writes() -> None:
+    """``fl.`` is short enough to be read; errors, types of functions and values that few need are in their packages."""
+    assert len(fl.__all__) <= LONGEST
+    assert not [name for name in fl.__all__ if name.endswith(("Error", "Warning"))], "errors are in fl.errors"
+
+
+def test_every_public_name_is_public_in_its_package() -> None:
+    """``fl.NAME`` is ``fnlight.PACKAGE.NAME``, too: the package lists it in ``__all__``."""
+    wrong = [f"fl.{name}: {module}" for name, module in names_in_init().items() if name not in import_module(module).__all__]
+    assert not wrong, lacking(wrong, "list it in __all__ of its package:")
+
+
+@pytest.mark.parametrize("noun", nouns_with_pages())
+def test_what_a_package_lists_is_there(noun: str) -> None:
+    """Every name in ``__all__`` of a package can be imported from it, and there is at least one."""
+    module = import_module(f"fnlight.{noun}")
+    listed = getattr(module, "__all__", ["__doc__"])
+    assert listed
+    assert not [name for name in listed if getattr(module, name, None) is None]
 
 
 def test_names_are_exported_under_their_own_name() -> None:
@@ -38,25 +48,29 @@ def test_names_are_exported_under_their_own_name() -> None:
     assert not wrong, f"exported under another name than their own: {wrong}"
 
 
-def test_one_noun_has_its_tests() -> None:
-    """``fnlight/x.py`` is tested by ``tests/test_x.py``, or by files in ``tests/x/``, and by nothing that is named differently."""
-    tests = {p.stem.removeprefix("test_") for p in (ROOT / "tests").glob("test_*.py")}
-    tests |= {p.name for p in (ROOT / "tests").iterdir() if any(p.glob("test_*.py"))} & nouns()
-    missing = sorted(nouns() - tests - WITHOUT_TESTS.keys())
-    foreign = sorted(tests - nouns() - TESTS_OF_NO_MODULE.keys())
-    assert not missing, f"write {', '.join(f'tests/test_{n}.py' for n in missing)}"
-    assert not foreign, f"{', '.join(f'tests/test_{n}.py' for n in foreign)} test no module of that name; call them after what they test"
+def test_every_package_has_its_tests() -> None:
+    """``fnlight/x/`` is tested by files in ``tests/x/``; a file ``tests/x/test_y.py`` of a package is about that package."""
+    missing = sorted(p.parent.name for p in PACKAGE.glob("*/__init__.py") if not list((ROOT / "tests" / p.parent.name).glob("test_*.py")))
+    flat = sorted(p.name for p in (ROOT / "tests").glob("test_*.py"))
+    assert not missing, f"write tests/{missing}/test_*.py"
+    assert flat == ["test_errors.py", "test_examples.py", "test_protocols.py"], f"move {flat} into the folder of the package that they test"
 
 
-def test_one_noun_has_its_page() -> None:
-    """``fnlight/x.py`` is documented on ``docs/api/x.md``, and no page is left of a module that is gone."""
-    pages = {p.stem for p in (ROOT / "docs" / "api").glob("*.md")}
-    assert nouns() == pages, f"without a page in docs/api: {sorted(nouns() - pages)}; pages of no module: {sorted(pages - nouns())}"
+def test_every_package_has_its_page() -> None:
+    """``fnlight/x/`` is documented on ``docs/api/x.md``, and no page is left of a package that is gone."""
+    pages = {p.stem for p in API.glob("*.md")}
+    assert nouns() == pages, f"without a page in docs/api: {sorted(nouns() - pages)}; pages of nothing: {sorted(pages - nouns())}"
+
+
+@pytest.mark.parametrize("noun", nouns_with_pages())
+def test_the_page_of_a_package_is_the_source_of_today(noun: str) -> None:
+    """The signatures on ``docs/api/x.md`` are those of the source; ``python tests/repo/api_pages.py`` writes them."""
+    assert (API / f"{noun}.md").read_text(encoding="utf-8") == page_of(noun), "run: python tests/repo/api_pages.py"
 
 
 @pytest.mark.parametrize("name", ["update", "fit", "pipe", "evaluate"])
 def test_where_a_function_and_its_module_share_a_name_the_function_is_exported(name: str) -> None:
-    """``fl.fit`` is the function; its module stays importable as ``from fnlight.fit import ...``."""
+    """``fl.fit`` is the function; its module stays importable as ``from fnlight.fit.fit import ...``."""
     assert isinstance(getattr(fl, name), types.FunctionType)
 
 

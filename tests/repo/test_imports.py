@@ -7,24 +7,22 @@ from pathlib import Path
 from tests.repo.source import PACKAGE, ROOT, called, functions, lacking, modules, noun, nouns, place, tree
 
 FLOORS = {
-    0: {"errors", "protocols"},
-    1: {"device", "host", "shards", "signals", "tree"},
-    2: {"rng", "metrics", "schedules", "replay", "dtype", "history", "task", "times"},
-    3: {"optim"},
-    4: {"state", "gradients", "mask", "fp8"},
-    5: {"combinator", "checkpoint", "data", "when", "rules", "sinks"},
-    6: {"pipe", "parse"},
-    7: {"precision", "scale", "clip", "noise", "skip", "microbatch", "recompute", "update", "manual", "evaluate", "watch", "garbage"},
-    8: {"averages", "predict", "release", "freezing", "losses", "bundle", "compile", "parallel", "profile", "saving", "loop", "config"},
-    9: {"rollback"},
-    10: {"compose", "main"},
-    11: {"preflight"},
+    1: {"errors", "protocols"},
+    2: {"tensors", "runtime"},
+    3: {"metrics", "schedules"},
+    4: {"optim", "sinks"},
+    5: {"state"},
+    6: {"checkpoint", "triggers", "pipe"},
+    7: {"data"},
+    8: {"gradients", "precision"},
+    9: {"loop", "parallel"},
+    10: {"step"},
+    11: {"nonfinite", "compile", "testing", "report"},
     12: {"fit"},
-    13: {"testing", "report", "__init__"},
-    14: {"cli"},
-    15: {"__main__"},
+    13: {"cli", "__init__"},
+    14: {"__main__"},
 }
-"""One row a floor: a module imports from rows above its own, and, in a package, from the package's other files."""
+"""One row a floor: a package imports from rows above its own. Within a package, modules have an order, too."""
 
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 
@@ -90,6 +88,21 @@ def test_the_files_of_a_package_have_an_order_too() -> None:
         for path in free:
             del left[path]
     assert not left, lacking([str(p.relative_to(PACKAGE.parent)) for p in sorted(left)], "these files import each other in a cycle:")
+
+
+def _inner(path: Path, node: ast.AST) -> list[str]:
+    """The modules inside of other packages that a node imports, past what their ``__init__`` offers."""
+    modules_named = (
+        [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+    )
+    parts = [name.split(".") for name in modules_named if name.startswith("fnlight.")]
+    return [".".join(p) for p in parts if len(p) > 2 and p[1] != noun(path)]
+
+
+def test_a_package_is_used_through_its_init() -> None:
+    """What other packages use, a package's ``__init__`` imports, so it shows all that it offers; its modules are its own."""
+    wrong = [f"{place(path, node)}: {inner}" for path in modules() for node in ast.walk(tree(path)) for inner in _inner(path, node)]
+    assert not wrong, lacking(wrong, "import from the package, not from a module inside of it:")
 
 
 def test_no_import_is_hidden_from_the_floors() -> None:

@@ -1,10 +1,10 @@
-"""The README: a program by line 40 that runs, the two commands that do all the set-up, and a file map that is the folder."""
+"""The README: a program by line 40 that runs, the two commands that do all the set-up, and a map of the source that is the folder."""
 
 import os
 import re
 import subprocess
 
-from tests.repo.source import PACKAGE, ROOT, fences, lacking, modules
+from tests.repo.source import ROOT, fences, nouns
 from tests.repo.test_docs import assert_page_runs
 
 README = ROOT / "README.md"
@@ -30,15 +30,14 @@ def test_two_commands_do_all_the_set_up() -> None:
     ]
 
 
-def test_the_file_map_is_the_folder() -> None:
-    """The file map names every file of fnlight, once, each with what it is for."""
-    text = README.read_text(encoding="utf-8").split("## File map", 1)[1].split("\n## ", 1)[0]
-    rows = dict(re.findall(r"^\| `(fnlight/[^`]+)` \| (.+) \|$", text, re.M))
-    files = {f"fnlight/{p.relative_to(PACKAGE).as_posix()}" for p in modules()}
-    missing = [f"| `{f}` | what it is for |" for f in sorted(files - rows.keys())]
-    gone = [f"{f}: not there" for f in sorted(rows.keys() - files)]
-    assert not missing + gone, lacking(missing + gone, "the file map of README.md must have one row for every file of fnlight/:")
-    assert len(rows) == text.count("| `fnlight/"), "a file stands in the file map twice"
+def test_the_map_of_the_source_is_the_folder() -> None:
+    """The map names every package and flat module of fnlight, once, each with what it is for, in at most 30 lines."""
+    text = README.read_text(encoding="utf-8").split("## Map of the source", 1)[1].split("\n## ", 1)[0]
+    rows = [(re.findall(r"`(\w+)(?:/|\.py)`", names), said) for names, said in re.findall(r"^\| (`[^|]+`) \| (.+) \|$", text, re.M)]
+    named = [name for names, _ in rows for name in names]
+    assert sorted(named) == sorted(nouns()), f"missing: {sorted(nouns() - set(named))}; not there: {sorted(set(named) - nouns())}"
+    assert all(said.strip() for _, said in rows)
+    assert len(text.strip().splitlines()) <= 30
 
 
 def test_ci_reads_the_commands_out_of_the_readme() -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from fnlight.errors import ConfigError
-from fnlight.history import Record
 from fnlight.metrics import Text
 from fnlight.sinks import Console
+from fnlight.state import Record
 from tests.repo.source import ROOT
 
 
@@ -272,7 +272,7 @@ def test_what_cannot_mean_anything_is_refused(options: dict[str, Any], message: 
 PROGRAM = """
 import itertools, sys
 from fnlight.sinks import Console
-from fnlight.history import Record
+from fnlight.state import Record
 console = Console(total_steps=3, clock=itertools.count().__next__)
 for step in (1, 2, 3):
     console(Record(step, 0, {"train/loss": 0.5, "val/loss": 0.25}))

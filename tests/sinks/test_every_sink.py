@@ -12,9 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import fnlight as fl
 from fnlight.errors import ConfigError, StepError
-from fnlight.history import Record
-from fnlight.parse import parse
+from fnlight.fit import parse
 from fnlight.sinks import CSV, JSONL, Console, TensorBoard, fan_out
+from fnlight.state import Record
 
 FILES = [pytest.param(lambda p: JSONL(p / "a" / "log.jsonl"), id="JSONL"), pytest.param(lambda p: CSV(p / "a" / "log.csv"), id="CSV")]
 FILES.append(pytest.param(lambda p: TensorBoard(p / "a" / "b", hparams={"lr": 0.1}), id="TensorBoard"))

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fnlight.errors import ConfigError
-from fnlight.history import Record
 from fnlight.metrics import Figure, Histogram, Image, Mean, Text
 from fnlight.sinks import JSONL
+from fnlight.state import Record
 from tests.repo.source import ROOT
 
 
@@ -140,7 +140,7 @@ def test_a_disk_that_fills_up_within_a_line_leaves_whole_lines(tmp_path: Path) -
     program = """
 import resource, sys
 from fnlight.sinks import JSONL
-from fnlight.history import Record
+from fnlight.state import Record
 sink = JSONL(sys.argv[1])
 soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
@@ -166,7 +166,7 @@ def test_a_killed_run_leaves_lines_that_the_next_one_continues(tmp_path: Path) -
     program = """
 import itertools, sys
 from fnlight.sinks import JSONL
-from fnlight.history import Record
+from fnlight.state import Record
 sink = JSONL(sys.argv[1])
 for step in itertools.count():
     sink(Record(step, 0, {"loss": 0.5}))

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fnlight.errors import ConfigError
-from fnlight.history import Record
 from fnlight.metrics import Image
 from fnlight.sinks import CSV
+from fnlight.state import Record
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -21,9 +21,9 @@ from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 
 from fnlight.errors import ConfigError, StepError
-from fnlight.history import Record
 from fnlight.metrics import Figure, Histogram, Image, Mean, Text
 from fnlight.sinks import TensorBoard
+from fnlight.state import Record
 from tests.repo.source import ROOT
 
 
@@ -267,7 +267,7 @@ warnings.simplefilter("error")
 import torch
 from fnlight.metrics import Histogram, Image, Text
 from fnlight.sinks import TensorBoard
-from fnlight.history import Record
+from fnlight.state import Record
 sink = TensorBoard(sys.argv[1], hparams={"lr": 0.1})
 assert not {"tensorboard", "PIL", "rich"} & sys.modules.keys()
 sink(Record(1, 0, {"a": 1.0, "i": Image(torch.zeros(2, 2)), "h": Histogram(torch.zeros(2)), "t": Text("x")}))

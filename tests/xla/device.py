@@ -5,8 +5,8 @@ from typing import Any
 import attrs
 
 from fnlight import TrainState, parallel
-from fnlight.task import Task
-from fnlight.tree import map_tensors
+from fnlight.state import Task
+from fnlight.tensors import map_tensors
 from tests.laws.tasks import Case
 
 

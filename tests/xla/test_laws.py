@@ -9,7 +9,7 @@ import os
 
 import pytest
 
-from tests.laws.combinators import EVERYTHING, OTHERS, PAIRS
+from tests.laws.combinators import EVERYTHING, OTHERS, PRODUCT
 from tests.laws.tasks import TASKS
 from tests.laws.test_accumulation import test_gradients_of_micro_batches_are_those_of_the_whole as law_3
 from tests.laws.test_donation import test_after_a_step_its_input_cannot_be_read_and_its_output_can as law_7
@@ -24,7 +24,7 @@ REFUSED = [
 ]  # torch's checkpointing refuses torch_xla's own recurrent layers
 CHOSEN = [
     (name, choice)
-    for name, choice in PAIRS
+    for name, choice in PRODUCT
     if choice not in DROPPED
     and (name, choice) not in REFUSED
     and (
@@ -42,7 +42,7 @@ def tasks_on_xla(monkeypatch):
 
 @pytest.mark.parametrize(("name", "choice"), CHOSEN)
 def test_purity_resume_and_donation(name, choice, tmp_path):
-    """Laws 1, 2, 5 and 7: a step is a function, going on from a file is going on, what is read is what was written, a donated state is gone."""
+    """Laws 1, 2, 6 and 7: a step is a function, going on from a file is going on, what is read is what was written, a donated state is gone."""
     for law in (law_1, law_2, law_7):
         assert law(name, choice, tmp_path / law.__name__) is None  # it raises where it is broken
 

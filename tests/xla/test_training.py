@@ -9,12 +9,9 @@ import torch
 from torch import nn
 
 from fnlight import (
-    CompileWarning,
-    ConfigError,
     FitConfig,
     Loaders,
     Optim,
-    ParallelError,
     TrainState,
     accumulate,
     apply,
@@ -37,7 +34,8 @@ from fnlight import (
     update,
     warmup_cosine,
 )
-from fnlight.rng import isolated, seed_generators
+from fnlight.errors import CompileWarning, ConfigError, ParallelError
+from fnlight.tensors import isolated, seed_generators
 from fnlight.testing import RecordingSink, assert_trees_equal, tiny_batches, tiny_task
 from tests.laws.tasks import TASKS
 from tests.laws.test_accumulation import TRAINED
@@ -143,7 +141,7 @@ def test_a_step_is_compiled_twice_at_most(kind):
     counts = [num_compiles()]
     assert counts[0] - before <= 1
     with isolated(state.device):
-        for item in islice(batches(tiny_batches(num_batches=8), state, step.group, device=state.device), 10):
+        for item in islice(batches(tiny_batches(num_batches=8), state, step.batches_per_step, device=state.device), 10):
             state, _ = step.fn(state, item)
             counts.append(num_compiles())
             rates |= {float(value) for value in state.store.reported().values()}

@@ -1,0 +1,308 @@
+"""Evaluation: every batch of a loader once, in eval mode and without gradients, leaving the state as it was."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fnlight.data import Part, Share, Source
+from fnlight.errors import ConfigError, StepError, check_type
+from fnlight.metrics import MEDIA, Tally, parted, put_states, read_in_order, read_torchmetrics, states_of, updates
+from fnlight.optim import weights_to_use
+from fnlight.runtime import A_SIGNALS, Signals
+from fnlight.state import A_STATE, Store, TrainState
+from fnlight.tensors import EVALUATE, fold_in, is_sharded, isolated, local, seed_generators
+
+EvalStep = Callable[[Any, Any], Mapping[str, Any]]
+
+
+def evaluate(
+    state: TrainState,
+    loader: Any,
+    *,
+    eval_step: EvalStep | None = None,
+    weights: str | None = None,
+    limit: int | float | None = None,
+    signals: Signals | None = None,
+) -> dict[str, float]:
+    """Evaluate a state on a loader: a plain metric counts with the samples of its batch, so a mean over a batch becomes the exact mean over the data.
+
+    Where a state is placed on several ranks, all of them call it, each batch is evaluated by one of them, and all get the result of one process.
+
+    Args:
+        state: Where training stands; it is left as it was.
+        loader: A loader, or a mapping of named loaders, whose metrics are then called ``NAME/metric``.
+        eval_step: ``(model, batch) -> metrics``; None takes the task's.
+        weights: The memory whose averaged weights are used, such as ``"ema"``; None takes the parameters (of a schedule-free
+            optimizer: the averaged ones).
+        limit: Batches at most (int), or a fraction of them (float).
+        signals: What listens; when a signal comes, the evaluation ends without a result.
+
+    Returns:
+        Names to floats.
+
+    Raises:
+        ConfigError: If there is no `eval_step`, or no memory of that name.
+        Interrupted: If a signal came.
+        StepError: If `eval_step` returns no metrics.
+
+    Example:
+        >>> from fnlight.metrics import Mean
+        >>> from fnlight.state import Task
+        >>> task = Task(nn.Linear(1, 1), lambda model, batch: model(batch).sum(),
+        ...             lambda model, batch: {"mean": Mean(batch.sum(), len(batch))},
+        ...             configure_optimizers=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> evaluate(TrainState.create(task), [torch.ones(3, 1), torch.zeros(1, 1)])
+        {'mean': 0.75}
+    """
+    fn = step_of(state, "eval_step", eval_step)
+    check_type("evaluate(signals=...)", signals, Signals | None, A_SIGNALS)
+    with isolated(state.device), nullcontext() if (place := state.store.place) is None else place.everyone.waiting("in an evaluation"):
+        found = evaluate_sources(state, sources_of(loader, state.device, limit, place), fn, weights=weights, signals=signals)
+    return {name: value for name, value in found.items() if not isinstance(value, MEDIA)}
+
+
+def sources_of(loader: Any, device: torch.device, limit: int | float | None = None, place: Any = None) -> dict[str, Source]:
+    """Prepare the loaders of an evaluation, once for many evaluations.
+
+    Args:
+        loader: A loader, or a mapping of named loaders.
+        device: Where batches are moved to.
+        limit: Batches at most (int), or a fraction of them (float).
+        place: How the state lies on several ranks; each then has its share of the batches.
+
+    Returns:
+        Names to sources; a single loader has the name ``""``.
+
+    Example:
+        >>> sorted(sources_of({"a": [1], "b": [2]}, torch.device("cpu")))
+        ['a', 'b']
+    """
+    loaders = loader if isinstance(loader, Mapping) else {"": loader}
+    share = None if place is None else Share(place.world, whole=True, lockstep=place.lockstep)
+    return {name: Source.of(each, limit=limit, device=device, share=share) for name, each in loaders.items()}
+
+
+def evaluate_sources(
+    state: TrainState, sources: Mapping[str, Source], fn: EvalStep, weights: str | None, signals: Signals | None = None
+) -> dict[str, Any]:
+    """Evaluate on prepared sources; the global generators are the caller's to put back.
+
+    Args:
+        state: Where training stands.
+        sources: What `sources_of` gave.
+        fn: ``(model, batch) -> metrics``.
+        weights: The memory whose averaged weights are used; None takes the parameters.
+        signals: What listens; None where nobody does.
+
+    Returns:
+        Names to floats, and to media where there are any.
+
+    Raises:
+        Interrupted: If a signal came.
+
+    Example:
+        >>> from fnlight.state import Task
+        >>> state = TrainState.create(Task(nn.Identity(), lambda model, batch: batch.sum()))
+        >>> with isolated():
+        ...     evaluate_sources(state, sources_of([torch.ones(2)], state.device), lambda model, batch: {"n": batch.sum()}, None)
+        {'n': 2.0}
+    """
+    found, place = dict[str, Any](), state.store.place
+    with inference(state.live, weights) as module, nullcontext() if signals is None else signals.together(place is not None):
+        if place is not None:
+            place.sync(state.store)
+        for name, source in sources.items():
+            prefix = f"{name}/" if name else ""
+            with source.aside(state.progress.epoch):
+                scores = _one_source(state, module, source, fn=fn, signals=signals)
+            found |= {prefix + metric: value for metric, value in scores.items()}
+    return found
+
+
+def _one_source(state: TrainState, module: nn.Module, source: Source, fn: EvalStep, signals: Signals | None) -> dict[str, Any]:
+    key, tally, held = fold_in(state.seed, EVALUATE), Tally(), dict[str, Any]()
+    found, place = source.epoch(key, 0), state.store.place
+    first, every = (1, 1) if place is None else (1 + place.world.rank, place.world.size)
+    for turn, (batch, samples, _) in enumerate(found if signals is None else signals.until(found, place is None or not place.lockstep)):
+        i = first + turn * every
+
+        def taken(batch: Any, i: int = i) -> tuple[Any, dict[str, Any]]:
+            seed_generators(fold_in(key, i), state.device)
+            return parted(fn(module, batch))
+
+        if batch.__class__ is Part:
+            _left_out(taken, batch.batch, held)
+            continue
+        metrics, objects = taken(batch)
+        if not turn and updates(objects) > 1:  # of before this evaluation, perhaps
+            for each in objects.values():
+                each.reset()
+            metrics, objects = taken(batch)
+        _check_metrics(metrics, objects, held if turn else objects, i)
+        held = objects
+        if metrics:
+            tally.add(i, metrics, samples)
+        state.store.end_step()
+    if signals is not None:
+        signals.agreed(signals.number if place is None else int(place.everyone.all_reduce_max([signals.number])[0]))
+        signals.check()
+    if place is None:
+        return {**tally.read(), **read_torchmetrics(held)}
+    return {**read_in_order(tally, place.world.gather), **read_torchmetrics(held, place.world.gather)}
+
+
+def _left_out(taken: Callable[[Any], tuple[Any, dict[str, Any]]], batch: Any, held: Mapping[str, Any]) -> None:
+    """Take a batch that is another rank's, to keep step with it: nothing of it counts here."""
+    before = states_of(held)
+    _, objects = taken(batch)
+    if held:
+        put_states(held, before)
+    for each in () if held else objects.values():
+        each.reset()
+
+
+def _check_metrics(metrics: Any, objects: Mapping[str, Any], before: Mapping[str, Any], i: int) -> None:
+    if not isinstance(metrics, Mapping) or not (metrics or objects):
+        got = "an empty dict" if isinstance(metrics, Mapping) else type(metrics).__name__
+        raise StepError(f"eval_step must return a dict of metrics, but returned {got}, at batch {i} of the evaluation")
+    other = sorted({name for name in (*objects, *before) if objects.get(name) is not before.get(name)})
+    if other:
+        raise StepError(
+            f"eval_step must update and return the same torchmetrics objects at every batch, but those of {other} are other ones at batch {i} of "
+            "the evaluation; make them once, outside of eval_step"
+        )
+
+
+def step_of(state: TrainState, name: str, given: Any) -> Any:
+    """The function that was given, or else the task's.
+
+    Args:
+        state: Gives the task.
+        name: Such as ``"eval_step"``.
+        given: A function, or None.
+
+    Returns:
+        The function.
+
+    Raises:
+        ConfigError: If there is neither.
+        TypeError: If it is no function, or the state is none.
+
+    Example:
+        >>> from fnlight.state import Task
+        >>> state = TrainState.create(Task(nn.Identity(), lambda model, batch: batch.sum(), eval_step=max))
+        >>> step_of(state, "eval_step", None), step_of(state, "eval_step", min)
+        (<built-in function max>, <built-in function min>)
+    """
+    check_type("the state", state, TrainState, A_STATE)
+    fn = given if given is not None else getattr(state.task, name)
+    if fn is None:
+        raise ConfigError(f"this task has no {name}; give it one, as in fl.Task(model, train_step, {name}={name}, ...)")
+    check_type(name, fn, Callable, "a function of model and batch")
+    return fn
+
+
+@contextmanager
+def inference(store: Store, weights: str | None = None) -> Iterator[nn.Module]:
+    """The live module in eval mode, without gradients and with averaged weights if asked; everything is put back afterwards.
+
+    Args:
+        store: Holds the module.
+        weights: The memory whose averaged weights are used; None takes the parameters.
+
+    Raises:
+        ConfigError: If there is no memory of that name.
+
+    Example:
+        >>> store = Store(nn.Dropout(), type("No", (), {"optimizer": None})(), {})
+        >>> with inference(store) as module:
+        ...     module.training
+        False
+        >>> store.module.training
+        True
+    """
+    store.free_gradients()  # there is room for what is evaluated
+    module, modes = store.module, [(m, m.training) for m in store.module.modules()]
+    average = weights_to_use(store.optims.values(), module) if weights is None else average_of(store, weights)
+    targets = named_tensors(module) if average else {}
+    raw = {name: local(targets[name]).clone() if is_sharded(targets[name]) else targets[name].data for name in average}
+    module.eval()
+    try:
+        with torch.no_grad():
+            for name, value in average.items():
+                _put(targets[name], value)
+            yield module
+    finally:
+        if store.place is not None:
+            store.place.rest(module)
+        for name, value in raw.items():
+            _put(targets[name], value)
+        for m, training in modes:
+            m.training = training
+
+
+def _put(target: Tensor, value: Tensor) -> None:
+    """Let a tensor have the memory of another one; where torch keeps the address of a part, its values."""
+    if is_sharded(target):
+        with torch.no_grad():
+            local(target).copy_(local(value))
+    else:
+        target.data = value if value.dtype == target.dtype else value.to(target.dtype)  # averages of halves are kept in float32
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a module by name, live.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        Names to tensors.
+
+    Example:
+        >>> list(named_tensors(nn.BatchNorm1d(1)))
+        ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
+    """
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def average_of(store: Store, weights: str | None) -> dict[str, Tensor]:
+    """The averaged weights of a name: a tree of tensors by parameter name, or one that holds such a tree as ``"weights"``.
+
+    Args:
+        store: Holds the memory.
+        weights: The name; None means the parameters themselves.
+
+    Returns:
+        Names to tensors, live; empty where the parameters are to be used.
+
+    Raises:
+        ConfigError: If there is no memory of that name.
+
+    Example:
+        >>> store = Store(nn.Linear(1, 1), type("No", (), {"optimizer": None})(), {"swa": {"count": 0, "weights": {}}})
+        >>> average_of(store, "swa"), average_of(store, None)
+        ({}, {})
+    """
+    if weights is None:
+        return {}
+    check_type("weights", weights, str, 'the name of averaged weights, such as "ema", or None')
+    known = named_tensors(store.module).keys()
+    found = {
+        key: tree for key in store.memory if (tree := _tensors_of(store.memory[key], not store.named)) is not None and tree.keys() <= known
+    }
+    if weights not in found:
+        raise ConfigError(
+            f"weights={weights!r} asks for averaged weights, but the state's memory holds {sorted(found) or 'none'}; train with fl.ema(decay)"
+        )
+    return found[weights]
+
+
+def _tensors_of(tree: Any, bare: bool) -> dict[str, Tensor] | None:
+    nested = tree.get("weights") if isinstance(tree, dict) else None
+    if isinstance(nested, dict):
+        return nested
+    return tree if isinstance(tree, dict) and (tree or bare) and all(isinstance(t, Tensor) for t in tree.values()) else None

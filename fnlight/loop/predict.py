@@ -1,0 +1,147 @@
+"""Prediction: every batch of a loader once, in eval mode and without gradients, leaving the state as it was."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from itertools import zip_longest
+from typing import Any
+
+import attrs
+
+from fnlight.data import Part, Source
+from fnlight.errors import ConfigError, check_type
+from fnlight.loop.evaluate import average_of, inference, sources_of, step_of
+from fnlight.optim import weights_to_use
+from fnlight.runtime import A_SIGNALS, Signals
+from fnlight.state import Store, TrainState
+from fnlight.tensors import PREDICT, fold_in, isolated, map_tensors, seed_generators
+
+_NOTHING: Any = object()
+
+
+def predict(
+    state: TrainState,
+    loader: Any,
+    *,
+    predict_step: Callable[[Any, Any], Any] | None = None,
+    weights: str | None = None,
+    limit: int | float | None = None,
+    donate: bool = False,
+    signals: Signals | None = None,
+) -> Iterator[Any]:
+    """Predict on a loader, one batch at a time: a generator that holds no more than the batch it works on.
+
+    Where a state is placed on ranks, rank 1 of 4 gets the outputs of the second batch, the sixth and so on; `collect` brings them together.
+
+    Args:
+        state: Where training stands; it is left as it was, and may train on while predictions are read.
+        loader: A loader; call it once for each of several.
+        predict_step: ``(model, batch) -> output``; None takes the task's.
+        weights: The memory whose averaged weights are used; None takes the parameters (a schedule-free optimizer's: the averaged ones).
+        limit: Batches at most (int), or a fraction of them (float).
+        donate: True works on the state's own module rather than on a copy; do not train on it meanwhile.
+        signals: What listens; when a signal comes, `Interrupted` is raised in place of the next output.
+
+    Returns:
+        An iterator of outputs, in the order of the loader.
+
+    Raises:
+        ConfigError: If there is no `predict_step`, no memory of that name, or signals are to end one of several ranks.
+        Interrupted: If a signal came, once the outputs are read.
+
+    Example:
+        >>> import torch
+        >>> from fnlight.state import Task
+        >>> task = Task(torch.nn.Identity(), lambda model, batch: batch.sum(), predict_step=lambda model, batch: model(batch) + 1)
+        >>> list(predict(TrainState.create(task), [torch.zeros(2)]))
+        [tensor([1., 1.])]
+    """
+    if isinstance(loader, Mapping):
+        raise ConfigError(f"predict takes one loader at a time, but got a mapping of {sorted(loader)}; call it once for each")
+    fn = step_of(state, "predict_step", predict_step)
+    check_type("predict(signals=...)", signals, Signals | None, A_SIGNALS)
+    if signals is not None and state.store.place is not None:
+        raise ConfigError("predict(signals=...) is for one process: of several, one that ends would let the others wait; leave it out")
+    check_type("predict(weights=...)", weights, str | None, 'the name of averaged weights, such as "ema", or None')
+    store, place = state.live, state.store.place
+    if not donate or weights_to_use(store.optims.values(), store.module):  # averaged weights are computed once, not for each batch
+        module = state.module() if place is None else place.copy(store.module, {})
+        store = Store(module, type(store.optim)(None), {weights: store.memory[weights]} if weights in store.memory else {}, place)
+    average_of(store, weights)
+    world = place and place.world
+    if place is not None:
+        place.sync(store)
+    source = sources_of(loader, state.device, limit, place)[""]
+    return Outputs(_predictions(store, fold_in(state.seed, PREDICT), source, fn=fn, weights=weights, signals=signals, world=world), world)
+
+
+@attrs.frozen(eq=False, repr=False)
+class Outputs:
+    """What `predict` gives: an iterator of the outputs of this process.
+
+    Args:
+        found: The outputs, in the order of the loader.
+        world: The ranks of which each has its share; None where this process is alone.
+
+    Example:
+        >>> list(Outputs(iter([1, 2])))
+        [1, 2]
+    """
+
+    found: Iterator[Any]
+    world: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        """This iterator."""
+        return self
+
+    def __next__(self) -> Any:
+        """The output of the next batch."""
+        return next(self.found)
+
+    def close(self) -> None:
+        """Let go of the loader, and of its workers."""
+        getattr(self.found, "close", lambda: None)()
+
+
+def _predictions(
+    store: Store, key: int, source: Source, fn: Callable[[Any, Any], Any], weights: str | None, signals: Signals | None, world: Any
+) -> Iterator[Any]:
+    batches = source.epoch(key, 0) if signals is None else signals.until(source.epoch(key, 0))
+    i, every = (0, 1) if world is None else (1 + world.rank - world.size, world.size)
+    with nullcontext() if world is None else world.waiting("in a prediction"):
+        while True:
+            with isolated(store.device):  # around each batch: the caller's code runs in between
+                item = next(batches, None)
+                if item is None:
+                    return None if signals is None else signals.check()
+                i += every
+                seed_generators(fold_in(key, i), store.device)
+                with inference(store, weights) as module:
+                    stands_in = item[0].__class__ is Part
+                    out = fn(module, item[0].batch if stands_in else item[0])
+                store.end_step()
+            del item
+            if not stands_in:
+                yield out
+            del out
+
+
+def collect(outputs: Iterable[Any]) -> list[Any]:
+    """All outputs of `predict` as a list, on the CPU; where several ranks have a share each, on all of them and in the order of the loader.
+
+    Args:
+        outputs: What `predict` gave.
+
+    Returns:
+        One entry a batch.
+
+    Example:
+        >>> import torch
+        >>> collect(iter([torch.ones(1)]))
+        [tensor([1.])]
+    """
+    check_type("collect(outputs)", outputs, Iterable, "what predict(...) gave")
+    mine, world = [map_tensors(lambda t: t.cpu(), out) for out in outputs], outputs.world if isinstance(outputs, Outputs) else None
+    with nullcontext() if world is None else world.waiting("behind a prediction"):
+        turns = zip_longest(*([mine] if world is None else world.gather(mine)), fillvalue=_NOTHING)
+    return [out for turn in turns for out in turn if out is not _NOTHING]

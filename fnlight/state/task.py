@@ -1,0 +1,130 @@
+"""A task: a model paired with the pure functions that train, evaluate and use it."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from fnlight.tensors import buffers_of, gradient_hooks, parameters_of
+
+
+@attrs.frozen(eq=False)
+class Task:
+    """A model paired with the pure functions that train, evaluate and use it; never serialised.
+
+    Args:
+        model: The module; it is copied, never changed.
+        train_step: ``(model, batch) -> loss`` or ``(loss, metrics)``; see `fnlight.protocols.LossFn`. Where several optimizers take turns,
+            a mapping of names to such functions or to `Phase`s. Or a whole `Step` that is a pipe, such as one that `manual` gives.
+        eval_step: ``(model, batch) -> metrics``; needed for `evaluate` only.
+        predict_step: ``(model, batch) -> output``; needed for `predict` only.
+        configure_optimizers: ``(model) -> optimizer`` or `Optim`, or a mapping of the names in `train_step` to them; needed unless
+            nothing is trainable.
+
+    Raises:
+        TypeError: If the model is no module, or a function is not callable.
+
+    Example:
+        >>> import torch
+        >>> task = Task(nn.Linear(2, 1), lambda model, batch: model(batch).sum(),
+        ...             configure_optimizers=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> task.train_step(task.model, torch.ones(1, 2)).shape
+        torch.Size([])
+    """
+
+    model: nn.Module
+    train_step: Any
+    eval_step: Callable[[Any, Any], Any] | None = None
+    predict_step: Callable[[Any, Any], Any] | None = None
+    configure_optimizers: Callable[[Any], Any] | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise TypeError(f"Task(model=...) must be an nn.Module, but got {type(self.model).__name__}; pass an instance, not a class")
+        for name in ("train_step", "eval_step", "predict_step", "configure_optimizers"):
+            given = getattr(self, name)
+            if given is None and name != "train_step":
+                continue
+            if name == "train_step" and isinstance(given, Mapping):
+                _check_phases(given)
+            elif not callable(given):
+                raise TypeError(f"Task({name}=...) must be a function, but got {type(given).__name__}")
+
+
+def _check_phases(given: Mapping[Any, Any]) -> None:
+    if not given:
+        raise TypeError("Task(train_step={}) names no phase; give it functions by name, or one function")
+    for name, fn in given.items():
+        if not isinstance(name, str) or not name or "/" in name:
+            raise TypeError(f"Task(train_step=...) must name its phases with strings without a slash, but got the name {name!r}")
+        if not callable(fn):
+            raise TypeError(f"Task(train_step={{{name!r}: ...}}) must be a function or a Phase, but got {type(fn).__name__}")
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """An independent copy of a module, with the hooks on gradients that ``copy.deepcopy`` leaves behind.
+
+    Args:
+        model: Any module.
+        memo: What ``copy.deepcopy`` has copied already, by identity; it is added to.
+
+    Returns:
+        The copy; its parameters call the very hooks of the model's.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> _ = model.weight.register_hook(lambda grad: 10 * grad)
+        >>> twin = copied(model)
+        >>> twin(torch.ones(1, 1)).sum().backward()
+        >>> twin.weight.grad.item()
+        10.0
+    """
+    twin = copy.deepcopy(model, memo)
+    for old, new in zip(model.parameters(), twin.parameters(), strict=True):
+        if new is not old and new.requires_grad:
+            before, after = gradient_hooks(old)
+            for hook in before:
+                new.register_hook(hook)
+            for hook in after:
+                new.register_post_accumulate_grad_hook(hook)
+    return twin
+
+
+def hooked(model: nn.Module) -> list[str]:
+    """The names of the parameters that have hooks on their gradients.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        Qualified names.
+
+    Example:
+        >>> hooked(nn.Linear(1, 1))
+        []
+    """
+    return [name for name, p in model.named_parameters() if any(gradient_hooks(p))]
+
+
+def empty(model: nn.Module) -> None:
+    """Leave a module without its tensors, which are somebody else's now: lazy ones, which can do nothing, stand in their places.
+
+    Args:
+        model: Any module; changed in place.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> empty(model); model.weight
+        <UninitializedParameter>
+    """
+    lazy: Any = UninitializedParameter  # its stub lacks the arguments
+    for module in model.modules():
+        params, buffers = parameters_of(module), buffers_of(module)
+        for name, p in params.items():
+            params[name] = None if p is None else lazy(requires_grad=p.requires_grad)
+        for name, b in buffers.items():
+            buffers[name] = None if b is None else UninitializedBuffer()

@@ -1,0 +1,177 @@
+"""Devices: which one is taken, how a module gets there, and what a lazy one, such as XLA, asks for besides.
+
+A lazy device notes operations down and computes them when it is told that a step is complete. Its module (``torch.get_device_module``) says so
+with functions that torch's own devices do not have, and that fnlight calls where they are there: ``end_step()`` behind every step and every
+batch of an evaluation, and ``spread(tensor)`` for each tensor of a batch that has been moved to the device.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fnlight.errors import ConfigError
+from fnlight.tensors._private_torch import parameters_of
+
+_PLAIN = ("cpu", "meta")  # there is no module for these
+
+
+def default_device() -> torch.device:
+    """The accelerator of this machine, or else the CPU.
+
+    Returns:
+        A device without an index.
+
+    Example:
+        >>> default_device().type in ("cpu", "cuda", "mps", "xpu") or "one of another maker"
+        True
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu" if accelerator is None else accelerator.type)
+
+
+def module_of(device: torch.device) -> Any:
+    """The module of torch for a kind of device, such as ``torch.cuda``.
+
+    Args:
+        device: Any device.
+
+    Returns:
+        The module; None for the CPU and for ``meta``, which have none.
+
+    Raises:
+        ConfigError: If nobody has told torch of such a module.
+
+    Example:
+        >>> module_of(torch.device("cpu")) is None
+        True
+    """
+    if device.type in _PLAIN:
+        return None
+    try:
+        return torch.get_device_module(device)
+    except RuntimeError as error:
+        hint = "; make the state with fl.TrainState.create(task, place=fl.parallel.xla())" if device.type == "xla" else ""
+        raise ConfigError(f"torch knows no module for the device {str(device)!r}, so its random numbers cannot be seeded{hint}") from error
+
+
+def is_lazy(device: torch.device) -> bool:
+    """Say whether a device notes operations down, and computes them when a step is complete.
+
+    Args:
+        device: Any device.
+
+    Returns:
+        Whether it does.
+
+    Example:
+        >>> is_lazy(torch.device("cpu"))
+        False
+    """
+    return getattr(module_of(device), "end_step", None) is not None
+
+
+def end_step_on(device: torch.device) -> Callable[[], None]:
+    """What is called behind every step.
+
+    Args:
+        device: Any device.
+
+    Returns:
+        A function; it does nothing where operations are computed as they are called.
+
+    Example:
+        >>> end_step_on(torch.device("cpu"))()
+    """
+    return getattr(module_of(device), "end_step", _do_nothing)
+
+
+def _do_nothing() -> None:
+    pass
+
+
+def spread_on(device: torch.device) -> Callable[[Tensor], Tensor] | None:
+    """How a tensor of a batch is spread over what a device stands for, once it is there.
+
+    Args:
+        device: Any device.
+
+    Returns:
+        A function; None where a device is just one.
+
+    Example:
+        >>> spread_on(torch.device("cpu")) is None
+        True
+    """
+    return getattr(module_of(device), "spread", None)
+
+
+def existing(device: torch.device | str) -> torch.device:
+    """The device of a name, which this machine must have.
+
+    Args:
+        device: Such as ``"cuda:1"``.
+
+    Returns:
+        The device.
+
+    Raises:
+        ConfigError: If there is none.
+
+    Example:
+        >>> existing("cpu")
+        device(type='cpu')
+    """
+    try:
+        found = torch.device(device)
+        if found.type != "cpu":
+            torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        says = str(error).splitlines()[0].split(". ")[0]
+        raise ConfigError(f"there is no device {device!r} here: {says}; give {str(default_device())!r}, or leave it out") from error
+    return found
+
+
+def move(module: nn.Module, device: torch.device) -> dict[int, Any]:
+    """Move a module in place; tied parameters stay tied, also on a device that makes new ones of them, as XLA does.
+
+    Args:
+        module: Changed in place.
+        device: Where to.
+
+    Returns:
+        By the ``id`` of each parameter that is no more the one in its place; empty on most devices.
+
+    Example:
+        >>> move(nn.Linear(1, 1), torch.device("cpu"))
+        {}
+    """
+    before = [(m, key, p) for m in module.modules() for key, p in parameters_of(m).items() if p is not None]
+    module.to(device)
+    new: dict[int, Any] = {}
+    for m, key, p in before:
+        table = parameters_of(m)
+        if table[key] is not p:
+            table[key] = new.setdefault(id(p), table[key])
+    return new
+
+
+def spread_like(value: Tensor, like: Tensor) -> Tensor:
+    """A tensor, spread over what a lazy device stands for as another one of its shape is.
+
+    Args:
+        value: Any tensor; on the host, it goes to the device.
+        like: The other tensor.
+
+    Returns:
+        The tensor itself, where the device of the other one is just one.
+
+    Example:
+        >>> value = torch.ones(2)
+        >>> spread_like(value, torch.zeros(2)) is value
+        True
+    """
+    if spread_on(like.device) is None:
+        return value
+    return like.detach().to(value.dtype, copy=True).copy_(value.cpu())  # from the device it would bring its own way along

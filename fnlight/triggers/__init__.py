@@ -1,0 +1,40 @@
+"""When something is due (`steps(50)`, `epochs(1)`), and when a run stops (`patience`, `max_epochs`).
+
+Read `when` first; `rules` are the stop rules. Both are pure functions, joined with ``|``, ``&`` and ``~``.
+"""
+
+from fnlight.triggers.rules import (
+    StopRule,
+    diverged,
+    max_epochs,
+    max_steps,
+    max_time,
+    min_epochs,
+    min_steps,
+    nonfinite,
+    patience,
+    reached,
+    reason_of,
+    stop_rule,
+)
+from fnlight.triggers.when import Tick, at_end, condition, continuous, epochs, minutes, seconds, steps
+
+__all__ = [
+    "StopRule",
+    "Tick",
+    "at_end",
+    "continuous",
+    "diverged",
+    "epochs",
+    "max_epochs",
+    "max_steps",
+    "max_time",
+    "min_epochs",
+    "min_steps",
+    "minutes",
+    "nonfinite",
+    "patience",
+    "reached",
+    "seconds",
+    "steps",
+]
