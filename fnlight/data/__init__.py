@@ -9,6 +9,7 @@ from fnlight.data.combine import Combined, concat, zip_longest, zip_shortest
 from fnlight.data.item import Item, Loaders, batches, group_at
 from fnlight.data.per_epoch import PerEpoch, per_epoch
 from fnlight.data.place import placed
+from fnlight.data.prepare import prepare
 from fnlight.data.samples import num_samples
 from fnlight.data.share import Sharded, Share, sharded
 from fnlight.data.source import Source, check_loader
@@ -31,6 +32,7 @@ __all__ = [
     "num_samples",
     "per_epoch",
     "placed",
+    "prepare",
     "sharded",
     "zip_longest",
     "zip_shortest",
