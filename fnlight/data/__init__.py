@@ -14,6 +14,7 @@ from fnlight.data.order import length_of
 from fnlight.data.part import Part
 from fnlight.data.per_epoch import PerEpoch, per_epoch
 from fnlight.data.place import placed
+from fnlight.data.prepare import prepare
 from fnlight.data.samples import num_samples
 from fnlight.data.share import Sharded, Share, cut, sharded
 from fnlight.data.source import Source
@@ -31,6 +32,7 @@ __all__ = [
     "batches",
     "concat",
     "per_epoch",
+    "prepare",
     "sharded",
     "zip_longest",
     "zip_shortest",
