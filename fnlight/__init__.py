@@ -28,7 +28,7 @@ try:
     from fnlight import errors  # noqa: F401  # what fnlight raises and warns of
     from fnlight.checkpoint import best, best_checkpoint, checkpoints, every, last, load, load_weights, newest, restore, save, verify
     from fnlight.compile import compile  # noqa: A004  # what everybody in this field calls it
-    from fnlight.data import LengthBuckets, Loaders, TensorLoader, batches, concat, sharded, zip_longest, zip_shortest
+    from fnlight.data import LengthBuckets, Loaders, TensorLoader, batches, concat, per_epoch, prepare, sharded, zip_longest, zip_shortest
     from fnlight.fit import FitConfig, compose, fit, main, total_steps
     from fnlight.gradients import (
         accumulate,
@@ -222,10 +222,12 @@ __all__ = [
     "optimizer",
     "param_groups",
     "patience",
+    "per_epoch",
     "pipe",
     "plateau",
     "polynomial",
     "predict",
+    "prepare",
     "profile",
     "pure",
     "reached",

@@ -14,6 +14,7 @@
     ├── Interrupted(RuntimeError)           an evaluation or a prediction that a signal ended
     ├── DonatedStateError(RuntimeError)     a read of tensors that a later step has overwritten
     ├── TaskCheckError(AssertionError)      a task that breaks one of the laws that `check_task` checks
+    ├── LoaderCheckError(AssertionError)    a loader that breaks one of the laws that `check_loader` checks
     └── CheckpointError(ValueError)         files that cannot be written or read
         ├── BrokenCheckpointError           ... torn, altered or incomplete files
         ├── LockedError                     ... a run's directory that another run uses
@@ -80,6 +81,10 @@ class DonatedStateError(FnlightError, RuntimeError):
 
 class TaskCheckError(FnlightError, AssertionError):
     """A task breaks a law of `fnlight.testing.check_task`; the message names the check, the place and the way out."""
+
+
+class LoaderCheckError(FnlightError, AssertionError):
+    """A loader breaks a law of `fnlight.testing.check_loader`; the message names the loader, the check and the way out."""
 
 
 class CheckpointError(FnlightError, ValueError):

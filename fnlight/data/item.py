@@ -7,6 +7,7 @@ from typing import Any
 import attrs
 import torch
 
+from fnlight.data.kept import Place, check_data, kept_by, resumed
 from fnlight.data.place import placed
 from fnlight.data.samples import num_samples
 from fnlight.data.share import Share
@@ -28,7 +29,7 @@ class Item:
         last: Whether the epoch ends with it.
         samples: Samples in all of its batches.
         seconds: Time since the item before was handed out, in seconds.
-        position: None, or a function that gives the place of a loader that keeps its own.
+        position: None, or what gives the place in the data that a state keeps, until the next item is asked for.
         batches_per_step: The batches that a full item has; 0 where nobody says.
 
     Example:
@@ -167,20 +168,8 @@ def batches(
     batches_at(batches_per_step, state.progress.epoch)
     place = state.store.place
     share = None if place is None else Share(place.world)
-    return _items(
-        _source(loader, limit, shuffle, device=device, share=share), state, batches_per_step, clock=clock, wall_time=wall_time, beat=beat
-    )
-
-
-def _source(loader: Any, limit: int | float | None, shuffle: bool, device: torch.device | str | None, share: Share | None) -> Source:
-    if not isinstance(loader, Source):
-        return Source(loader, limit=limit, shuffle=shuffle, device=device, share=share)
-    wanted = {"limit": limit} if limit is not None else {}
-    wanted |= {} if shuffle else {"shuffle": False}
-    wanted |= {} if device is None or torch.device(device).type == "cpu" else {"device": device}
-    wanted |= {} if share is None else {"share": share}
-    new = {name: value for name, value in wanted.items() if getattr(loader, name) != value}
-    return attrs.evolve(loader, **new) if new else loader
+    source = Source.of(loader, limit=limit, shuffle=shuffle, device=device, share=share)
+    return _items(source, state, batches_per_step, clock=clock, wall_time=wall_time, beat=beat)
 
 
 def _items(
@@ -191,47 +180,51 @@ def _items(
     wall_time: WallTime | None,
     beat: Callable[[], float] | None,
 ) -> Iterator[Item]:
-    seed, epoch, start = state.seed, state.progress.epoch, placed(source, state.progress).batch
-    keeps = source.keeps_position
-    position = _position_of(state) if keeps else None
+    seed, epoch, saved = state.seed, state.progress.epoch, kept_by(state)
+    check_data(source, saved)
+    start, place = placed(source, state.progress).batch, Place(source)
+    found = resumed(source, seed, epoch, start=start, saved=saved)
     beat = beat or clock
     then, asked = beat(), None  # when the item before was handed out, and when this one was asked for: at the first one, nobody counts
-    while True:
-        size, done, samples, taken = batches_at(batches_per_step, epoch), start, 0, []
-        for batch, count, last in source.epoch(seed, epoch, start, position=position, follows=True):
-            done += 1
-            samples += count
-            if size == 1:
-                found = (batch,)
-            else:
-                taken.append(batch)
-                if not last and len(taken) < size:
-                    continue
-                found, taken = tuple(taken), []
-            now, batch = beat(), None  # nothing is kept of what is handed out
-            passed = max(0.0, now - then)  # a clock that is set back takes no time back
-            if asked is not None and wall_time is not None:
-                wall_time.data += max(0.0, (now if beat is clock else clock()) - asked)
-            yield Item(found, epoch, done, last, samples, passed, _at(source, epoch, done, last) if keeps else None, size)
-            found, samples, then = None, 0, now
-            if wall_time is not None:
-                if asked is None:
-                    wall_time.started()
-                asked = clock()
-        epoch, start, position = epoch + 1, 0, None
+    try:
+        while True:
+            size = batches_at(batches_per_step, epoch)
+            for given, done, samples, last in _groups(found, size, start):
+                now = beat()
+                passed = max(0.0, now - then)  # a clock that is set back takes no time back
+                if asked is not None and wall_time is not None:
+                    wall_time.data += max(0.0, (now if beat is clock else clock()) - asked)
+                item = Item(given, epoch, done, last, samples, passed, place, size)
+                place.move(epoch, done, last, item)
+                yield item
+                item = given = None  # nothing is kept of what is handed out
+                then = now
+                if wall_time is not None:
+                    if asked is None:
+                        wall_time.started()
+                    asked = clock()
+            epoch, start = epoch + 1, 0
+            found = source.epoch(seed, epoch, follows=True)
+    except GeneratorExit:
+        place.freeze()
+        raise
+    finally:
+        source.leave()
 
 
-def _at(source: Source, epoch: int, batch: int, last: bool) -> Callable[[], Any] | None:
-    """What gives the place of a loader that keeps its own; None where a limit left it within an epoch that is over."""
-    if last and source.cuts(batch):
-        return None
-    at = {"epoch": epoch + last, "batch": 0 if last else batch}
-    return lambda: {**at, "loader": source.position()}
-
-
-def _position_of(state: Any) -> Any:
-    """The loader's place in the state's memory, if it is that of the state's progress."""
-    saved, at = state.memory.get("loader"), state.progress
-    if not isinstance(saved, Mapping) or (saved.get("epoch"), saved.get("batch")) != (at.epoch, at.batch):
-        return None
-    return saved["loader"]
+def _groups(found: Iterator[Any], size: int, done: int) -> Iterator[tuple[Any, int, int, bool]]:
+    """Batches in groups, each with the batches done after it, its samples, and whether the epoch ends with it."""
+    if size == 1:
+        for done, (batch, count, last) in enumerate(found, done + 1):
+            yield (batch,), done, count, last
+            batch = None
+        return
+    taken, samples = [], 0
+    for done, (batch, count, last) in enumerate(found, done + 1):
+        taken.append(batch)
+        samples += count
+        batch = None
+        if last or len(taken) == size:
+            given, taken = tuple(taken), []
+            yield given, done, samples, last
+            given, samples = None, 0

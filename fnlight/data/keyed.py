@@ -6,8 +6,7 @@ hands to them are tasks (`fnlight.data.order`): before sample ``indices[j]`` is 
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -16,21 +15,19 @@ from torch import Tensor
 from torch.utils.data import (
     ConcatDataset,
     DataLoader,
-    IterableDataset,
-    IterDataPipe,
     StackDataset,
     Subset,
     TensorDataset,
     default_collate,
     default_convert,
-    get_worker_info,
 )
 
+from fnlight.data.epochs import Listener, listeners, tell_epoch
+from fnlight.data.generators import Reseed, own_generators
 from fnlight.data.order import Span, Task, tasks
 from fnlight.data.part import Part
-from fnlight.data.workers import follow, owner
-from fnlight.runtime import held_back, leave_to_parent, listening, worker_death
-from fnlight.tensors import COLLATE, LOADER, SAMPLE, fold_in, seed_generators
+from fnlight.data.workers import Started, early, options_of
+from fnlight.tensors import COLLATE, SAMPLE, fold_in, seed_generators
 
 Todo = tuple[Task, int | None, float | None]
 """A task, the samples of its batch (None where the dataset makes the batches itself), and what they count (None for 1)."""
@@ -39,15 +36,11 @@ Marks = deque[tuple[int | None, float | None, bool]]
 """Of batches that were handed to workers: their samples, what they count, and whether one is the last."""
 
 _DRAW_NOTHING: frozenset[type] = frozenset({TensorDataset, Tensor, list, tuple, range})
-_OPTIONS = (
-    "num_workers",
-    "collate_fn",
-    "pin_memory",
-    "timeout",
-    "multiprocessing_context",
-    "prefetch_factor",
-    "persistent_workers",
-    "in_order",
+
+
+_OWN_LISTENERS: Any = attrs.Factory(lambda self: listeners(self.loader, samplers=False), takes_self=True)  # of samplers a copy is told
+_OWN_GENERATORS: Any = attrs.Factory(
+    lambda self: own_generators(self.loader.dataset) if _draws(self.loader.dataset) else (), takes_self=True
 )
 
 
@@ -68,16 +61,24 @@ class KeyedLoader:
     loader: DataLoader[Any]
     shuffle: bool = True
     _kept: dict[str, DataLoader[Any]] = attrs.field(factory=dict, init=False, repr=False)
+    _listeners: tuple[Listener, ...] = attrs.field(init=False, repr=False, default=_OWN_LISTENERS)
+    _reseed: tuple[Reseed, ...] = attrs.field(init=False, repr=False, default=_OWN_GENERATORS)
     _ahead: list["_Begun"] = attrs.field(factory=list, init=False, repr=False)  # the next epoch, if its workers are at it already
+
+    def _keyed(self, told: int) -> "_Keyed":
+        return _Keyed.of(self.loader, self._reseed, told, torch.tensor(told).share_memory_() if self._listeners else None)
 
     def epoch(self, span: Span) -> Iterator[tuple[Any, int | None, bool]]:
         """A part of an epoch as ``(batch, samples, last)``; samples is None where the dataset makes the batches itself.
 
         Samples that are read in this process draw from the global generators, which are seeded for each; the caller puts them back.
         """
+        told = span.epoch if self.shuffle else 0
+        for tell in self._listeners:
+            tell(told)
         if self.loader.num_workers or self.loader.pin_memory:
             return self._elsewhere(span)
-        return self._here(self._todo(span))
+        return self._here(self._todo(span), told)
 
     def _todo(self, span: Span) -> Iterator[Todo]:
         found, collated = tasks(self.loader, span, self.shuffle), self.loader.batch_sampler is not None
@@ -85,9 +86,9 @@ class KeyedLoader:
             return span.share.tasks(found)
         return ((task, len(task[1]) if collated else None, None) for task in found)
 
-    def _here(self, todo: Iterator[Todo]) -> Iterator[tuple[Any, int | None, bool]]:
+    def _here(self, todo: Iterator[Todo], told: int) -> Iterator[tuple[Any, int | None, bool]]:
         """Batches read in this process, without a loader of ours: nothing of it would be needed."""
-        keyed, collate = _Keyed.of(self.loader), self.loader.collate_fn
+        keyed, collate = self._keyed(told), self.loader.collate_fn
         read = keyed.__getitems__ if self.loader.batch_sampler is not None else keyed.__getitem__
         now = next(todo, None)
         while now is not None:
@@ -101,12 +102,13 @@ class KeyedLoader:
         begun = self._ahead.pop() if self._ahead else None
         if begun is None or not begun.is_of(span):
             begun = self._begin(span)
-        follows = span.ahead and self.loader.num_workers > 0 and not self.loader.persistent_workers
+        lone = self.loader.num_workers > 0 and not self.loader.persistent_workers
+        follows = span.ahead and lone and not self._listeners  # what is told the epoch is told when it begins
         try:
             for batch in begun.batches:
                 if follows and begun.marks[-1][2]:
                     follows = False
-                    with _early():
+                    with early():
                         self._ahead.append(self._begin(span.following()))
                 samples, counts, last = begun.marks.popleft()
                 yield batch if counts is None else Part(batch, counts), samples, last
@@ -118,21 +120,24 @@ class KeyedLoader:
     def _begin(self, span: Span) -> "_Begun":
         marks: Marks = deque()
         todo = _marked(self._todo(span), marks)
-        return _Begun(span, iter(_Started(self._inner(span, todo))), marks)
+        return _Begun(span, iter(Started(self._inner(span, todo))), marks)
 
     def _inner(self, span: Span, todo: Iterator[Task]) -> DataLoader[Any]:
         """A loader of ours that goes over the tasks; one for all epochs where the workers persist."""
-        inner, loader = self._kept.get("inner"), self.loader
+        inner, loader, told = self._kept.get("inner"), self.loader, span.epoch if self.shuffle else 0
         if inner is None:
             place: dict[str, Any] = (
                 {"batch_sampler": _Feed()} if loader.batch_sampler is not None else {"batch_size": None, "sampler": _Feed()}
             )
-            keyed: Any = _Keyed.of(loader)
-            inner = DataLoader(keyed, **place, **_options(loader, span.key(SAMPLE)))
+            keyed: Any = self._keyed(told)
+            inner = DataLoader(keyed, **place, **options_of(loader, span.key(SAMPLE)))
             if loader.persistent_workers:
                 self._kept["inner"] = inner
         feed: Any = inner.sampler if inner.batch_sampler is None else inner.batch_sampler
         feed.tasks = todo
+        read: Any = inner.dataset
+        if read.epoch is not None:
+            read.epoch.fill_(told)
         return inner
 
 
@@ -178,15 +183,20 @@ class _Keyed:
     batched: bool
     draws: bool
     collates: bool
+    reseed: tuple[Reseed, ...]  # generators of the dataset's own
+    epoch: Tensor | None  # where something wants to know it: in shared memory, for workers that persist
+    told: list[int]  # the epoch that the dataset was told last
 
     @classmethod
-    def of(cls, loader: DataLoader[Any]) -> "_Keyed":
+    def of(cls, loader: DataLoader[Any], reseed: tuple[Reseed, ...], told: int, epoch: Tensor | None) -> "_Keyed":
         dataset = loader.dataset
-        own = loader.collate_fn not in (default_collate, default_convert)
-        return cls(dataset, callable(getattr(_innermost(dataset), "__getitems__", None)), _draws(dataset), own)
+        own, draws = loader.collate_fn not in (default_collate, default_convert), _draws(dataset)
+        batched = callable(getattr(_innermost(dataset), "__getitems__", None))
+        return cls(dataset=dataset, batched=batched, draws=draws, collates=own, reseed=reseed, epoch=epoch, told=[told])
 
     def __getitems__(self, task: Task) -> Any:
         key, ids, indices = task
+        self._tell()
         if self.batched:
             samples = self._read(self.dataset.__getitems__, fold_in(key, *ids[:1]), indices)
         elif self.draws:
@@ -198,13 +208,21 @@ class _Keyed:
 
     def __getitem__(self, task: Task) -> Any:
         key, ids, index = task
+        self._tell()
         sample = self._read(self.dataset.__getitem__, fold_in(key, *ids), index)
         self._before_collation(key, *ids)
         return sample
 
+    def _tell(self) -> None:
+        if self.epoch is not None and (epoch := int(self.epoch)) != self.told[0]:
+            tell_epoch(self.dataset, epoch)
+            self.told[0] = epoch
+
     def _read(self, getter: Callable[[Any], Any], key: int, index: Any) -> Any:
         if self.draws:
             seed_generators(key)
+            for reseed in self.reseed:
+                reseed(key)
         return getter(index)
 
     def _before_collation(self, key: int, *ids: int) -> None:
@@ -225,129 +243,3 @@ def _draws(dataset: Any) -> bool:
         parts: Any = dataset.datasets
         return any(_draws(part) for part in (parts.values() if isinstance(parts, dict) else parts))
     return type(dataset) not in _DRAW_NOTHING
-
-
-@attrs.frozen(eq=False, repr=False)
-class KeyedStream:
-    """A ``DataLoader`` over an ``IterableDataset``, whose workers begin with keyed generators.
-
-    Args:
-        loader: The user's loader.
-
-    Example:
-        >>> class Numbers(IterableDataset):
-        ...     def __iter__(self):
-        ...         return iter(range(4))
-        >>> [batch.tolist() for batch in KeyedStream(DataLoader(Numbers(), batch_size=2)).fresh(Span(seed=0, epoch=0))]
-        [[0, 1], [2, 3]]
-    """
-
-    loader: DataLoader[Any]
-    _kept: dict[str, DataLoader[Any]] = attrs.field(factory=dict, init=False, repr=False)
-    _ahead: dict[int, Iterator[Any]] = attrs.field(factory=dict, init=False, repr=False)  # by its key, the epoch whose workers have started
-
-    def fresh(self, span: Span) -> Iterable[Any]:
-        """A loader of ours for one epoch, or what it yields where its workers have started; one for all epochs where they persist."""
-        begun = self._ahead.pop(span.key(LOADER), None)
-        self._ahead.clear()
-        return _Started(self._inner(span)) if begun is None else begun
-
-    def begin_ahead(self, span: Span) -> None:
-        """Start the workers of an epoch whose turn comes next."""
-        if self.loader.num_workers and not self.loader.persistent_workers:
-            with _early():
-                self._ahead[span.key(LOADER)] = iter(_Started(self._inner(span)))
-
-    def forget(self) -> None:
-        """Let workers go whose epoch will not be read."""
-        self._ahead.clear()
-
-    def _inner(self, span: Span) -> DataLoader[Any]:
-        loader, key = self.loader, span.key(LOADER)
-        inner = self._kept.get("inner")
-        if inner is None:
-            dataset: Any = loader.dataset
-            sown = loader.num_workers and not isinstance(dataset, IterDataPipe)
-            inner = DataLoader(
-                _Sown(dataset) if sown else dataset, batch_size=loader.batch_size, drop_last=loader.drop_last, **_options(loader, key)
-            )
-            if loader.persistent_workers:
-                self._kept["inner"] = inner
-        if isinstance(inner.dataset, _Sown):
-            inner.dataset.key.fill_(key >> 1)
-        if inner.generator is not None:
-            inner.generator.manual_seed(key >> 1)
-        return inner
-
-
-@attrs.frozen(eq=False, repr=False)
-class _Started:
-    """A loader of ours whose workers are started while signals are held back, and are named when they die."""
-
-    loader: DataLoader[Any]
-
-    def __iter__(self) -> Iterator[Any]:
-        with held_back():
-            found = iter(self.loader)
-        return _named(found)
-
-
-@contextmanager
-def _early() -> Iterator[None]:
-    """What is wrong with the next epoch is said when it is its turn, if it comes to that; but not that a worker of this one has died."""
-    try:
-        yield
-    except Exception as error:
-        if worker_death(error) is not None:
-            raise
-
-
-def _named(found: Iterator[Any]) -> Iterator[Any]:
-    try:
-        yield from found
-    except RuntimeError as error:
-        dead = worker_death(error)
-        if dead is None:
-            raise
-        raise dead from error
-
-
-class _Sown(IterableDataset[Any]):
-    """The user's stream, begun in every worker with generators seeded from a key in shared memory, which workers that persist see."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-        self.key = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def __iter__(self) -> Iterator[Any]:
-        info = get_worker_info()
-        seed_generators(fold_in(int(self.key), info.id if info is not None else 0))
-        return iter(self.dataset)
-
-
-@attrs.frozen(eq=False, repr=False)
-class _Begin:
-    """What a worker does first: follow its parent into death, leave signals to it, show the user's own dataset to ``worker_init_fn`` and ``get_worker_info``."""
-
-    fn: Callable[[int], None] | None
-    listening: tuple[int, ...]
-    parent: int | None
-
-    def __call__(self, worker_id: int) -> None:
-        follow(self.parent)
-        leave_to_parent(self.listening)
-        info = get_worker_info()
-        if info is not None and isinstance(info.dataset, _Keyed | _Sown):
-            object.__setattr__(info, "dataset", info.dataset.dataset)  # it refuses to be written otherwise
-        if self.fn is not None:
-            self.fn(worker_id)
-
-
-def _options(loader: DataLoader[Any], key: int) -> dict[str, Any]:
-    """How the user's loader loads; with a generator of its own, so that the global one is not drawn from."""
-    options = {name: getattr(loader, name) for name in _OPTIONS}
-    if getattr(loader, "pin_memory_device", ""):
-        options["pin_memory_device"] = loader.pin_memory_device
-    generator = torch.Generator().manual_seed(key >> 1)  # workers are seeded from what it gives
-    begin = _Begin(loader.worker_init_fn, listening(), owner(loader.multiprocessing_context)) if loader.num_workers else None
-    return {**options, "generator": generator, "worker_init_fn": begin}

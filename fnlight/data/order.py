@@ -3,24 +3,22 @@
 The unit is a task, ``(key, ids, indices)``: one batch of indices, with what the random numbers of each of its samples are keyed by.
 """
 
-import copy
-import itertools
 import math
-import random
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from fnlight.data.buckets import LengthBuckets
+from fnlight.data.known import is_kind
 from fnlight.data.permutation import Permutation, permutation
+from fnlight.data.samplers import drawn
 from fnlight.data.share import Share
 from fnlight.errors import LoaderError
-from fnlight.tensors import SAMPLE, fold_in, isolated, seed_generators
+from fnlight.tensors import SAMPLE, fold_in
 
 Task = tuple[int, Sequence[int], Any]
 """A key, the numbers that are folded into it, one a sample, and the indices to read (a single one where nothing is collated)."""
@@ -41,6 +39,9 @@ class Span:
         position: Where a loader that keeps its own place stood behind batch `start`.
         ahead: Whether the epoch behind this one is going to be read as well, so that its workers may be started early.
         share: A rank's share of the data; None where this process is alone.
+        workers: By how many workers a stream was read when this epoch began; None for as many as its loader has.
+        seen: Is given the last batch that is skipped, where batches are skipped by reading them.
+        entered: Whether the loader begins with batch `start` by itself, so that nothing is to be skipped.
 
     Example:
         >>> Span(seed=0, epoch=1).start
@@ -55,6 +56,9 @@ class Span:
     position: Any = None
     ahead: bool = False
     share: Share | None = None
+    workers: int | None = None
+    seen: Callable[[Any], None] | None = None
+    entered: bool = False
 
     def key(self, purpose: int) -> int:
         """The key of this epoch for a purpose, such as ``rng.SAMPLE``."""
@@ -62,7 +66,7 @@ class Span:
 
     def following(self) -> "Span":
         """The epoch behind this one, from its first batch on."""
-        return attrs.evolve(self, epoch=self.epoch + 1, start=0, position=None)
+        return attrs.evolve(self, epoch=self.epoch + 1, start=0, position=None, workers=None, seen=None, entered=False)
 
     @property
     def order_key(self) -> int:
@@ -125,7 +129,7 @@ def tasks(loader: DataLoader[Any], span: Span, shuffle: bool = True) -> Iterator
 
     A ``SequentialSampler`` and a ``RandomSampler`` over all of the data are understood: their order is a keyed permutation, of which
     any part is a slice. So are `LengthBuckets`. Any other sampler is kept: a copy of it is drawn from the start, which costs its indices but loads nothing.
-    It is told the epoch if it has ``set_epoch``; one that counts epochs in itself always counts from where the user left it.
+    It is told the epoch if it has ``set_epoch``; one that counts epochs in itself counts those before this one.
 
     Args:
         loader: A map-style loader; it is not changed, nor are its samplers.
@@ -154,7 +158,7 @@ def tasks(loader: DataLoader[Any], span: Span, shuffle: bool = True) -> Iterator
     end = total if span.stop is None else min(total, span.stop)
     check_start(span, end, loader)
     order = None
-    if shuffle and type(sampler) is RandomSampler:
+    if shuffle and is_kind(sampler, RandomSampler):
         order = permutation(span.order_key, count)
     return _sliced_tasks(order, count, size, numbers=range(span.start, end), key=span.key(SAMPLE), collated=collated)
 
@@ -166,13 +170,14 @@ def _generator(key: int) -> torch.Generator:
 def _known(loader: DataLoader[Any]) -> tuple[Any, int, bool] | None:
     """Sampler, batch size and drop_last of an order that is understood; None for a sampler that is kept."""
     outer: Any = loader.batch_sampler
+    sampler: Any = None
     if outer is None:
         sampler, size, drop_last = loader.sampler, 1, False
-    elif type(outer) is BatchSampler:
+    elif is_kind(outer, BatchSampler):
         sampler, size, drop_last = outer.sampler, outer.batch_size, outer.drop_last
     else:
         return None
-    if type(sampler) is RandomSampler:
+    if is_kind(sampler, RandomSampler):
         whole = not sampler.replacement and sampler.num_samples == len(sampler.data_source)
         return (sampler, size, drop_last) if whole else None
     return (sampler, size, drop_last) if type(sampler) is SequentialSampler else None
@@ -204,72 +209,9 @@ def _drawn_tasks(loader: DataLoader[Any], span: Span, epoch: int) -> Iterator[Ta
     if span.stop is not None:
         check_start(span, span.stop, loader)
     key, number = span.key(SAMPLE), 0
-    for number, indices in enumerate(_drawn(loader, fold_in(span.seed, span.stream, epoch), epoch), 1):
+    for number, indices in enumerate(drawn(loader, fold_in(span.seed, span.stream, epoch), epoch, span.stop), 1):
         if span.stop is not None and number > span.stop:
             return
         if number > span.start:
             yield fold_in(key, number), range(1 if loader.batch_sampler is None else len(indices)), indices
     check_start(span, number, loader)
-
-
-def _drawn(loader: DataLoader[Any], key: int, epoch: int) -> Iterator[Any]:
-    """What a copy of the user's sampler gives in an epoch, drawn some batches at a time with generators of its own."""
-    indices: Iterator[Any] = iter(())
-    for turn in itertools.count():
-        with isolated():
-            seed_generators(fold_in(key, turn))
-            if turn == 0:
-                indices = iter(_twin(loader, key, epoch))
-            chunk = list(itertools.islice(indices, _CHUNK))
-        yield from chunk
-        if len(chunk) < _CHUNK:
-            return
-
-
-def _twin(loader: DataLoader[Any], key: int, epoch: int) -> Iterable[Any]:
-    """A copy of the sampler that shares the dataset and nothing else: its own generators seeded, its epoch set."""
-    sampler: Any = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
-    shared = [loader.dataset, *(getattr(node, "data_source", None) for node in _samplers(sampler))]
-    memo = {id(each): each for each in shared if each is not None}
-    for place, value in enumerate(value for node in _samplers(sampler) for value in _attributes(node).values()):
-        fresh = _reseeded(value, fold_in(key, place))
-        if fresh is not None:
-            memo[id(value)] = fresh
-    try:
-        twin = copy.deepcopy(sampler, memo)
-    except TypeError as error:
-        raise LoaderError(
-            f"the sampler {type(sampler).__name__} cannot be copied ({error}), but a copy is what each epoch is drawn from; "
-            "let its __iter__ make what it needs instead of holding it, or give it a __deepcopy__"
-        ) from error
-    for node in _samplers(twin):
-        set_epoch = getattr(node, "set_epoch", None)
-        if callable(set_epoch):
-            set_epoch(epoch)
-    return twin
-
-
-def _attributes(node: Any) -> dict[str, Any]:
-    return getattr(node, "__dict__", {})
-
-
-def _samplers(sampler: Any) -> Iterator[Any]:
-    """A sampler, then those that it wraps."""
-    yield sampler
-    for name, value in _attributes(sampler).items():
-        if isinstance(value, Sampler) or name in ("sampler", "batch_sampler"):
-            yield from _samplers(value)
-
-
-def _reseeded(value: Any, key: int) -> Any:
-    """A generator of the same kind, seeded from the key; None where the value is no generator."""
-    if isinstance(value, torch.Generator):
-        return _generator(key)
-    if type(value) is random.Random:
-        return random.Random(key)
-    numpy: Any = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, numpy.random.Generator):
-        return numpy.random.default_rng(key)
-    if numpy is not None and isinstance(value, numpy.random.RandomState):
-        return numpy.random.RandomState(key & 0xFFFFFFFF)
-    return None

@@ -4,8 +4,9 @@ from itertools import accumulate
 from typing import Any
 
 import attrs
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from fnlight.data.known import is_kind
 from fnlight.data.samples import num_samples
 from fnlight.data.source import Source
 from fnlight.data.tensor_loader import TensorLoader
@@ -66,9 +67,12 @@ def _whole_batches(loader: Any, batch: int, done: int) -> tuple[int, int] | None
 
 
 def _size(loader: Any) -> int | None:
-    if isinstance(loader, TensorLoader) or (isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)):
+    if isinstance(loader, TensorLoader):
         return loader.batch_size
-    return None
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return None
+    outer: Any = loader.batch_sampler
+    return outer.batch_size if is_kind(outer, BatchSampler) else loader.batch_size
 
 
 def _next(loader: Any, batch: int, samples: int) -> int:

@@ -1,26 +1,28 @@
 """How each kind of loader is read: a reader says how long an epoch is and gives any part of one, as ``(batch, samples, last)``."""
 
-import copy
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from fnlight.data.combine import Triple
-from fnlight.data.keyed import KeyedLoader, KeyedStream
+from fnlight.data.iterated import Iterated
+from fnlight.data.keyed import KeyedLoader
+from fnlight.data.known import is_plain, resumes_itself
 from fnlight.data.order import Span, check_start, length_of
+from fnlight.data.per_epoch import PerEpoch
+from fnlight.data.reading import nothing
 from fnlight.data.samples import num_samples
 from fnlight.data.share import Sharded
+from fnlight.data.stateful import Stateful
+from fnlight.data.stream import KeyedStream
 from fnlight.data.tensor_loader import Held, TensorLoader
-from fnlight.errors import LoaderError, LoaderWarning, warn
-from fnlight.tensors import LOADER, fold_in, has_own_iterator, seed_generators
 
-_END: Any = object()
+__all__ = ["Epochs", "Iterated", "Listed", "Mapped", "Stateful", "num_samples", "reader_of"]
 
 
-def reader_of(loader: Any, shuffle: bool) -> "Listed | Held | Mapped | Stateful | Iterated":
+def reader_of(loader: Any, shuffle: bool) -> "Listed | Held | Mapped | Stateful | Iterated | Epochs":
     """Choose how a loader is read.
 
     Args:
@@ -37,40 +39,50 @@ def reader_of(loader: Any, shuffle: bool) -> "Listed | Held | Mapped | Stateful 
     if isinstance(loader, Sharded):
         inner = reader_of(loader.loader, shuffle)
         return Iterated(loader.loader, shuffle) if isinstance(inner, Stateful) else inner  # each rank would keep another place
+    if isinstance(loader, PerEpoch):
+        return Epochs(loader, shuffle)
     if isinstance(loader, list | tuple):
         return Listed(loader)
     if isinstance(loader, TensorLoader):
         return Held(loader, shuffle)
+    if is_plain(loader):
+        if not isinstance(loader.dataset, IterableDataset):
+            return Mapped(loader, KeyedLoader(loader, shuffle))
+        if not resumes_itself(loader):
+            return Iterated(loader, shuffle, KeyedStream(loader))
     if callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None)):
         return Stateful(loader, shuffle)
-    if not isinstance(loader, DataLoader) or has_own_iterator(loader):
-        return Iterated(loader, shuffle)
-    if isinstance(loader.dataset, IterableDataset):
-        return Iterated(loader, shuffle, KeyedStream(loader), loader.num_workers == 0)
-    return Mapped(loader, KeyedLoader(loader, shuffle))
+    return Iterated(loader, shuffle)
 
 
-def nothing(loader: Any, epoch: int) -> LoaderError:
-    """The error of an epoch without a batch.
+@attrs.frozen(eq=False, repr=False)
+class Epochs:
+    """A loader that is made for each epoch.
 
     Args:
-        loader: What yielded nothing.
-        epoch: In which epoch.
-
-    Returns:
-        The error, to be raised.
+        loader: Says how.
+        shuffle: False makes that of epoch 0 for all of them.
 
     Example:
-        >>> str(nothing([], 3))[:40]
-        'the list yielded no batch in epoch 3; ex'
+        >>> list(Epochs(PerEpoch(lambda seed, epoch: [epoch, seed]), shuffle=True).epoch(Span(seed=5, epoch=1)))
+        [(1, 1, False), (5, 1, True)]
     """
-    kind = type(loader).__name__
-    if iter(loader) is loader:
-        return LoaderError(
-            f"the {kind} yielded no batch in epoch {epoch}: it is an iterator, which can be gone over only once, and it is used up; "
-            "pass an iterable that begins anew each time, such as a DataLoader or a list"
-        )
-    return LoaderError(f"the {kind} yielded no batch in epoch {epoch}; expected at least one: check where the data is read")
+
+    loader: PerEpoch
+    shuffle: bool
+
+    def length(self) -> int | None:
+        """Batches in an epoch, if it was said."""
+        return self.loader.num_batches
+
+    def epoch(self, span: Span) -> Iterator[Triple]:
+        """A part of an epoch."""
+        keyed = attrs.evolve(span, epoch=span.epoch if self.shuffle else 0, ahead=False, position={"remembers": {}})
+        enters = self.loader.enters and span.start > 0
+        made = self.loader.made(keyed.seed, keyed.epoch, span.start)
+        reader = Iterated(made, self.shuffle) if enters else reader_of(made, self.shuffle)
+        position = {"remembers": {}} if isinstance(reader, Iterated) else None  # it is new: it remembers nothing
+        yield from reader.epoch(attrs.evolve(keyed, entered=enters, position=position))
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -113,6 +125,7 @@ class Mapped:
         keyed: The same, read in keyed order.
 
     Example:
+        >>> from torch.utils.data import DataLoader
         >>> reader = reader_of(DataLoader(range(3)), shuffle=True)
         >>> [batch.tolist() for batch, samples, last in reader.epoch(Span(seed=0, epoch=0))]
         [[0], [1], [2]]
@@ -139,167 +152,3 @@ class Mapped:
             batch = None
         if empty:
             raise nothing(self.loader, span.epoch)
-
-
-@attrs.frozen(eq=False, repr=False)
-class Iterated:
-    """Anything that can be iterated.
-
-    Args:
-        loader: The user's loader.
-        shuffle: False seeds the generators as in epoch 0.
-        stream: The same loader, made anew for every epoch, to be iterated instead.
-        seeds: Whether batches are made in this process, and the generators are seeded for it.
-
-    Example:
-        >>> list(Iterated(range(2), shuffle=True).epoch(Span(seed=0, epoch=0)))
-        [(0, 1, False), (1, 1, True)]
-    """
-
-    loader: Any
-    shuffle: bool
-    stream: KeyedStream | None = None
-    seeds: bool = True
-
-    def length(self) -> int | None:
-        """Batches in an epoch, if the loader says; it is not relied on to find the last."""
-        return length_of(self.loader)
-
-    def epoch(self, span: Span) -> Iterator[Triple]:
-        """A part of an epoch."""
-        keyed, stream = self._keyed(span), self.stream
-        found = _seeded(self.loader if stream is None else stream.fresh(keyed), keyed.key(LOADER), 0, self.seeds)
-        _skip(found, span, self.loader)
-        if stream is None or not span.ahead:
-            yield from _looking_ahead(found, span, self.loader)
-            return
-        try:
-            yield from _looking_ahead(found, span, self.loader, end=lambda: stream.begin_ahead(self._keyed(span.following())))
-        except BaseException:  # the run is over, or broken
-            stream.forget()
-            raise
-
-    def _keyed(self, span: Span) -> Span:
-        return span if self.shuffle else attrs.evolve(span, epoch=0)
-
-
-@attrs.frozen(eq=False, repr=False)
-class Stateful:
-    """A loader that keeps its own place.
-
-    Args:
-        loader: The user's loader, with ``state_dict`` and ``load_state_dict``.
-        shuffle: False seeds the generators as in epoch 0.
-
-    Example:
-        >>> reader_of([], shuffle=True).__class__.__name__  # a list keeps no place
-        'Listed'
-    """
-
-    loader: Any
-    shuffle: bool
-    _ahead: list[Any] = attrs.field(factory=list, init=False, repr=False)
-
-    def length(self) -> int | None:
-        """Batches in an epoch, if the loader says; it is relied on to find the last, so that nothing is read ahead."""
-        return length_of(self.loader)
-
-    def position(self) -> Any:
-        """The loader's place behind the batch that was handed out last."""
-        return self._ahead[0] if self._ahead else self.loader.state_dict()
-
-    def epoch(self, span: Span) -> Iterator[Triple]:
-        """A part of an epoch; where the span has a position, the loader is put there rather than read up to there."""
-        loader, length = self.loader, self.length()
-        key = (span if self.shuffle else attrs.evolve(span, epoch=0)).key(LOADER)
-        if span.position is None:
-            found = _seeded(loader, key)
-            _skip(found, span, loader)
-        else:
-            loader.load_state_dict(copy.deepcopy(span.position))
-            found = _seeded(loader, key, span.start)
-            if span.start == 0:  # a place at the end of an epoch, behind which some loaders yield nothing once
-                found = _first_of(found, _seeded(loader, key))
-        self._ahead.clear()
-        if length is None:
-            yield from _looking_ahead(found, span, loader, self._mark)
-        else:
-            yield from _counting(found, span, length if span.stop is None else min(length, span.stop), loader)
-
-    def _mark(self) -> None:
-        self._ahead[:] = [copy.deepcopy(self.loader.state_dict())]
-
-
-def _seeded(iterable: Iterable[Any], key: int, number: int = 0, seeds: bool = True) -> Iterator[Any]:
-    """Batches, before each of which the generators are seeded from its number."""
-    if seeds:
-        seed_generators(key)
-    iterator = iter(iterable)
-    for i in itertools.count(number):
-        if seeds:
-            seed_generators(fold_in(key, i))
-        batch = next(iterator, _END)
-        if batch is _END:
-            return
-        yield batch
-        batch = None  # not kept while the next one is fetched
-
-
-def _first_of(one: Iterator[Any], other: Iterator[Any]) -> Iterator[Any]:
-    """The one, or the other if it is empty."""
-    empty = True
-    for batch in one:
-        empty = False
-        yield batch
-        batch = None
-    if empty:
-        yield from other
-
-
-def _skip(found: Iterator[Any], span: Span, loader: Any) -> None:
-    if span.start == 0:
-        return
-    if span.stop is not None:
-        check_start(span, span.stop, loader)
-    warn(
-        f"{span.start} batches of epoch {span.epoch} are read and thrown away to come to where the state stands, since a {type(loader).__name__} "
-        "cannot be entered elsewhere; a map-style DataLoader, a list, or a loader with state_dict and load_state_dict need not be read",
-        LoaderWarning,
-    )
-    check_start(span, sum(1 for _ in itertools.islice(found, span.start)), loader)
-
-
-def _looking_ahead(
-    found: Iterator[Any], span: Span, loader: Any, mark: Callable[[], None] = lambda: None, end: Callable[[], None] = lambda: None
-) -> Iterator[Triple]:
-    """Batches of which the last is known by reading one ahead; `mark` is called before that, `end` behind the last one read."""
-    number, stop = span.start, span.stop
-    batch = _END if number == stop else next(found, _END)
-    if batch is _END and number == 0:
-        raise nothing(loader, span.epoch)
-    while batch is not _END:
-        number += 1
-        mark()
-        after = _END if number == stop else next(found, _END)
-        if after is _END:
-            end()
-        yield batch, num_samples(batch), after is _END
-        batch, after = after, None
-
-
-def _counting(found: Iterator[Any], span: Span, end: int, loader: Any) -> Iterator[Triple]:
-    """Batches of which the last is known by a length that is believed: nothing is read ahead."""
-    check_start(span, end, loader)
-    for number in range(span.start, end):
-        batch = next(found, _END)
-        if batch is _END:
-            raise nothing(loader, span.epoch) if number == 0 else _too_short(loader, span, number)
-        yield batch, num_samples(batch), number + 1 == end
-        batch = None
-
-
-def _too_short(loader: Any, span: Span, number: int) -> LoaderError:
-    return LoaderError(
-        f"this {type(loader).__name__} says that it has {length_of(loader)} batches, but epoch {span.epoch} ended after {number}; "
-        "correct its __len__, or leave it out"
-    )

@@ -1,4 +1,4 @@
-"""How many samples a batch holds; apart from the readers, since parts of batches are counted, too, and readers make parts."""
+"""How many samples a batch holds."""
 
 from typing import Any
 
@@ -10,6 +10,8 @@ from fnlight.tensors import leaves
 
 def num_samples(batch: Any) -> int:
     """The number of samples in a batch: the leading dimension of its first tensor that has one, or 1.
+
+    A packed sequence, a batch of graphs and a TensorDict say it themselves. Of other batches, `fnlight.data.Source` is told with ``samples=``.
 
     Args:
         batch: Any tree of tensors.
@@ -38,6 +40,11 @@ def num_samples(batch: Any) -> int:
 def _search_samples(batch: Any) -> int:
     if isinstance(batch, PackedSequence):
         return int(batch.batch_sizes[0])
+    for name in ("num_graphs", "batch_size"):  # PyTorch Geometric; TensorDict
+        size = None if isinstance(batch, Tensor) else getattr(batch, name, None)
+        size = size[0] if isinstance(size, tuple) and size else size
+        if isinstance(size, int):
+            return size
     for _, leaf in leaves(batch):
         if isinstance(leaf, Tensor) and leaf.dim():
             return leaf.shape[0]

@@ -1,7 +1,8 @@
 """A loader as a function of (seed, epoch): the same batches for any number of workers, from any batch on."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -10,10 +11,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fnlight.data.combine import Combined, Triple
+from fnlight.data.epochs import tell_epoch
+from fnlight.data.known import is_dataset, is_loader
 from fnlight.data.order import Span, check_start, length_of
 from fnlight.data.part import Part
-from fnlight.data.readers import Iterated, Stateful, reader_of
+from fnlight.data.per_epoch import PerEpoch
+from fnlight.data.readers import Epochs, Iterated, Listed, Stateful, reader_of
 from fnlight.data.share import Sharded, Share
+from fnlight.data.tensor_loader import Held
 from fnlight.data.transfer import transferred
 from fnlight.errors import LoaderError, LoaderWarning, warn
 from fnlight.tensors import ORDER, RANK, fold_in
@@ -33,7 +38,7 @@ def check_loader(loader: Any, what: str) -> None:
         >>> check_loader([torch.zeros(2)], "Loaders(train=...)")
     """
     loader = loader.loader if isinstance(loader, Sharded) else loader
-    if isinstance(loader, Source | Combined | DataLoader | list | tuple):
+    if isinstance(loader, Source | Combined | PerEpoch | DataLoader | list | tuple) or is_loader(loader):
         return
     kind = type(loader).__name__
     says = f"{what} must be an iterable of batches, such as a DataLoader or a list, but got "
@@ -41,7 +46,11 @@ def check_loader(loader: Any, what: str) -> None:
         if loader.keys() <= {"train", "val", "test", "predict"}:
             raise TypeError(f"{says}a mapping of {list(loader)}; give fl.Loaders({', '.join(f'{use}=...' for use in loader)})")
         raise TypeError(f"{says}a mapping of {list(loader)}; join loaders with fl.zip_longest(**loaders), fl.zip_shortest or fl.concat")
-    if isinstance(loader, Dataset) or (callable(getattr(loader, "__getitem__", None)) and not isinstance(loader, Iterable)):
+    if (
+        isinstance(loader, Dataset)
+        or is_dataset(loader)
+        or (callable(getattr(loader, "__getitem__", None)) and not isinstance(loader, Iterable))
+    ):
         raise TypeError(
             f"{says}the dataset {kind}; wrap it: DataLoader(dataset, batch_size=32), with batch_size=None if it gives batches already"
         )
@@ -54,7 +63,7 @@ def check_loader(loader: Any, what: str) -> None:
 
 @attrs.frozen(eq=False)
 class Source:
-    """A loader, read as a function of (seed, epoch); the loader itself is never changed.
+    """A loader, read as a function of (seed, epoch); the loader itself is told the epoch, where it wants to know it, and else not changed.
 
     - A list or tuple of batches is indexed.
     - A `TensorLoader` gathers the rows of a keyed order.
@@ -74,6 +83,7 @@ class Source:
             it has ended, so that its first batch need not be waited for; a number does so for epochs below it only, False for none. It
             changes no batch. Only a ``DataLoader`` whose workers do not persist has such.
         share: A rank's share of the data; None reads all of it.
+        samples: Says how many samples a batch holds, for batches that do not show it, such as lists of pictures; None counts them.
 
     Raises:
         TypeError: If the loader is no iterable of batches.
@@ -91,7 +101,36 @@ class Source:
     device: torch.device | None = attrs.field(default=None, kw_only=True, converter=attrs.converters.optional(torch.device))
     ahead: bool | int = attrs.field(default=True, kw_only=True)
     share: Share | None = attrs.field(default=None, kw_only=True)
+    samples: Callable[[Any], int] | None = attrs.field(default=None, kw_only=True)
     _reader: Any = attrs.field(init=False, repr=False)
+
+    @classmethod
+    def of(
+        cls, loader: Any, *, limit: int | float | None = None, shuffle: bool = True, device: torch.device | str | None = None,
+        ahead: bool | int = True, share: Share | None = None,
+    ) -> "Source":  # fmt: skip
+        """A source of a loader; one that is a source already keeps its own options, but for those that are given here.
+
+        Args:
+            loader: A loader or a source.
+            limit: As for a source, like the others.
+            shuffle: False wins.
+            device: One that is not the CPU wins.
+            ahead: What is not True wins.
+            share: What is not None wins.
+
+        Returns:
+            A source.
+        """
+        if not isinstance(loader, Source):
+            return cls(loader, limit=limit, shuffle=shuffle, device=device, ahead=ahead, share=share)
+        wanted: dict[str, Any] = {"limit": limit} if limit is not None else {}
+        wanted |= {} if shuffle else {"shuffle": False}
+        wanted |= {} if device is None or torch.device(device).type == "cpu" else {"device": torch.device(device)}
+        wanted |= {} if ahead is True else {"ahead": ahead}
+        wanted |= {} if share is None else {"share": share}
+        new = {name: value for name, value in wanted.items() if getattr(loader, name) != value}
+        return attrs.evolve(loader, **new) if new else loader
 
     @_reader.default
     def _make_reader(self) -> Any:
@@ -113,7 +152,7 @@ class Source:
             return share.agreed(self._reader.epoch(attrs.evolve(span, seed=fold_in(span.seed, RANK + rank) if rank else span.seed)))
         if getattr(self._reader, "shares", False):
             return self._reader.epoch(attrs.evolve(span, share=share))
-        if isinstance(self._reader, Iterated | Stateful) and not share.whole:
+        if isinstance(self._reader, Iterated | Stateful | Epochs) and not share.whole:
             warn(_reads_all(self.loader), LoaderWarning)
         return share.cut(self._reader.epoch(span))
 
@@ -132,9 +171,61 @@ class Source:
         """Whether the loader keeps its own place, with ``state_dict`` and ``load_state_dict``."""
         return isinstance(self._reader, Stateful)
 
-    def position(self) -> Any:
-        """What the loader's ``state_dict`` gives behind the batch that was handed out last."""
-        return self._reader.position()
+    @property
+    def reader(self) -> Any:
+        """What reads the loader."""
+        return self._reader
+
+    @property
+    def children(self) -> tuple["Source", ...]:
+        """The sources of joined loaders; empty for a single one."""
+        return getattr(self._reader, "children", ())
+
+    @property
+    def reads_to_skip(self) -> bool:
+        """Whether batches are skipped by reading them."""
+        return isinstance(self._reader, Iterated) or (isinstance(self._reader, Epochs) and not self.loader.enters)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the loader has a place of its own: it keeps one, or it is iterated and may remember earlier epochs."""
+        return isinstance(self._reader, Stateful | Iterated)
+
+    def position(self, ended: bool = False) -> Any:
+        """What the loader's ``state_dict`` gives after the batch that was handed out last; of others what they remember of earlier epochs.
+
+        Args:
+            ended: Whether that batch ends the epoch.
+        """
+        found, share = self._reader.position(ended), self.share
+        apart = share is not None and share.world.size > 1 and isinstance(self.loader, Sharded)
+        if not apart or not isinstance(self._reader, Iterated):
+            return found
+        # one rank saves for all: what is a generator or an order of that rank's own is not given to the others
+        return {"remembers": {name: value for name, value in found["remembers"].items() if isinstance(value, int | float | str)}}
+
+    def leave(self) -> None:
+        """Make what an iterated loader remembers what it was at first."""
+        for each in self.children:
+            each.leave()
+        if isinstance(self._reader, Iterated | Stateful):
+            self._reader.leave()
+
+    @contextmanager
+    def aside(self, epoch: int) -> Iterator[None]:
+        """Read it beside a training on the same data, which finds it as it left it.
+
+        Args:
+            epoch: Where the training stands.
+        """
+        before = self._reader.counters.changed() if isinstance(self._reader, Iterated) else None
+        try:
+            yield
+        finally:
+            if before is not None:
+                self._reader.counters.put(before)
+            if not isinstance(self._reader, Epochs | Listed | Held) and not self.children:
+                tell_epoch(self.loader, epoch, samplers=before is not None)
 
     def cuts(self, batch: int) -> bool:
         """Whether the limit, not the loader, ends an epoch after so many batches."""
@@ -142,7 +233,16 @@ class Source:
         return self.limit is not None and batch == self.num_batches and (length is None or batch < length)
 
     def epoch(
-        self, seed: int, epoch: int, start: int = 0, stream: int = ORDER, *, position: Any = None, follows: bool = False
+        self,
+        seed: int,
+        epoch: int,
+        start: int = 0,
+        stream: int = ORDER,
+        *,
+        position: Any = None,
+        follows: bool = False,
+        workers: int | None = None,
+        seen: Callable[[Any], None] | None = None,
     ) -> Iterator[Triple]:
         """The batches of an epoch.
 
@@ -151,8 +251,11 @@ class Source:
             epoch: The epoch, from 0 on.
             start: The batch to begin with; nothing is yielded if it is the number of batches in the epoch.
             stream: What the data is for; another stream has another order and other random numbers.
-            position: Where a loader that keeps its own place stood behind batch `start`; it is put there rather than read up to there.
+            position: Where a loader that keeps its own place stood behind batch `start`; it is put there rather than read up to there. Of others
+                that are iterated, what they remembered as the epoch began.
             follows: Whether the next epoch is going to be read from its beginning, as far as the caller knows.
+            workers: By how many workers a stream is read, where that is not what its loader says.
+            seen: Is given the last batch that is skipped, where batches are skipped by reading them.
 
         Returns:
             An iterator of ``(batch, samples, last)``.
@@ -161,6 +264,7 @@ class Source:
             LoaderError: If there is no batch, the start lies beyond the end, or an iterator was used up before.
         """
         limited = None if self.limit is None else self.num_batches
+        ahead = follows and (self.ahead is True or epoch + 1 < self.ahead)
         span = Span(
             seed=seed,
             epoch=epoch,
@@ -168,12 +272,25 @@ class Source:
             stop=limited,
             stream=stream,
             position=position,
-            ahead=follows and (self.ahead is True or epoch + 1 < self.ahead),
+            ahead=ahead,
+            workers=workers,
+            seen=seen,
         )
         found = self._reader.epoch(span) if self.share is None else self._shared(span)
+        if self.samples is not None:
+            found = _counted(found, self.samples)
         if self.device is None or self.device.type == "cpu":
             return found
         return transferred(found, self.device)
+
+
+def _counted(found: Iterator[Triple], samples: Callable[[Any], int]) -> Iterator[Triple]:
+    for batch, _, last in found:
+        count = samples(batch)
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise LoaderError(f"Source(samples=fn) must give the number of samples in a batch, a whole number, but gave {count!r}")
+        yield batch, count, last
+        batch = None
 
 
 def _reads_all(loader: Any) -> str:

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fnlight.data.combine import Triple
-from fnlight.tensors import map_tensors, spread_on
+from fnlight.errors import LoaderWarning, warn
+from fnlight.tensors import leaves, map_nodes, spread_on
 
 
 def transferred(found: Iterator[Triple], device: torch.device) -> Iterator[Triple]:
@@ -36,7 +37,15 @@ def transferred(found: Iterator[Triple], device: torch.device) -> Iterator[Tripl
     spread = spread_on(device)
     arrive = None if spread is None else lambda tensor: spread(tensor.to(device, non_blocking=True))
     send = Lane(Streams(device)).send if device.type == "cuda" else lambda batch: moved(batch, device, arrive)
+    first = True
     for batch, samples, last in found:
+        if first and (kind := left_behind(batch)) is not None:
+            warn(
+                f"a batch holds a {kind} with tensors that are not moved to {device}, since it has no method to; give it `def to(self, device)` that "
+                "returns a moved one, or make it a dataclass",
+                LoaderWarning,
+            )
+        first = False
         yield send(batch), samples, last
         batch = None
 
@@ -58,15 +67,43 @@ def moved(node: Any, device: torch.device, copy: Callable[[Tensor], Tensor] | No
     """
     if isinstance(node, Tensor):
         return node.to(device, non_blocking=True) if copy is None else copy(node)
-    to = getattr(node, "to", None)
-    if callable(to):
-        return to(device, non_blocking=True) if isinstance(node, PackedSequence) else to(device)
     kind = node.__class__
     if kind is dict:
         return {key: moved(value, device, copy) for key, value in node.items()}
     if kind is tuple or kind is list:
         return kind([moved(value, device, copy) for value in node])
-    return map_tensors(lambda tensor: moved(tensor, device, copy), node)
+
+    def of(each: Any) -> Any:
+        if isinstance(each, Tensor):
+            return moved(each, device, copy)
+        to = getattr(each, "to", None)
+        if not callable(to):
+            return NotImplemented
+        return to(device, non_blocking=True) if isinstance(each, PackedSequence) else to(device)
+
+    return map_nodes(of, node)
+
+
+def left_behind(batch: Any) -> str | None:
+    """The class of an object in a batch that holds tensors and cannot be moved; None if there is none.
+
+    Args:
+        batch: Any tree.
+
+    Returns:
+        Its name.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> left_behind({"x": SimpleNamespace(y=torch.ones(1))}), left_behind((torch.ones(1), "a"))
+        ('SimpleNamespace', None)
+    """
+    for _, leaf in leaves(batch):
+        if isinstance(leaf, Tensor) or callable(getattr(leaf, "to", None)):
+            continue
+        if any(isinstance(value, Tensor) for value in getattr(leaf, "__dict__", {}).values()):
+            return type(leaf).__name__
+    return None
 
 
 @attrs.frozen(eq=False, repr=False)

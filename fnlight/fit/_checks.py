@@ -10,7 +10,7 @@ import torch
 from fnlight.checkpoint import ALLOWED
 from fnlight.errors import ConfigError
 
-DIFFERENCES = ALLOWED | {"batch_size"}
+DIFFERENCES = ALLOWED | {"batch_size", "data"}
 """Differences between a checkpoint and a run that can be allowed."""
 
 DIFFERENT = f"some of {', '.join(map(repr, sorted(DIFFERENCES)))}"

@@ -265,7 +265,7 @@ def train_source(loaders: Loaders, config: FitConfig) -> Source:
         raise LoaderError("fit needs training data, but there is none; give fl.Loaders(train=...)")
     overfit, most = config.overfit_batches, config.max_epochs
     ahead = False if not config.workers_ahead else True if most is None else most
-    return Source(loaders.train, limit=overfit or config.limit_train, shuffle=not overfit, ahead=ahead)
+    return Source.of(loaders.train, limit=overfit or config.limit_train, shuffle=not overfit, ahead=ahead)
 
 
 def text_of(config: FitConfig) -> str | None:

@@ -52,7 +52,8 @@ class FitConfig:
         save_in_background: True trains on while a checkpoint is written, for the price of one copy of the state in host memory.
         resume: True goes on from the newest sound checkpoint of `dir`, or starts afresh if there is none.
         allow: Differences between the checkpoint and the code that a resumed run goes along with, with a warning: ``"model"``, ``"dtype"``
-            and ``"optimizer"``, see `restore`; ``"batch_size"`` goes back to where a batch of the new size ends.
+            and ``"optimizer"``, see `restore`; ``"batch_size"`` goes back to where a batch of the new size ends; ``"data"`` takes other data than that
+            on which the state stands in the middle of an epoch.
         rename: Names of parameters, or of modules with all below them, in the checkpoint to those in the model.
         log_every: When training metrics go to the sinks.
         log_times: True tells the sinks what time went to as well: ``samples/s``, and the shares ``time/step``, ``time/data`` and so on.

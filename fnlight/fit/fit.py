@@ -1,6 +1,7 @@
 """`fit`: resume, compose, check, run."""
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -9,8 +10,8 @@ from typing import Any
 import attrs
 
 from fnlight.checkpoint import STATE, Folder, checkpoints, held, newest, refuse_links, restore
-from fnlight.data import Sharded, Source, length_of, placed
-from fnlight.errors import BrokenCheckpointError, CheckpointWarning, ConfigError, check_type, warn
+from fnlight.data import Sharded, Source, check_data, kept_by, length_of, placed, without_digests
+from fnlight.errors import BrokenCheckpointError, CheckpointWarning, ConfigError, TaskWarning, check_type, warn
 from fnlight.fit.compose import compose, loaders_of, settings, text_of, train_source
 from fnlight.fit.config import FitConfig
 from fnlight.fit.preflight import preflight
@@ -22,9 +23,13 @@ from fnlight.state import A_STATE, TrainState
 from fnlight.tensors import check_context, default_device, existing
 from fnlight.triggers import epochs
 
+_TURN = threading.RLock()  # of the process; one that a thread has it may take again, for a fit within a sink or a rule
+
 
 def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
     """Train a state on loaders as a configuration says, and return the state where it ended.
+
+    One `fit` runs at a time in a process: one in another thread waits for it, with a warning. One within a sink or a rule runs at once.
 
     Args:
         state: Where training stands; it is left as it was, unless ``config.donate``.
@@ -54,6 +59,11 @@ def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
     check_type("fit(..., config)", config, FitConfig, "a FitConfig")
     check_context("fit(...)", state.device)
     began = time.perf_counter()
+    with _turn():
+        return _fitted(state, loaders, config, began)
+
+
+def _fitted(state: TrainState, loaders: Any, config: FitConfig, began: float) -> TrainState:
     given = loaders_of(loaders)
     config = _dev_run(state, config) if config.fast_dev_run else config
     train, given_place = train_source(given, config), state.store.place
@@ -71,6 +81,22 @@ def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
                 state.store.wall_time.begin(time.perf_counter, began)
                 state = _drain(run(step, state, train, donate=True, signals=signals))
         return state if place is None or given_place is not None else alone(state)
+
+
+@contextmanager
+def _turn() -> Iterator[None]:
+    """Wait until no other thread fits: generators of random numbers, the default dtype and the settings of kernels are those of the process."""
+    if not _TURN.acquire(blocking=False):
+        warn(
+            "another thread of this process is in fl.fit, whose random numbers and settings are those of the process: this one waits until it has ended; "
+            "to run several at once, start a process for each",
+            TaskWarning,
+        )
+        _TURN.acquire()
+    try:
+        yield
+    finally:
+        _TURN.release()
 
 
 @contextmanager
@@ -119,7 +145,7 @@ def _resumed(state: TrainState, config: FitConfig, donate: bool) -> TrainState:
             f"{config.dir} holds a run already, up to {os.path.basename(found)}; go on from it with FitConfig(resume=True), or give another dir"
         )
     if found is not None:
-        resumed = restore(found, state, allow=[each for each in config.allow if each != "batch_size"], rename=config.rename)
+        resumed = restore(found, state, allow=[each for each in config.allow if each not in ("batch_size", "data")], rename=config.rename)
         if resumed.seed != state.seed:
             warn(
                 f"the run in {config.dir} has seed {resumed.seed}, which decides its data order, but the state has {state.seed}; {resumed.seed} is used",
@@ -150,7 +176,10 @@ def _age(path: str) -> float:
 
 def _counted(state: TrainState, train: Source, config: FitConfig) -> TrainState:
     """The state, its place in the epoch counted in batches of today's size."""
-    before = state.progress
+    before, kept = state.progress, state.memory.get("loader", {})
+    if "data" in config.allow and kept:
+        state.store.memory["loader"] = without_digests(kept)
+    check_data(train, kept_by(state))
     after = placed(train, before, earlier="batch_size" in config.allow)
     if after.samples != before.samples:
         warn(

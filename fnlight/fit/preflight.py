@@ -6,8 +6,8 @@ from typing import Any
 import attrs
 
 from fnlight.checkpoint import check_savable, writable
-from fnlight.data import Loaders
-from fnlight.errors import ConfigError, Interrupted, LoaderError, OptimizerWarning, TaskWarning, warn
+from fnlight.data import Loaders, Sharded, Source, inexact
+from fnlight.errors import ConfigError, Interrupted, LoaderError, LoaderWarning, OptimizerWarning, TaskWarning, warn
 from fnlight.fit.compose import TRUE, eval_step_of, known_steps
 from fnlight.fit.config import FitConfig
 from fnlight.loop import evaluate
@@ -54,6 +54,7 @@ def preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pipe
         writable(config.dir)
         if state.store.place is None:  # of several ranks, each has its own part
             check_savable(state)
+        _check_resumes(loaders.train)
     if state.store.params and not state.store.module.training:
         warn(
             "the model is in eval mode: dropout is off and BatchNorm does not learn its statistics; if that is not meant, call model.train() "
@@ -78,6 +79,13 @@ def preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pipe
         trial = attrs.evolve(state, history=type(state.history)()).recorded({f"val/{k}": v for k, v in found.items()})
         for name in unseen:
             monitored(trial.history, name)
+
+
+def _check_resumes(loader: Any) -> None:
+    """Warn, as a run that saves begins, of data on which it could not be resumed exactly."""
+    why = inexact(loader.loader if isinstance(loader, Source | Sharded) else loader)
+    if why is not None:
+        warn(f"a run on this loader can be saved, but not resumed exactly in the middle of an epoch: {why}", LoaderWarning)
 
 
 def _check_precision(state: TrainState, config: FitConfig, step: Pipe) -> None:

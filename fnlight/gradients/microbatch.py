@@ -6,13 +6,14 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from fnlight.data import Part, cut, num_samples
-from fnlight.errors import ConfigError, FaultWarning, ParallelError, warn
+from fnlight.errors import ConfigError, FaultWarning, ParallelError, StepError, warn
 from fnlight.pipe import Combinator
 from fnlight.protocols import GradFn, Gradients, StoreView
-from fnlight.tensors import BATCH_NORMS, buffers_of
+from fnlight.tensors import BATCH_NORMS, buffers_of, map_nodes
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "RESOURCE_EXHAUSTED")
 _FITS = 1 << 62  # larger than any micro-batch: the step need not be repeated
@@ -118,6 +119,7 @@ def _parts(batches: Sequence[Any], size: Any, together: int) -> tuple[Any, ...]:
     found: list[Any] = []
     for given in batches:
         part = given if given.__class__ is Part else Part(given, 1.0)  # a rank's unequal share of a batch, or a whole batch
+        _check_cut(part.batch)
         batch, count = part.batch, num_samples(part.batch)
         most = max(count, _largest(part, count, together)) if together else count
         if size is None or most <= size:
@@ -128,6 +130,26 @@ def _parts(batches: Sequence[Any], size: Any, together: int) -> tuple[Any, ...]:
             # a part without samples: a zero-weight dummy, so that this rank takes part in the forward pass of all ranks
             found.append(Part(cut(batch, a, b, count), (b - a) / count * part.share) if b > a else Part(cut(batch, 0, 1, count), 0.0))
     return tuple(found)
+
+
+def _check_cut(batch: Any) -> None:
+    """Refuse a batch that cannot be parted, whatever its size: it would be taken whole."""
+    found = list[Any]()
+
+    def look(node: Any) -> Any:
+        if isinstance(node, Tensor) or getattr(node, "shape", None) is not None:
+            found.append(node)
+            return node
+        if isinstance(node, PackedSequence) or callable(getattr(node, "to", None)):
+            raise StepError(
+                f"microbatch cannot part a batch that holds a {type(node).__name__}: only tensors, arrays and lists are cut; give smaller batches with "
+                "accumulate=, or let train_step make that object from tensors"
+            )
+        return NotImplemented
+
+    map_nodes(look, batch)
+    if not found and not isinstance(batch, list):
+        raise StepError(f"microbatch cannot part a batch without tensors ({type(batch).__name__}); give smaller batches with accumulate=")
 
 
 def _largest(part: Part, count: int, ranks: int) -> int:

@@ -84,7 +84,7 @@ def sources_of(loader: Any, device: torch.device, limit: int | float | None = No
     """
     loaders = loader if isinstance(loader, Mapping) else {"": loader}
     share = None if place is None else Share(place.world, whole=True, lockstep=place.lockstep)
-    return {name: Source(each, limit=limit, device=device, share=share) for name, each in loaders.items()}
+    return {name: Source.of(each, limit=limit, device=device, share=share) for name, each in loaders.items()}
 
 
 def evaluate_sources(
@@ -118,7 +118,9 @@ def evaluate_sources(
             place.sync(state.store)
         for name, source in sources.items():
             prefix = f"{name}/" if name else ""
-            found |= {prefix + metric: value for metric, value in _one_source(state, module, source, fn=fn, signals=signals).items()}
+            with source.aside(state.progress.epoch):
+                scores = _one_source(state, module, source, fn=fn, signals=signals)
+            found |= {prefix + metric: value for metric, value in scores.items()}
     return found
 
 

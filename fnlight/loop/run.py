@@ -131,8 +131,10 @@ def _run(
 
 
 def _release(store: Store, error: BaseException | None) -> None:
-    """Close what a run holds open, the last first, whatever the others raise; gradients are let go."""
+    """Close what a run holds open, the last first, whatever the others raise; gradients and the loader are let go."""
     with ExitStack() as stack:
+        if error is None or isinstance(error, GeneratorExit):
+            stack.callback(store.settle)
         for resource in store.end_run().values():
             stack.callback(resource.close, error)
 

@@ -356,7 +356,7 @@ def _doubt(state: TrainState) -> str | None:
     store = state.store
     if store.version != state.version:
         return "the step that failed may have changed its tensors"
-    if store.step.position is not None:
+    if getattr(store.step.position, "fleeting", store.step.position is not None):
         return "the loader keeps its own place, and has moved on"
     return "its parameters are not finite" if _broken(state) else None
 

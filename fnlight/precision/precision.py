@@ -1,15 +1,19 @@
 """Precision of a step: combinators that run a loss in another dtype."""
 
+import copy
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from fnlight.errors import ConfigError, check_type
+from fnlight.errors import ConfigError, StepError, check_type
 from fnlight.pipe import Combinator
 from fnlight.state import A_STATE, Store, TrainState
-from fnlight.tensors import DTYPES, convert, map_tensors
+from fnlight.tensors import DTYPES, convert, map_nodes
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _TRUE = {dtype: name for name, dtype in DTYPES.items()}
@@ -83,15 +87,12 @@ def cast(dtype: torch.dtype) -> Combinator:
     if dtype not in _TRUE:
         raise ConfigError(f"cast takes {', '.join(map(str, _TRUE))}, but got {dtype}")
 
-    def to(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
     def wrap(loss_fn: Any) -> Any:
         def casting(model: Any, batch: Any) -> Any:
             before = torch.get_default_dtype()
             torch.set_default_dtype(dtype)  # tensors that the function creates, such as noise, get the same dtype
             try:
-                return loss_fn(model, map_tensors(to, batch))
+                return loss_fn(model, _cast_batch(batch, dtype))
             finally:
                 torch.set_default_dtype(before)
 
@@ -109,6 +110,28 @@ def cast(dtype: torch.dtype) -> Combinator:
         return state
 
     return Combinator("cast", wrap, "loss", "loss", args=_TRUE[dtype], init=init, start=start, validate=_alone)
+
+
+def _cast_batch(batch: Any, dtype: torch.dtype) -> Any:
+    """The floating-point tensors of a batch in another dtype, those of a packed sequence and of objects with ``apply`` (a TensorDict, a graph) too."""
+
+    def to(node: Any) -> Any:
+        if isinstance(node, Tensor):
+            return node.to(dtype) if node.is_floating_point() else node
+        if isinstance(node, PackedSequence):
+            return node.to(dtype) if node.data.is_floating_point() else node
+        apply = None if isinstance(node, nn.Module) else getattr(type(node), "apply", None)
+        if callable(apply):
+            return apply(copy.copy(node), to)
+        held = [name for name, value in getattr(node, "__dict__", {}).items() if isinstance(value, Tensor) and value.is_floating_point()]
+        if held and not (dataclasses.is_dataclass(node) or attrs.has(type(node))):
+            raise StepError(
+                f"a batch holds a {type(node).__name__} whose tensors ({', '.join(held[:3])}) cannot be cast to {_TRUE[dtype]}; give it a method apply(fn) "
+                "that returns a copy with fn(tensor) for each tensor, or make it a dataclass"
+            )
+        return NotImplemented
+
+    return map_nodes(to, batch)
 
 
 def _alone(combinators: tuple[Combinator, ...]) -> str | None:

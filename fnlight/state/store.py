@@ -27,7 +27,7 @@ class StepScratch:
         progress: What was completed before the step. Written by `begin`; by `fnlight.compile` while it asks stages for the numbers of later updates.
         skipped: Whether the update was left out, and the host knows. Written by `fnlight.step`, and cleared by `begin`.
         scale: What a loss is multiplied by before the backward pass, a scalar tensor, shape []. Written by `fnlight.precision.loss_scale`.
-        position: Where a loader that keeps its own position is after the step. Written by `TrainState.advanced`, cleared by `Store.settle`.
+        position: Gives the place in the data after the step, until the next one. Written by `TrainState.advanced`, cleared by `Store.settle`.
         media: Pictures and texts of an evaluation, for the sinks of the same tick. Written by `fnlight.loop.evaluate_every`; cleared by
             `TrainState.advanced`, and by a pipe before the first step of a run.
         back: The version of the state that went back to an earlier one, for those that look at it on the same tick. Written by

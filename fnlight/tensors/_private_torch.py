@@ -225,12 +225,11 @@ def replace_tensors(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
 # Data, processes and devices
 
 
-def has_own_iterator(loader: DataLoader[Any]) -> bool:
-    """Whether the class of a loader replaces how torch's `DataLoader` makes its iterator."""
+def has_own_iterator(loader: DataLoader[Any], also: tuple[str, ...] = ()) -> bool:
+    """Whether the class of a loader makes its iterator in another way than torch's `DataLoader`, or than that of one of the modules `also`."""
     kind: Any = type(loader)
-    return kind.__iter__ is not DataLoader.__iter__ or getattr(kind, "_get_iterator", None) is not getattr(
-        DataLoader, "_get_iterator", None
-    )
+    makes = kind.__iter__, getattr(kind, "_get_iterator", None)
+    return not all(fn is None or fn.__module__.startswith(("torch.utils.data.", *also)) for fn in makes)
 
 
 def broadcast_each(tensors: Iterable[Tensor], group: Any) -> None:

@@ -3,19 +3,24 @@
 `check_task` is worth one line in the tests of every project::
 
     fl.testing.check_task(task, next(iter(loader)))
+    print(fl.testing.check_loader(loader))
 """
 
-from fnlight.errors import TaskCheckError
+from fnlight.errors import LoaderCheckError, TaskCheckError
 from fnlight.testing.check import TaskReport, check_task
 from fnlight.testing.compare import assert_pure, assert_trees_equal, trees_equal
+from fnlight.testing.loaders import LoaderReport, check_loader
 from fnlight.testing.tiny import RecordingSink, tiny_batches, tiny_task
 
 __all__ = [
+    "LoaderCheckError",
+    "LoaderReport",
     "RecordingSink",
     "TaskCheckError",
     "TaskReport",
     "assert_pure",
     "assert_trees_equal",
+    "check_loader",
     "check_task",
     "tiny_batches",
     "tiny_task",

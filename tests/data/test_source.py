@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import islice, pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -213,6 +214,29 @@ def test_nested_batches_of_every_kind_are_moved_and_keep_their_kind() -> None:
     assert x.device.type == "cpu"
 
 
+def test_what_moves_itself_is_moved_within_any_container() -> None:
+    """Objects with a ``to``, and packed sequences, within namedtuples, attrs objects and mappings."""
+    meta, x = torch.device("meta"), torch.zeros(2)
+    batch = Pair(pack_sequence([x]), Row(Movable(), OrderedDict(m=Movable())))
+    ((moved, _, _),) = Source([batch], device=meta).epoch(0, 0)
+    assert [moved.x.data.device, moved.y.x.device, moved.y.name["m"].device] == [meta] * 3
+
+
+def test_tensors_that_cannot_be_moved_are_said() -> None:
+    """An object without a ``to`` keeps its tensors where they are, with a warning."""
+    with pytest.warns(LoaderWarning, match="a batch holds a SimpleNamespace with tensors that are not moved to meta.*def to"):
+        list(Source([{"x": SimpleNamespace(y=torch.zeros(1))}], device=torch.device("meta")).epoch(0, 0))
+
+
+def test_the_samples_of_a_batch_can_be_said() -> None:
+    """A list of pictures has as many samples as pictures, not as channels; what is no number is refused."""
+    pictures = [[torch.zeros(3, 4, 4)] * 5]
+    assert flags(Source(pictures)) == [(3, True)]
+    assert flags(Source(pictures, samples=len)) == [(5, True)]
+    with pytest.raises(LoaderError, match=r"Source.samples=fn. must give the number of samples in a batch, a whole number, but gave None"):
+        flags(Source(pictures, samples=lambda batch: None))
+
+
 def test_nothing_is_done_to_batches_on_the_cpu() -> None:
     """For the CPU the very objects are handed over."""
     batch = {"x": torch.zeros(1)}
@@ -250,7 +274,8 @@ def test_a_sized_loader_that_keeps_its_place_is_not_read_ahead() -> None:
     items = batches(loader, state_at())
     for n, item in enumerate(islice(items, 3), 1):
         assert item.position is not None
-        assert item.position() == {"epoch": int(n == 3), "batch": n % 3, "loader": {"at": n}}
+        place = item.position()
+        assert {name: place[name] for name in ("epoch", "batch", "loader")} == {"epoch": int(n == 3), "batch": n % 3, "loader": {"at": n}}
         assert len(loader.fetched) == n
 
 
@@ -273,9 +298,11 @@ def test_a_loader_whose_length_is_too_great_says_so() -> None:
         list(found)
 
 
-def test_items_of_loaders_without_a_place_have_no_position() -> None:
-    """Only what keeps its own place is asked for it."""
-    assert [item.position for item in islice(batches(DataLoader(range(4)), state_at()), 2)] == [None, None]
+def test_a_map_style_loader_has_no_place_of_its_own() -> None:
+    """In the middle of an epoch a state keeps what the data is; between two epochs there is nothing to keep."""
+    kept = [item.position() for item in islice(batches(DataLoader(range(2)), state_at()), 2)]
+    assert kept[0]["data"] | {"digest": ""} == {"samples": 2, "order": "in order", "digest": ""}
+    assert kept[1] == {"epoch": 1, "batch": 0}
 
 
 def test_orders_of_neighbouring_epochs_differ_everywhere() -> None:

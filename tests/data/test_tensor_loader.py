@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fnlight as fl
 from fnlight.data import Source, batches
 from fnlight.errors import LoaderError
-from fnlight.tensors import equal
+from fnlight.tensors import equal, map_tensors
 from fnlight.testing import tiny_batches, tiny_task
 from tests.data.loaders import Pair, state_at
 
@@ -63,7 +63,7 @@ def test_a_batch_is_the_tree_that_was_given(tree: Any) -> None:
     """Tuples, lists, dicts, namedtuples and nests of them keep their types."""
     found = list(fl.TensorLoader(tree, 4))
     assert [type(batch) for batch in found] == [type(tree)] * 2
-    assert equal(found[0], fl.tree.map_tensors(lambda t: t[:4], tree))
+    assert equal(found[0], map_tensors(lambda t: t[:4], tree))
 
 
 def test_outside_of_a_run_the_order_is_drawn_from_the_global_generator() -> None:

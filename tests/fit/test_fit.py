@@ -1,6 +1,9 @@
 """`fit` is one composition of the parts: what it is told it does, and it does nothing else."""
 
 import os
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,11 +11,13 @@ from torch import nn
 
 from fnlight.checkpoint import Folder, checkpoints, last
 from fnlight.data import Loaders
-from fnlight.errors import BrokenCheckpointError, CheckpointWarning, ConfigError, LoaderError, MonitorError, StepError
+from fnlight.errors import BrokenCheckpointError, CheckpointWarning, ConfigError, LoaderError, MonitorError, StepError, TaskWarning
 from fnlight.fit import FitConfig, fit
 from fnlight.optim import Optim
 from fnlight.schedules import plateau
 from fnlight.sinks import JSONL
+from fnlight.state import TrainState
+from fnlight.testing import assert_trees_equal, tiny_batches, tiny_task
 from fnlight.triggers import steps
 from tests.small_runs import both, config, counted, created, loader, train_step
 
@@ -236,3 +241,59 @@ def test_a_run_whose_checkpoints_are_all_broken_is_not_started_over(tmp_path):
     ):
         fit(created(), both(), config(max_epochs=2, dir=tmp_path, resume=True))
     assert manifest.read_text() == "{}"
+
+
+def test_fits_in_several_threads_are_those_that_run_alone():
+    """They wait for each other, and say so; the caller's generators stay as they were."""
+    task = tiny_task("mlp")
+
+    def one(seed):
+        return fit(TrainState.create(task, seed=seed), tiny_batches("mlp"), FitConfig(max_steps=6, progress=False))
+
+    alone = [one(seed) for seed in range(3)]
+    before = torch.get_rng_state()
+    with ThreadPoolExecutor(3) as threads, warnings.catch_warnings():
+        warnings.simplefilter("ignore", TaskWarning)
+        found = list(threads.map(one, range(3)))
+    for a, b in zip(alone, found, strict=True):
+        assert_trees_equal(a, b)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_fit_that_waits_for_another_thread_says_so():
+    """Nobody takes it for one that hangs."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def sink(record):
+        inside.set()
+        go_on.wait(60)
+
+    def first():
+        fit(TrainState.create(tiny_task()), tiny_batches(), FitConfig(max_steps=1, sinks=(sink,), log_every=steps(1), progress=False))
+
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(first)
+        inside.wait(60)
+        threading.Timer(0.2, go_on.set).start()
+        with pytest.warns(TaskWarning, match="another thread of this process is in fl.fit.*start a process for each"):
+            fit(TrainState.create(tiny_task()), tiny_batches(), FitConfig(max_steps=1, progress=False))
+        running.result()
+
+
+def test_a_fit_within_a_sink_or_a_rule_runs_and_leaves_the_other_alone():
+    """The run around it is what it would have been."""
+    inner = []
+
+    def fits(record=None):
+        inner.append(fit(TrainState.create(tiny_task(), seed=5), tiny_batches(), FitConfig(max_steps=2, progress=False)))
+
+    def outer(sink, **options):
+        told = FitConfig(max_steps=6, progress=False, log_every=steps(2), sinks=(sink,), **options)
+        return fit(TrainState.create(tiny_task()), tiny_batches(), told)
+
+    plain = outer(lambda record: None)
+    assert_trees_equal(outer(fits), plain)
+    assert_trees_equal(outer(lambda record: None, stop=lambda state: fits() and None), plain)
+    assert len(inner) > 6
+    for each in inner[1:]:
+        assert_trees_equal(each, inner[0])

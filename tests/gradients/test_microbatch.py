@@ -299,3 +299,13 @@ def test_ranks_with_a_sharded_model_refuse_auto(ranks):
     """A rank cannot repeat a step alone, so the first step is an error on all ranks."""
     for rank in (0, 1):
         assert "repeats a step that ran out of memory, but a rank of fsdp(" in ranks[rank]["fsdp"]
+
+
+@pytest.mark.parametrize(
+    "batch", [torch.nn.utils.rnn.pack_sequence([torch.ones(2, 1)]), (torch.ones(4, 1), SimpleNamespace(to=max)), object()]
+)
+def test_a_batch_that_cannot_be_parted_is_refused(batch):
+    """It would be taken whole, and the memory would not suffice after all."""
+    step = pipe(lambda model, batch: {}, grad(), microbatch(2), apply())
+    with pytest.raises(StepError, match="microbatch cannot part a"):
+        step(TrainState.create(tiny_task()), batch)

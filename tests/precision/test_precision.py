@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fnlight.checkpoint import load
 from fnlight.data import Loaders
-from fnlight.errors import ConfigError, SeamError
+from fnlight.errors import ConfigError, SeamError, StepError
 from fnlight.fit import FitConfig, fit
 from fnlight.gradients import accumulate, grad
 from fnlight.loop import evaluate_every, run
@@ -170,3 +170,30 @@ def test_tensors_that_a_step_creates_have_the_same_dtype():
     with pytest.raises(AttributeError, match="missing"):
         step(state, data(3))
     assert torch.get_default_dtype() == torch.float32
+
+
+class Bag:
+    """An object that holds tensors; its subclass says how they are reached."""
+
+    def __init__(self, x):
+        self.x = x
+
+
+class OpenBag(Bag):
+    """One that can be cast."""
+
+    def apply(self, fn):
+        self.x = fn(self.x)
+        return self
+
+
+def test_cast_reaches_what_it_can_and_refuses_what_it_cannot():
+    """Packed sequences and objects with ``apply`` are cast, the batch stays as it is; another object with tensors is an error."""
+    seen = []
+    fn = cast(torch.float64)(lambda model, batch: seen.append((batch[0].data.dtype, batch[1].x.dtype)))
+    batch = (torch.nn.utils.rnn.pack_sequence([torch.ones(2)]), OpenBag(torch.ones(1)))
+    fn(None, batch)
+    assert seen == [(torch.float64, torch.float64)]
+    assert batch[1].x.dtype == torch.float32
+    with pytest.raises(StepError, match=r"a batch holds a Bag whose tensors .x. cannot be cast to fp64; give it a method apply"):
+        fn(None, (batch[0], Bag(torch.ones(1))))

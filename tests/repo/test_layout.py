@@ -25,7 +25,7 @@ def test_the_top_level_holds_what_everybody_expects() -> None:
     """Nothing stands at the top level but the usual files, the four folders, and dotfiles."""
     top = {p.relative_to(ROOT).parts[0] for p in _files()}
     foreign = sorted(name for name in top - TOP if not name.startswith("."))
-    assert not foreign, f"outside of the layout: {foreign}; move them into fnlight/, tests/, examples/ or docs/"
+    assert not foreign, f"outside of the layout: {foreign}; move them into fnlight/, tests/, examples/, docs/ or findings/"
 
 
 def test_no_file_names_a_place_of_one_machine() -> None:

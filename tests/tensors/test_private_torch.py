@@ -165,6 +165,7 @@ def test_a_loader_with_an_iterator_of_its_own_is_seen():
             return iter(())
 
     assert (door.has_own_iterator(DataLoader([1])), door.has_own_iterator(Own([1]))) == (False, True)
+    assert not door.has_own_iterator(Own([1]), also=(Own.__module__,))
 
 
 def _tensors(*, dtype: torch.dtype = torch.float32) -> list[Tensor]:
