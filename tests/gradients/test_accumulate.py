@@ -48,7 +48,7 @@ def test_metrics_are_merged_over_a_group():
     ("make", "message"),
     [
         (lambda: accumulate(0), r"accumulate must be a number of batches >= 1.*but got 0"),
-        (lambda: accumulate({5: 4}), r"must say what holds from epoch 0 on"),
+        (lambda: accumulate({5: 4}), r"must start at epoch 0"),
     ],
 )
 def test_a_combinator_that_means_nothing_is_refused(make, message):

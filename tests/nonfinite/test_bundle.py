@@ -300,7 +300,7 @@ def test_a_damaged_bundle_is_found(tmp_path):
 
 def test_what_cannot_be_asked_for_is_refused():
     """Without a directory there is nowhere to write to, and a number of steps is no trigger."""
-    with pytest.raises(ConfigError, match=r"debug_bundle=True\) writes bundles to dir, but there is none"):
+    with pytest.raises(ConfigError, match=r"debug_bundle=True\) writes bundles to dir, but dir is None"):
         FitConfig(max_steps=1, debug_bundle=True)
     with pytest.raises(ConfigError, match="writes to this machine"):
         fl.debug_bundle("s3://bucket/run")

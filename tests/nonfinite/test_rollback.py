@@ -266,9 +266,9 @@ def test_what_rollback_needs_is_asked_for_before_the_first_step(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, r"nonfinite='rollback'\) goes back to a checkpoint, but there is no dir; give dir"),
-        ({"dir": "a", "debug_bundle": True}, r"nonfinite='rollback'\) leaves behind the steps that debug_bundle=True would repeat"),
-        ({"nonfinite": "raise", "max_nonfinite": 3}, r"max_nonfinite=3\) bounds nonfinite='skip' and 'rollback', but it is 'raise'"),
+        ({}, r"nonfinite='rollback'\) loads a checkpoint, but dir is None; give dir"),
+        ({"dir": "a", "debug_bundle": True}, r"nonfinite='rollback'\) drops the steps that debug_bundle=True would repeat"),
+        ({"nonfinite": "raise", "max_nonfinite": 3}, r"max_nonfinite=3\) limits nonfinite='skip' and 'rollback', but nonfinite is 'raise'"),
         ({"dir": "a", "max_nonfinite": 0}, r"max_nonfinite=...\) must be .*at least 1"),
     ],
 )

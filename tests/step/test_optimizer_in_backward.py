@@ -162,7 +162,7 @@ def test_what_needs_all_gradients_is_refused(parts):
     early = [part for part in parts if part.takes == "loss"]
     late = [part for part in parts if part.takes != "loss"]
     with pytest.raises(
-        SeamError, match=r"move apply_in_backward directly behind grad\(\) \(each parameter is updated as soon as its gradient is there, so"
+        SeamError, match=r"move apply_in_backward directly after grad\(\) \(each parameter is updated as soon as its gradient is there, so"
     ):
         pipe(tiny_task().train_step, *early, grad(), *late, apply_in_backward())
 
