@@ -1,4 +1,4 @@
-"""Stop rules, asked after every step."""
+"""Stop rules, checked after every step."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,11 +12,11 @@ from fnlight.triggers import StopRule
 
 
 def stop_when(*rules: Callable[[TrainState], str | None], name: str = "stop_when") -> Combinator:
-    """Stop a run when a rule gives a reason; asked after every step, and before the first one.
+    """Stop a run when a stop rule gives a reason; checked after every step, and before the first one.
 
     Args:
-        *rules: Stop rules; the first reason counts.
-        name: Its own name in a pipe, where it occurs twice, as beside the one of `fnlight.fit.compose`.
+        *rules: Stop rules; the first reason is used.
+        name: Its name in a pipe; give one if `stop_when` occurs twice, as in addition to that of `fnlight.fit.compose`.
 
     Returns:
         A combinator from `Step` to `Step` that sets ``state.stopped``.
@@ -44,7 +44,7 @@ def stop_when(*rules: Callable[[TrainState], str | None], name: str = "stop_when
 
     def start(state: TrainState) -> TrainState:
         run = state.store.run
-        if known is not None:  # a step of several updates takes no more than these
+        if known is not None:  # so that a step of several updates does not exceed it
             run.until = known if run.until is None else min(known, run.until)
         return asked(state)
 

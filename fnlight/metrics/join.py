@@ -1,4 +1,4 @@
-"""Metrics of two batches, or of two steps, as those of both."""
+"""Merge the metrics of two batches, or of two steps."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from fnlight.metrics.monoids import Mean
 
 
 def join_metrics(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of two batches, or of two steps, as those of both: a plain number counts once.
+    """Merge the metrics of two batches, or of two steps: a plain number counts as a mean of weight 1.
 
     Args:
         a: Names to values.

@@ -198,7 +198,7 @@ def test_batches_of_every_kind_come_back(name, tmp_path):
         assert_trees_equal(back.x, BATCHES[name].x)
         sample, pair = back.rest["y"]
         assert (type(sample), type(pair), pair.left, pair.right.y.tolist()) == (Sample, Pair, 1, [0.0, 0.0, 0.0])
-        with pytest.raises(ConfigError, match=r"made of Sample\(y\), but no such class is known"):
+        with pytest.raises(ConfigError, match=r"contains Sample\(y\), but no such class is known"):
             load_bundle(path, task, {"Batch": Batch, "Pair": Pair})
     elif name == "packed":
         assert_trees_equal([back.data, back.batch_sizes], [BATCHES[name].data, BATCHES[name].batch_sizes])
