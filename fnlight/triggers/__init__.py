@@ -1,6 +1,6 @@
-"""When something is due (`steps(50)`, `epochs(1)`), and when a run stops (`patience`, `max_epochs`).
+"""Triggers, which say when something happens (`steps(50)`, `epochs(1)`), and stop rules (`patience`, `max_epochs`).
 
-Read `when` first; `rules` are the stop rules. Both are pure functions, joined with ``|``, ``&`` and ``~``.
+Read `when` first for triggers, then `rules` for stop rules. Both are pure functions, joined with ``|``, ``&`` and ``~``.
 """
 
 from fnlight.triggers.rules import (

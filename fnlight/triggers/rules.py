@@ -1,6 +1,6 @@
-"""When to stop: rules such as ``patience("val/loss", 3) | max_epochs(10)``, pure functions of the state that give a reason.
+"""Stop rules such as ``patience("val/loss", 3) | max_epochs(10)``: pure functions of the state that give a reason to stop.
 
-A rule remembers nothing: it is asked afresh after every step, and before the first one, so a resumed run that was over stays over.
+A rule has no counters: it is computed after every step, and before the first one, so a run that has ended also ends at once when resumed.
 """
 
 import math
@@ -19,13 +19,13 @@ Mode = Literal["min", "max"]
 
 @attrs.frozen(repr=False)
 class StopRule:
-    """A `Rule` that joins with ``|``, ``&`` and ``~``, also with any function of a state, and is compared by what it is made of.
+    """A `Rule` that joins with ``|``, ``&`` and ``~``, also with any function of a state, and is compared by value.
 
     Args:
-        form: What it is made of, and its source text.
+        form: Its structure and source text.
         fn: Maps a state to the reason to stop, or None; or to True, whose reason is the text, or False.
         monitors: Names in the history that it needs.
-        until: Completed steps after which it surely stops; None where nothing is known.
+        until: The number of completed steps after which it always stops; None if unknown.
 
     Example:
         >>> patience("val/loss", 3) | max_epochs(10)
@@ -113,7 +113,7 @@ def reason_of(rule: Any, answer: Any, name: str | None = None) -> str | None:
 
 
 def stop_rule(given: Any) -> StopRule:
-    """A stop rule as it is; a function of a state as a stop rule.
+    """Return a stop rule unchanged; turn a function of a state into one.
 
     Args:
         given: Either.
@@ -134,7 +134,7 @@ def stop_rule(given: Any) -> StopRule:
         raise ConfigError(
             f'a stop rule joins with another one or with a function of a state, but got {given!r}; write e.g. patience("val/loss", 3)'
         )
-    return StopRule(Form.of(given), given)  # pyright: ignore[reportArgumentType]  # callable() knows no more
+    return StopRule(Form.of(given), given)  # pyright: ignore[reportArgumentType]  # callable() does not check the signature
 
 
 def _of_history(form: Form, monitor: str, fn: Callable[[list[float]], str | None]) -> StopRule:
@@ -146,9 +146,9 @@ def _of_history(form: Form, monitor: str, fn: Callable[[list[float]], str | None
 
 @attrs.define(eq=False, repr=False)
 class _Asked:
-    """A pure function of a history, with its last answer: a rule is asked at every step, and a history changes at few.
+    """A pure function of a history, with its last result cached: a rule is called at every step, and the history changes rarely.
 
-    The answer is kept with the very history that it is about, in one assignment, so runs that share a rule cannot get each other's.
+    The result is stored together with its history in one assignment, so runs that share a rule cannot get each other's result.
     """
 
     monitor: str
@@ -169,9 +169,9 @@ def patience(monitor: str, n: int, mode: Mode = "min", min_delta: float = 0.0) -
 
     Args:
         monitor: A name in the history, such as ``"val/loss"``.
-        n: Evaluations without improvement that are tolerated, at least 1.
+        n: Stop after this many consecutive evaluations without improvement, at least 1.
         mode: ``"min"`` if lower is better, ``"max"`` if higher is.
-        min_delta: What counts as an improvement: better than the best so far by more than this.
+        min_delta: An improvement must exceed the best value so far by more than this.
 
     Returns:
         A stop rule. NaN never improves.
@@ -271,7 +271,7 @@ def nonfinite(monitor: str | None = None) -> StopRule:
     """Stop when the last record holds a NaN or an infinity.
 
     Args:
-        monitor: The one name that is looked at; None looks at all of them.
+        monitor: The name to check; None checks all names.
 
     Returns:
         A stop rule.
@@ -359,7 +359,7 @@ def max_time(limit: float | timedelta) -> StopRule:
 
 
 def min_steps(n: int) -> StopRule:
-    """A guard: ``rule & min_steps(n)`` heeds the rule only from n completed steps on.
+    """A guard: ``rule & min_steps(n)`` ignores the rule until n steps are completed.
 
     Args:
         n: At least 0.
@@ -381,7 +381,7 @@ def min_steps(n: int) -> StopRule:
 
 
 def min_epochs(n: int) -> StopRule:
-    """A guard: ``rule & min_epochs(n)`` heeds the rule only from n completed epochs on.
+    """A guard: ``rule & min_epochs(n)`` ignores the rule until n epochs are completed.
 
     Args:
         n: At least 0.

@@ -122,7 +122,7 @@ def test_batch_size_within_a_batch(run: str) -> None:
         fl.errors.LoaderError, match=r"12 samples into epoch 1, .* after 8 and 16 samples, .*batch_size.*allow=\(.batch_size"
     ):
         train(run, loader=data(8))
-    with pytest.warns(fl.errors.CheckpointWarning, match="goes back from sample 12 of epoch 1 to 8"):
+    with pytest.warns(fl.errors.CheckpointWarning, match="goes back from sample 12 of epoch 1 to sample 8"):
         state = train(run, loader=data(8), allow="batch_size", max_steps=None, max_epochs=2)
     assert (state.progress.step, state.progress.samples) == (11, 48)
 
@@ -167,7 +167,7 @@ def test_combinator_added(run: str) -> None:
     folder = f"{run}-plain"
     train(folder, ema=None, max_steps=9, resume=False)
     with (
-        pytest.warns(fl.errors.MemoryWarning, match=r"ema\(0\.5\) starts its memory at step 9"),
+        pytest.warns(fl.errors.MemoryWarning, match=r"ema\(0\.5\) starts with new memory at step 9"),
         pytest.warns(fl.errors.MemoryWarning, match=r"step 10: the metrics \['grad_norm'\] are new since the state was saved"),
     ):
         state = train(folder, clip_norm=1.0)
@@ -176,7 +176,7 @@ def test_combinator_added(run: str) -> None:
 
 def test_combinator_removed(run: str) -> None:
     """What it remembered is kept as it is, and said."""
-    with pytest.warns(fl.errors.MemoryWarning, match=r"holds memory of \['ema'\], which no combinator of this pipe owns"):
+    with pytest.warns(fl.errors.MemoryWarning, match=r"holds the memory of \['ema'\], which no combinator of this pipe uses"):
         state = train(run, ema=None)
     assert "ema" in state.memory
 
@@ -261,7 +261,7 @@ def test_dtype(run: str) -> None:
 def test_seed(run: str) -> None:
     """That of the checkpoint goes on, for the order of the data follows from it, and this is said."""
     state = fl.TrainState.create(make(), seed=4)
-    with pytest.warns(fl.errors.CheckpointWarning, match="has seed 3, .* but the state has 4; 3 is used"):
+    with pytest.warns(fl.errors.CheckpointWarning, match="has seed 3, .* but the given state has 4; 3 is used"):
         found = fl.fit(state, fl.Loaders(data(), data(8)), fl.FitConfig(max_steps=15, ema=0.5, dir=run, resume=True, progress=False))
     assert same(found, whole())
 
@@ -276,7 +276,7 @@ def test_differences_that_nobody_knows_are_refused(run: str) -> None:
     """A typing error is no permission."""
     with pytest.raises(fl.errors.ConfigError, match="allow=...\\) must be some of .*'optimizer', but got 'optimiser'"):
         train(run, allow="optimiser")
-    with pytest.raises(fl.errors.ConfigError, match="about going on from a checkpoint, but resume is False"):
+    with pytest.raises(fl.errors.ConfigError, match="only matters for a resumed run, but resume is False"):
         train(f"{run}-other", allow="optimizer", resume=False)
     with pytest.raises(fl.errors.CheckpointError, match=r"allow= knows .*, but got \['batch_size'\]"):
         fl.restore(run, fl.TrainState.create(make()), allow=("batch_size",))

@@ -141,7 +141,7 @@ def test_a_donated_state_cannot_be_saved(tmp_path: Path) -> None:
     """Tensors that a later step has overwritten are never written under the older state's name."""
     state = trained(steps=1)
     state.moved("cpu")
-    with pytest.raises(DonatedStateError, match="the state of step 1 was given to a later step"):
+    with pytest.raises(DonatedStateError, match="the state of step 1 was donated to a later step"):
         save(state, tmp_path / "state")
     assert list(tmp_path.iterdir()) == []
 

@@ -103,7 +103,7 @@ def test_too_many_steps_in_a_row_that_are_not_finite_still_end_a_run() -> None:
     data = batches_of((6,) * 8)
     for x, _ in data[3:]:
         x[0, 0] = float("nan")
-    with pytest.raises(fl.errors.NonFiniteError, match="3 steps in a row were left out"):
+    with pytest.raises(fl.errors.NonFiniteError, match="3 steps in a row were skipped"):
         trained("skip_nonfinite", fl.compile("trace"), data=data)
 
 

@@ -98,7 +98,7 @@ def test_groups_follow_the_epoch() -> None:
 
 
 @pytest.mark.parametrize(
-    "group, match", [(0, "a group must be a number of batches >= 1, but got 0"), ({2: 3}, "from epoch 0 on.*add 0: 1")]
+    "group, match", [(0, "batches per step must be a whole number >= 1, but got 0"), ({2: 3}, "must start at epoch 0.*add 0: 1")]
 )
 def test_a_group_that_means_nothing_is_refused(group: Any, match: str) -> None:
     """The group is checked before anything is read."""

@@ -57,7 +57,7 @@ def test_donating_trains_on_the_very_tensors():
     state = created()
     ended = fit(state, both(), config(max_epochs=1, donate=True))
     assert ended.store is state.store
-    with pytest.raises(RuntimeError, match="was given to a later step"):
+    with pytest.raises(RuntimeError, match="was donated to a later step"):
         _ = state.params
 
 
@@ -124,7 +124,7 @@ def test_a_run_goes_on_from_a_checkpoint_whose_replacement_was_cut_short(tmp_pat
 def test_a_run_is_never_overwritten_by_another(tmp_path):
     """A dir that holds a run is an error that says how to go on."""
     fit(created(), both(), config(max_epochs=1, dir=tmp_path))
-    with pytest.raises(ConfigError, match=r"holds a run already, up to step-00000004; go on from it with FitConfig\(resume=True\)"):
+    with pytest.raises(ConfigError, match=r"already holds a run, up to step-00000004; resume it with FitConfig\(resume=True\)"):
         fit(created(), both(), config(max_epochs=2, dir=tmp_path))
 
 
@@ -232,7 +232,7 @@ def test_a_run_whose_checkpoints_are_all_broken_is_not_started_over(tmp_path):
     manifest.write_text("{}")
     with (
         pytest.warns(UserWarning, match="passed over a broken checkpoint: .*step-00000004"),
-        pytest.raises(BrokenCheckpointError, match="none of the 1 checkpoints in .* is sound, so there is nothing to go on from"),
+        pytest.raises(BrokenCheckpointError, match="none of the 1 checkpoints in .* is valid, so the run cannot be resumed"),
     ):
         fit(created(), both(), config(max_epochs=2, dir=tmp_path, resume=True))
     assert manifest.read_text() == "{}"

@@ -36,7 +36,7 @@ def test_data_that_an_evaluation_used_up_is_an_error_that_says_which_evaluation(
     )
     with pytest.raises(LoaderError, match="used up") as raised:
         list(run(step, created(), [torch.ones(2, 3)]))
-    assert raised.value.__notes__ == ["in the evaluation 'held out', behind step 2"]
+    assert raised.value.__notes__ == ["in the evaluation 'held out', after step 2"]
 
 
 def test_an_evaluation_at_the_end_happens_once():

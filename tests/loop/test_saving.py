@@ -505,7 +505,7 @@ def test_saving_can_be_said_in_a_configuration(tmp_path):
     assert FitConfig.from_json(config.to_json()) == config
     fit(created(), DATA, config)
     assert saved(tmp_path) == [3, 6, 7]
-    with pytest.raises(ConfigError, match=r"permanent=epochs\(1\)\) is about checkpoints, but there is no dir"):
+    with pytest.raises(ConfigError, match=r"permanent=epochs\(1\)\) is about checkpoints, but dir is None"):
         FitConfig(max_steps=7, permanent=epochs(1))
 
 

@@ -198,7 +198,7 @@ def test_batches_of_every_kind_come_back(name, tmp_path):
         assert_trees_equal(back.x, BATCHES[name].x)
         sample, pair = back.rest["y"]
         assert (type(sample), type(pair), pair.left, pair.right.y.tolist()) == (Sample, Pair, 1, [0.0, 0.0, 0.0])
-        with pytest.raises(ConfigError, match=r"made of Sample\(y\), but no such class is known"):
+        with pytest.raises(ConfigError, match=r"contains Sample\(y\), but no such class is known"):
             load_bundle(path, task, {"Batch": Batch, "Pair": Pair})
     elif name == "packed":
         assert_trees_equal([back.data, back.batch_sizes], [BATCHES[name].data, BATCHES[name].batch_sizes])
@@ -300,7 +300,7 @@ def test_a_damaged_bundle_is_found(tmp_path):
 
 def test_what_cannot_be_asked_for_is_refused():
     """Without a directory there is nowhere to write to, and a number of steps is no trigger."""
-    with pytest.raises(ConfigError, match=r"debug_bundle=True\) writes bundles to dir, but there is none"):
+    with pytest.raises(ConfigError, match=r"debug_bundle=True\) writes bundles to dir, but dir is None"):
         FitConfig(max_steps=1, debug_bundle=True)
     with pytest.raises(ConfigError, match="writes to this machine"):
         fl.debug_bundle("s3://bucket/run")

@@ -41,7 +41,7 @@ def found(tmp_path_factory):
         ("bundle", "debug_bundle works in one process"),
         ("carry", "carry keeps a value for the samples of each process"),
         ("cache", "grad_cache computes one loss over all samples of a step"),
-        ("predict", "predict(signals=...) is for one process"),
+        ("predict", "predict(signals=...) works in one process"),
         ("diloco", "create the state with place=fl.parallel.local_sgd()"),
         ("sides", "uneven parts of loaders side by side"),
         ("hosts", "several processes say that they are the one of local rank 0 on"),
@@ -70,11 +70,11 @@ def test_two_launchers_may_share_a_machine_without_accelerators(found):
 
 
 def test_a_rank_that_is_waited_for_in_vain_is_named_wherever_that_is():
-    """Beside the steps of a run, which say so themselves: before the first of them, in an evaluation, behind a prediction, and at the end."""
+    """Beside the steps of a run, which say so themselves: before the first of them, in an evaluation, after a prediction, and at the end."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "tests/parallel/waiting.py"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    places = {"start": "before the first step", "evaluation": "in an evaluation", "prediction": "behind a prediction", "end": "at the end"}
+    places = {"start": "before the first step", "evaluation": "in an evaluation", "prediction": "after a prediction", "end": "at the end"}
     said = json.loads(done.stdout)
     assert said.keys() == places.keys()
     for place, where in places.items():

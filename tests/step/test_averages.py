@@ -185,7 +185,7 @@ def test_both_weights_are_in_a_checkpoint(tmp_path):
         (lambda: swa(start=-1), r"swa\(start=...\) must be completed epochs"),
         (lambda: refresh_batch_norm(created(), [data()]), r"found no BatchNorm layer in training mode"),
         (lambda: average_checkpoints(created(), [], last=0), r"must be a whole number of at least 1, or None for all, but got 0"),
-        (lambda: averaged(created()), r"weights='ema' asks for averaged weights"),
+        (lambda: averaged(created()), r"weights='ema' names averaged weights"),
     ],
 )
 def test_an_average_that_means_nothing_is_refused(make, message):

@@ -340,17 +340,17 @@ def test_parameters_that_no_phase_trains_are_warned_of():
         (
             lambda: pipe({"disc": tell_apart, "gen": deceive}, grad()),
             SeamError,
-            r"disc, gen become one step by apply\(\), but there is none",
+            r"apply\(\) joins the phases disc, gen into one step, but there is none",
         ),
         (
             lambda: pipe({"disc": tell_apart}, apply()),
             SeamError,
             r"apply takes a GradFn .* but the phase 'disc' gives a LossFn, .*; put grad\(\)",
         ),
-        (lambda: Phase(tell_apart, ema(0.9)), SeamError, r"ema\(0\.9\) gives a whole step, so it cannot be a phase's own"),
+        (lambda: Phase(tell_apart, ema(0.9)), SeamError, r"ema\(0\.9\) gives a whole step, so it cannot be part of one Phase"),
         (lambda: Phase(tell_apart, clip_norm), SeamError, r"got the function clip_norm; call it first"),
         (lambda: Phase(tell_apart, every=5), ConfigError, r"Phase\(every=\.\.\.\) must be a trigger such as steps\(5\), but got 5"),
-        (lambda: Task(nn.Linear(1, 1), {}), TypeError, r"names no phase"),
+        (lambda: Task(nn.Linear(1, 1), {}), TypeError, r"has no phases"),
         (lambda: Task(nn.Linear(1, 1), {"a/b": tell_apart}), TypeError, r"strings without a slash, but got the name 'a/b'"),
         (lambda: Task(nn.Linear(1, 1), {"a": 3}), TypeError, r"\{'a': \.\.\.\}\) must be a function or a Phase, but got int"),
     ],
@@ -365,7 +365,7 @@ def test_a_step_whose_phases_the_task_does_not_have():
     """A step of several phases needs a state that has their optimizers, and a step of one a state that has one."""
     single = Task(nn.Linear(4, 1), tell_apart, configure_optimizers=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(
-        SeamError, match=r"has the phases disc, but the task has optimizers for none of them; let configure_optimizers return a dict"
+        SeamError, match=r"has the phases disc, but the task has optimizers for none of them; configure_optimizers must return a dict"
     ):
         pipe({"disc": tell_apart}, grad(), apply())(TrainState.create(single), DATA[0])
     with pytest.raises(OptimizerError, match=r"has an optimizer for each of the phases disc, gen, so its step starts from a mapping"):
