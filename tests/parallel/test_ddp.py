@@ -66,5 +66,5 @@ def test_what_makes_no_sense_is_refused(monkeypatch):
         ddp(bucket_cap_mb=0)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ParallelError, match=r"is rank 1 of 2, but has not joined the others; write `with fl\.parallel\.join"):
+    with pytest.raises(ParallelError, match=r"is rank 1 of 2, but has not joined the other ranks; write `with fl\.parallel\.join"):
         ddp().place(nn.Linear(1, 1))

@@ -275,7 +275,7 @@ def test_a_mesh_of_other_devices_is_refused():
         parallel.xla(mesh={"data": 3})
     with pytest.raises(ConfigError, match=r"such as \{'data': 4\}, but got \{\}"):
         parallel.xla(mesh={})
-    with pytest.raises(ConfigError, match=r"names \['model'\], but the axes of the mesh are none"):
+    with pytest.raises(ConfigError, match=r"names the axes \['model'\], but the axes of the mesh are none"):
         parallel.xla(shard={"0": ("model", None)})
 
 
