@@ -1,4 +1,4 @@
-"""From a graph of a whole update to machine code, by torch's own compiler."""
+"""Compile the graph of a whole update to machine code, with torch's own compiler."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,19 +15,19 @@ from fnlight.tensors import isolated, seed_generators
 def lower(graph: fx.GraphModule, example: Sequence[Tensor], cache_dir: str | None = None) -> Callable[[list[Tensor]], Sequence[Tensor]]:
     """Compile a graph that changes its inputs in place.
 
-    In-place operations become values that are written back at the end, random numbers stay those of the eager kernels, and on the CPU
+    In-place operations become values that are written back at the end, random numbers are those of the eager kernels, and on the CPU
     the calling code is machine code too.
 
     Args:
-        graph: What `trace` gave for a compiler.
-        example: Tensors such as those it will be called with; they are not changed.
-        cache_dir: Where compiled code is kept for other processes; None leaves it where torch has it.
+        graph: The graph that `trace` made with ``lowers=True``.
+        example: Example inputs; they are not changed.
+        cache_dir: Directory of compiled code, for other processes; None takes torch's default.
 
     Returns:
         A function of a list of tensors; it empties the list.
 
     Raises:
-        UntraceableError: If torch's compiler cannot.
+        UntraceableError: If torch's compiler fails.
 
     Example:
         >>> from torch.fx.experimental.proxy_tensor import make_fx
@@ -69,10 +69,10 @@ def lower(graph: fx.GraphModule, example: Sequence[Tensor], cache_dir: str | Non
             with tracing(TracingContext(fake)), _writes_before_reads(), with_onednn() if others else nullcontext():
                 made: Any = compile_fx_inner(values, inputs, cpp_wrapper=on_cpu)
         except InductorError as error:
-            raise UntraceableError(f"torch's compiler fails at it with {str(error).splitlines()[0]}") from error
+            raise UntraceableError(f"torch's compiler fails with {str(error).splitlines()[0]}") from error
     found = getattr(made, "current_callable", made)  # without what is only looked at by profilers
     if not _agree(graph, found, example):
-        raise UntraceableError("the code that torch's compiler makes of it gives NaN where the operations themselves give none")
+        raise UntraceableError("the compiled code returns NaN where the eager operations return none")
     return _direct(found) if on_cpu else found
 
 
@@ -81,7 +81,7 @@ _HANDLES = ("unsafe_alloc_void_ptrs_from_tensors", "alloc_tensors_by_stealing_fr
 
 
 def _direct(call: Any) -> Any:
-    """Machine code without the look at each of its inputs that torch writes around it, a fortieth of a small update; what is around it otherwise stays."""
+    """Call machine code without the check of each input that torch wraps around it (1/40 of a small update); other wrappers are kept."""
     code = getattr(call, "__code__", None)
     if code is None or code.co_freevars != ("f",) or not {*_HANDLES} < {*code.co_names} <= {*_AROUND, *_HANDLES}:
         return call
@@ -97,7 +97,7 @@ def _direct(call: Any) -> Any:
 
 
 def _agree(graph: Any, made: Any, example: Sequence[Tensor]) -> bool:
-    """Whether machine code gives numbers where its graph gives some: a compiler may be wrong, and what it spoils is a model."""
+    """Whether machine code returns NaN exactly where its graph does: a compiler bug would silently spoil the model."""
     found = []
     for call in (lambda inputs: graph(*inputs), made):
         held = [tensor.detach().clone() for tensor in example]
@@ -121,7 +121,7 @@ _EACH = {torch.ops.aten._foreach_norm.Scalar: _norms, torch.ops.aten._foreach_le
 
 
 def _say_what_norms_write(graph: fx.GraphModule) -> None:
-    """Put operations in the place of a normalisation whose signature says that running statistics are written."""
+    """Replace normalisations by operations whose signature says that running statistics are written."""
     aten = torch.ops.aten
     for node in graph.graph.nodes:
         if node.op == "call_function" and node.target is aten.native_batch_norm.default and node.args[3] is not None:
@@ -143,9 +143,9 @@ def _without_aliases(graph: fx.GraphModule) -> None:
 
 
 def _once(graph: fx.GraphModule) -> None:
-    """Let a number that a power is part of be computed once: torch's compiler would do so for each vector of a tensor that it is used with.
+    """Compute scalars that contain a power once: torch's compiler would compute them again for each vector of the tensors that use them.
 
-    Those that follow from inputs alone, such as the bias corrections of Adam, are computed first, into one tensor of each dtype.
+    Scalars that depend on inputs alone, such as the bias corrections of Adam, are computed first, into one tensor of each dtype.
     """
     heavy, early, wanted = set[fx.Node](), dict[fx.Node, None](), dict[fx.Node, list[fx.Node]]()
     for node in graph.graph.nodes:
@@ -172,7 +172,7 @@ def _once(graph: fx.GraphModule) -> None:
 
 
 def _is_pure(node: fx.Node) -> bool:
-    """Whether it may be computed earlier: what is written back at the end may not, nor may what draws random numbers."""
+    """Whether a node may be computed earlier: not if it is written back at the end, nor if it draws random numbers."""
     target = node.target
     return (
         isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
@@ -180,7 +180,7 @@ def _is_pure(node: fx.Node) -> bool:
 
 
 def _realized(graph: fx.Graph, wanted: dict[fx.Node, list[fx.Node]], at: fx.Node) -> None:
-    """Compute numbers before a node, into one tensor, and let their users read them there."""
+    """Compute scalars before a node, into one tensor, from which their users read them."""
     aten = torch.ops.aten
 
     def called(target: Any, *args: Any) -> fx.Node:
@@ -199,9 +199,9 @@ def _realized(graph: fx.Graph, wanted: dict[fx.Node, list[fx.Node]], at: fx.Node
 
 @contextmanager
 def _writes_before_reads() -> Iterator[None]:
-    """Let torch's scheduler know of reads that come after a write in place, also once it has changed the loops of the reader.
+    """Keep torch's scheduler aware of reads that come after an in-place write, also after it has changed the loops of the reader.
 
-    It forgets what such a read waits for when it makes the ranges of two loops the same, and may then fuse the reader with what comes before
+    It loses such a dependency when it makes the ranges of two loops equal, and may then fuse the reader with operations before
     the write: a dropout mask is used before it is drawn (torch 2.9 to 2.13).
     """
     from torch._inductor.scheduler import SchedulerNode

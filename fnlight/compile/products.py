@@ -1,4 +1,4 @@
-"""Products of matrices on a CPU: large ones by the library that has the faster ones there, biases of small ones by the loops around them."""
+"""Matrix products on a CPU: large ones by oneDNN where it is faster; biases of small ones are fused into the loops around them."""
 
 import importlib
 from collections.abc import Iterator
@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-_LEAST = 1 << 21  # multiplications from which on a product is large: a call of oneDNN is worth what it costs
-_NARROW = 8  # rows and columns below which it is not
+_LEAST = 1 << 21  # multiplications of a large product, for which the overhead of a oneDNN call pays off
+_NARROW = 8  # with fewer rows or columns it does not
 
 
 def prefers_onednn(cpuinfo: str | None = None) -> bool:
-    """Whether products of matrices in float32 are better left to oneDNN.
+    """Whether oneDNN computes float32 matrix products faster on this processor.
 
-    MKL, which torch calls, has kernels of 256 bits for processors of AMD, of whatever width theirs are. On those with AVX-512, oneDNN's take
-    half the time. It is a rule, not a measurement, so that a program computes the same bits every time.
+    MKL, which torch calls, uses 256-bit kernels on all AMD processors. On those with AVX-512, oneDNN takes half the time.
+    This is a rule and not a measurement, so that a program computes the same bits every time.
 
     Args:
-        cpuinfo: What the system says of the processor; None asks it.
+        cpuinfo: The system's description of the processor; None reads it.
 
     Returns:
-        True on such a processor.
+        True on an AMD processor with AVX-512.
 
     Example:
         >>> prefers_onednn("vendor_id : GenuineIntel")
@@ -69,9 +69,9 @@ def by_onednn(graph: fx.GraphModule) -> None:
 
 
 def biases_apart(graph: fx.GraphModule) -> None:
-    """Let the bias of a small product be added by the loop that comes behind it: torch copies it into every row of the result first.
+    """Add the bias of a small product in the loop that follows it: torch copies the bias into every row of the result first.
 
-    What that costs is the call; behind a large product, a loop more over the result costs as much or more.
+    This saves a call. After a large product, one more loop over the result would cost as much or more.
 
     Args:
         graph: Changed in place; its nodes know their values (``meta["val"]``).
@@ -115,7 +115,7 @@ def _linear() -> Any:
 
 @contextmanager
 def with_onednn() -> Iterator[None]:
-    """Let torch's compiler take such products also where no factor is a constant, which it is in inference only.
+    """Make torch's compiler accept oneDNN products also if no factor is a constant; by default it does so in inference only.
 
     Example:
         >>> with with_onednn():

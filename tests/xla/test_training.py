@@ -264,7 +264,7 @@ def test_evaluations_and_predictions_are_those_of_the_cpu():
 def test_xla_compiles_by_itself():
     """A graph of fnlight's own is asked for in vain, which a warning says."""
     config = FitConfig(max_steps=2, compile="trace", progress=False)
-    with pytest.warns(CompileWarning, match=r"the device 'xla:0' compiles steps by itself; going on without a graph"):
+    with pytest.warns(CompileWarning, match=r"the device 'xla:0' compiles steps itself; continuing without a graph"):
         fit(TrainState.create(tiny_task("convnet"), place=parallel.xla()), tiny_batches("convnet"), config)
 
 
