@@ -33,7 +33,7 @@ def found(tmp_path_factory):
         ("data", "rank 1 and rank 0 differ in their samples: 23 and 24; give all ranks the same data"),
         ("config", "rank 1 and rank 0 differ in their config"),
         ("names", "ranks must give metrics of the same names, but rank 0 gave ['loss', 'of 0'], and these differ: {1: ['of 0', 'of 1']}"),
-        ("more ranks than samples", "batch_size=1 is that of all of them together: some would have nothing to do; give a batch_size of at least 2"),
+        ("more ranks than samples", "batch_size=1 is the global batch size, so some ranks would have no samples; use a batch_size of at least 2"),
         ("placed later", "shards parameters, which must be done before the optimizer is built"),
         ("devices", "needs the model on one device per rank, but it is on ['cpu', 'meta']"),
         ("one value", "BatchNorm needs more than one value per channel in training"),
@@ -43,7 +43,7 @@ def found(tmp_path_factory):
         ("cache", "grad_cache takes the loss of all samples of a step at once"),
         ("predict", "predict(signals=...) is for one process"),
         ("diloco", "create the state with place=fl.parallel.local_sgd()"),
-        ("sides", "uneven parts of loaders side by side"),
+        ("sides", "uneven parts of loaders that are zipped"),
         ("hosts", "several processes have local rank 0 on"),
     ],
 )  # fmt: skip
