@@ -1,4 +1,4 @@
-"""Damaged and hostile files: found, named, and passed over for the previous checkpoint; never run, never followed."""
+"""Damaged and hostile files: detected, named, and skipped for the previous checkpoint; never run, never followed."""
 
 import hashlib
 import re

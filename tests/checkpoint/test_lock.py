@@ -1,4 +1,4 @@
-"""The lock of a run's directory: held by one, named to others, and never in the way of the living."""
+"""The lock of a run's directory: held by one process, reported to others, and never left by a dead process."""
 
 import json
 import os

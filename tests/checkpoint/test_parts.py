@@ -1,4 +1,4 @@
-"""Checkpoints that several ranks have written: whole for every reader, checked part by part, and read byte by byte as needed."""
+"""Checkpoints that several ranks have written: complete for every reader, checked part by part, and read byte by byte as needed."""
 
 import json
 import warnings

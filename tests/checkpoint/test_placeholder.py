@@ -1,4 +1,4 @@
-"""Filling a state without a second copy: what is read becomes the tensors, and what is borrowed meanwhile is never written to."""
+"""Loading without a second copy: a placeholder state whose tensors are replaced on load never writes to the shared ones."""
 
 import copy
 import gc

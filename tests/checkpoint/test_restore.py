@@ -1,4 +1,4 @@
-"""Restoring into other tasks: names decide, the code has the last word on configuration, and every difference is said."""
+"""Restoring into other tasks: tensors are matched by name, configuration in the code wins, and every difference is reported."""
 
 import itertools
 from collections.abc import Callable

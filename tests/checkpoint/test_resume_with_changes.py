@@ -1,4 +1,4 @@
-"""A run that goes on under changed code: every row of the table in ``docs/resume.md`` is a test of the same name."""
+"""A run that resumes with changed code: every row of the table in ``docs/resume.md`` is a test of the same name."""
 
 import re
 from collections.abc import Callable

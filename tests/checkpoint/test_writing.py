@@ -1,4 +1,4 @@
-"""Writing: whole or not at all, whatever fails and whenever the writer dies."""
+"""Writing: completely or not at all, whatever fails and whenever the writer dies."""
 
 import errno
 import os

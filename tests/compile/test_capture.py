@@ -1,4 +1,4 @@
-"""CUDA graphs: what can be known without a device, with a stand-in that captures; and, where there is one, the thing itself."""
+"""CUDA graphs: without a device with a fake capture function; with a CUDA device the real capture."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Several optimizers, and steps by hand, have their graphs as well."""
+"""Steps with several optimizers, and hand-written steps, have graphs, too."""
 
 import warnings
 from typing import Any

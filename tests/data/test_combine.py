@@ -1,4 +1,4 @@
-"""Laws of loaders joined into one: each child is keyed by its place, and any place in the joint epoch can be entered."""
+"""Laws of loaders joined into one: each child is keyed by its index, and reading can start at any position in the joint epoch."""
 
 from itertools import islice
 from typing import Any

@@ -1,4 +1,4 @@
-"""Laws of items and loaders: the endless stream of groups that a run consumes knows its place in the data."""
+"""Laws of items and loaders: the endless stream of groups that a run consumes knows its position in the data."""
 
 import gc
 import weakref

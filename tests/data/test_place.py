@@ -1,4 +1,4 @@
-"""A place in an epoch is so many samples: with batches of another size it is another batch, and no sample is lost or seen twice."""
+"""A position in an epoch is a number of samples: with another batch size it is another batch, and no sample is lost or seen twice."""
 
 from itertools import islice
 from typing import Any

@@ -1,4 +1,4 @@
-"""Laws of sources: streams, lists and loaders that keep their own place are read as a function of (seed, epoch) too, as far as they can be."""
+"""Laws of sources: streams, lists and loaders that keep their own position are read as a function of (seed, epoch) too, as far as they can be."""
 
 from collections import OrderedDict
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A program: kill trainings at every kind of instant, go on with them, and count what was lost.
+"""A program: kill trainings at many moments, resume them, and count what was lost.
 
 ``python tests/faults/campaign.py --kills 200 --runs 50 --failures 200`` prints a table and ends with 1 if anything was lost.
 """

@@ -1,4 +1,4 @@
-"""`ddp`: the gradients of all ranks are those of one process, and the very ones that torch alone gives."""
+"""`ddp`: the gradients of all ranks are those of one process, and bit-identical to those of torch alone."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`fsdp`: parts of a model train as the whole does in one process, and as torch's own loop does."""
+"""`fsdp`: a sharded model trains as the whole model does in one process, and as torch's own loop does."""
 
 import json
 

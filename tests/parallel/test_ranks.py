@@ -1,4 +1,4 @@
-"""Ranks that do not fit together are refused, what must happen at one step does, and there are other ways to train together."""
+"""Ranks that differ are refused, events happen at the same step on all ranks, and there are other ways to reduce gradients."""
 
 import json
 import os

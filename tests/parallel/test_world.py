@@ -1,4 +1,4 @@
-"""Where a process stands among the others follows from its environment, and from nothing else."""
+"""The rank of a process depends only on its environment variables."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Devices: which one is taken, how a module gets there, and what a lazy one is told."""
+"""Devices: which device is chosen, how a module is moved to it, and which functions of a lazy device are called."""
 
 from types import SimpleNamespace
 

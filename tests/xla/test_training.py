@@ -1,4 +1,4 @@
-"""Training on XLA: what it comes to, how often it compiles, what it waits for, and how it goes from and to other devices."""
+"""Training on XLA: its result, how often it compiles, when it waits, and how states move from and to other devices."""
 
 import os
 from itertools import islice
