@@ -233,7 +233,7 @@ batches = [(torch.ones(2, 4) * i, torch.zeros(2, dtype=torch.long), {i}) for i i
         fit(TrainState.create(users_sets.task), users_sets.batches, config("run"))
     bundle = load_bundle("run/bundles/step-00000006", users_sets.task)
     assert bundle.item is None
-    assert "holds set: {5}" in bundle.lacks
+    assert "has type set: {5}" in bundle.lacks
     with pytest.raises(ConfigError, match="the bundle holds no batches"):
         bundle.replay(max)
     assert command(["replay", "run/bundles/step-00000006", "--task", "users_sets:task"]) == 2
