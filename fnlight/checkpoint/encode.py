@@ -1,4 +1,4 @@
-"""Trees as strict JSON: every value comes back with its type; tensors stand as references to names in a safetensors file.
+"""Trees as strict JSON: every value is read back with its type; tensors are references to names in a safetensors file.
 
 JSON knows no tuples, no NaN and no keys but strings, so these are written as objects with one key, a tag that starts with ``$``.
 """
@@ -56,8 +56,8 @@ def encode(tree: Any, put: Put, path: str) -> Any:
     if isinstance(tree, Tally):
         return {"$tally": _encoded_tally(tree, put, path)}
     raise CheckpointError(
-        f"{path} holds {type(tree).__name__}: {tree!r:.60}, but a checkpoint holds dicts, lists, tuples, tensors, numbers, strings, bytes, "
-        "bools and None only, so that loading never runs code; keep it in such a form"
+        f"{path} has type {type(tree).__name__}: {tree!r:.60}, but a checkpoint holds only dicts, lists, tuples, tensors, numbers, strings, bytes, "
+        "bools and None, so that loading never runs code; convert it to one of these"
     )
 
 
@@ -129,7 +129,7 @@ def decode(value: Any, get: Callable[[str], Tensor]) -> Any:
 
 def _plain(key: str) -> str:
     if key.startswith("$"):
-        raise ValueError(f"the tag {key!r} stands among plain keys")
+        raise ValueError(f"the tag {key!r} is among plain keys")
     return key
 
 
@@ -147,14 +147,14 @@ def _decode_scalar(tag: str, content: Any) -> Any:
 
 
 def _no_tensor(name: str) -> Tensor:
-    raise ValueError(f"the tensor {name!r} stands where only numbers may")
+    raise ValueError(f"the tensor {name!r} is where only numbers are allowed")
 
 
 def _tally(totals: Any, bad: Any, parts: Any = None) -> Tally:
     held = None if parts is None else [[each.totals, each.bad] for each in (_tally(*part) for part in parts)]
     for name, (kind, *fields) in totals.items():
         if kind not in SCALARS or len(fields) != 1 + (kind == "Mean") or not all(isinstance(f, int | float | None) for f in fields):
-            raise ValueError(f"the tally of {name!r} is none: {[kind, *fields]!r:.60}")
+            raise ValueError(f"the tally of {name!r} is not valid: {[kind, *fields]!r:.60}")
     if bad is not None:
         step, name = bad
         if type(step) is not int or not isinstance(name, str):

@@ -1,4 +1,4 @@
-"""How a tensor is cut into files: by a rule that is a few numbers for any number of ranks, from which every offset follows."""
+"""How a tensor is split into files: a rule of a few numbers, for any number of ranks, gives the offset of every part."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -65,7 +65,7 @@ class Layout:
 
 
 WHOLE = Layout()
-"""A tensor that is not cut: it lies in the first file."""
+"""A tensor that is not split: it is in the first file."""
 
 
 def layout_of(tensor: Any) -> Layout:
@@ -113,7 +113,7 @@ def read_layouts(found: Any, count: int) -> list[Layout]:
         numbers = [n for cut in layout.cuts for n in cut] + list(layout.files)
         known = all(type(n) is int and n >= 0 for n in numbers) and all(n < count for n in layout.files)
         if not known or math.prod(parts for _, parts in layout.cuts) != len(layout.files):
-            raise ValueError(f"a layout is {each!r:.80}, in a checkpoint of {count} parts")
+            raise ValueError(f"the layout {each!r:.80} is not valid in a checkpoint of {count} parts")
         layouts.append(layout)
     return layouts
 

@@ -1,4 +1,4 @@
-"""How the commands print: tables in colour on a terminal, plain columns where the output goes to a file or another program."""
+"""The output of commands: coloured tables on a terminal, plain columns in a file or a pipe."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ Place = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
 Code = Annotated[str | None, tyro.conf.arg(metavar="MODULE:NAME")]
 """Where something lies in the user's code."""
 
-_WIDE = 10_000  # columns of what is no terminal: a line is never broken
+_WIDE = 10_000  # columns if the output is not a terminal: a line is never broken
 
 
 def console() -> Console:
@@ -84,7 +84,7 @@ def table(title: str, names: Sequence[str], rows: Iterable[Sequence[str]], left:
 
 
 def count(number: int, noun: str) -> str:
-    """A number of things.
+    """Format a number with its noun.
 
     Args:
         number: How many.
@@ -101,7 +101,7 @@ def count(number: int, noun: str) -> str:
 
 
 def size(number: int) -> str:
-    """Bytes as people say them.
+    """Format a number of bytes for people.
 
     Args:
         number: How many.

@@ -1,7 +1,7 @@
 """Data as a function of (seed, epoch).
 
-`Source` reads any loader in keyed order and from any batch on; `batches` makes of it the endless stream of `Item`s that a run
-consumes; `TensorLoader` cuts batches out of tensors that lie in memory; `LengthBuckets` makes batches of about equally long samples; `Loaders` holds the loaders of a run; `zip_shortest`, `zip_longest` and `concat` join several into one.
+`Source` reads any loader in keyed order, from any batch on; `batches` turns it into the endless stream of `Item`s that a run
+consumes; `TensorLoader` makes batches from tensors in memory; `LengthBuckets` makes batches of samples of similar length; `Loaders` holds the loaders of a run; `zip_shortest`, `zip_longest` and `concat` join several loaders into one.
 """
 
 from fnlight.data.buckets import LengthBuckets

@@ -1,4 +1,4 @@
-"""How each kind of loader is read: a reader says how long an epoch is and gives any part of one, as ``(batch, samples, last)``."""
+"""How each kind of loader is read: a reader knows the length of an epoch and yields any part of it, as ``(batch, samples, last)``."""
 
 import copy
 import itertools
@@ -67,8 +67,8 @@ def nothing(loader: Any, epoch: int) -> LoaderError:
     kind = type(loader).__name__
     if iter(loader) is loader:
         return LoaderError(
-            f"the {kind} yielded no batch in epoch {epoch}: it is an iterator, which can be gone over only once, and it is used up; "
-            "pass an iterable that begins anew each time, such as a DataLoader or a list"
+            f"the {kind} yielded no batch in epoch {epoch}: it is an iterator, which can be iterated only once, and it is exhausted; "
+            "pass an iterable that starts again for each epoch, such as a DataLoader or a list"
         )
     return LoaderError(f"the {kind} yielded no batch in epoch {epoch}; expected at least one: check where the data is read")
 
@@ -262,8 +262,8 @@ def _skip(found: Iterator[Any], span: Span, loader: Any) -> None:
     if span.stop is not None:
         check_start(span, span.stop, loader)
     warn(
-        f"{span.start} batches of epoch {span.epoch} are read and thrown away to come to where the state stands, since a {type(loader).__name__} "
-        "cannot be entered elsewhere; a map-style DataLoader, a list, or a loader with state_dict and load_state_dict need not be read",
+        f"{span.start} batches of epoch {span.epoch} are read and discarded to reach the position of the state, because a {type(loader).__name__} "
+        "can be read only from its start; a map-style DataLoader, a list, or a loader with state_dict and load_state_dict resumes without this",
         LoaderWarning,
     )
     check_start(span, sum(1 for _ in itertools.islice(found, span.start)), loader)
@@ -300,6 +300,6 @@ def _counting(found: Iterator[Any], span: Span, end: int, loader: Any) -> Iterat
 
 def _too_short(loader: Any, span: Span, number: int) -> LoaderError:
     return LoaderError(
-        f"this {type(loader).__name__} says that it has {length_of(loader)} batches, but epoch {span.epoch} ended after {number}; "
-        "correct its __len__, or leave it out"
+        f"the length of this {type(loader).__name__} is {length_of(loader)}, but epoch {span.epoch} ended after {number} batches; "
+        "correct its __len__, or remove it"
     )

@@ -1,4 +1,4 @@
-"""Checkpoints that several ranks have written: whole for every reader, checked part by part, and read byte by byte as needed."""
+"""Checkpoints that several ranks have written: complete for every reader, checked part by part, and read byte by byte as needed."""
 
 import json
 import warnings
@@ -142,7 +142,7 @@ def test_parts_that_do_not_fit_their_manifest_are_named(state, tmp_path):
     changed(path, lambda body: body["files"]["model.safetensors"]["cut"].pop("0.weight"))
     says = "model-00001-of-00003.safetensors holds 0.weight as torch.float32 [2, 3], but state.json says torch.float32 [6, 3]"
     assert verify(path) == [says]
-    with pytest.raises(BrokenCheckpointError, match=r"model-00001-of-00003\.safetensors does not hold the part of 0\.weight"):
+    with pytest.raises(BrokenCheckpointError, match=r"model-00001-of-00003\.safetensors does not have the part of 0\.weight"):
         fl.load(path, CASE.task())
 
 
@@ -205,5 +205,5 @@ def test_a_checkpoint_of_parts_is_replaced_whole(state, tmp_path):
         assert not [name for name in at(path).names() if "-of-" in name]
     save_in_parts(state, tmp_path / "c")
     (tmp_path / "c" / "notes.txt").write_text("mine")
-    with pytest.raises(fl.errors.CheckpointError, match="it holds notes.txt"):
+    with pytest.raises(fl.errors.CheckpointError, match="it contains notes.txt"):
         fl.save(state, tmp_path / "c")

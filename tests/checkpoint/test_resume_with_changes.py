@@ -1,4 +1,4 @@
-"""A run that goes on under changed code: every row of the table in ``docs/resume.md`` is a test of the same name."""
+"""A run that resumes with changed code: every row of the table in ``docs/resume.md`` is a test of the same name."""
 
 import re
 from collections.abc import Callable
@@ -186,7 +186,7 @@ def test_optimizer(run: str) -> None:
     sgd = lambda model: torch.optim.SGD(model.parameters(), lr=0.01)
     with pytest.raises(fl.errors.MismatchError, match=r"optimizer changed: .*Adam, but the task now has .*SGD.*allow=\(.optimizer"):
         train(run, make(configure=sgd))
-    with pytest.warns(fl.errors.CheckpointWarning, match="optimizer changed: .*its memory starts afresh"):
+    with pytest.warns(fl.errors.CheckpointWarning, match="optimizer changed: .*its state starts empty"):
         state = train(run, make(configure=sgd), allow=("optimizer",))
     assert state.progress.step == 15
 
@@ -195,7 +195,7 @@ def test_parameters_renamed(run: str) -> None:
     """Weights, slots and averages follow their new names, and the run ends in the bits that it would have ended in."""
     model = net(trunk=nn.Linear(2, 4), drop=nn.Dropout(0.2), out=nn.Linear(4, 1))
     names = {"body": "trunk", "head.weight": "out.weight", "head.bias": "out.bias"}
-    with pytest.raises(fl.errors.MismatchError, match=r"(?s)of another model.*body\.weight.*rename="):
+    with pytest.raises(fl.errors.MismatchError, match=r"(?s)from another model.*body\.weight.*rename="):
         train(run, make(model))
     state, expected = train(run, make(model), rename=names), whole()
     turned = {"body": "trunk", "head": "out"}
@@ -210,7 +210,7 @@ def test_parameters_added(run: str) -> None:
     model = lambda: net(body=nn.Linear(2, 4), extra=nn.Linear(4, 4), head=nn.Linear(4, 1))
     with pytest.raises(fl.errors.MismatchError, match=r"(?s)extra\.weight.*allow=\(.model"):
         train(run, make(model()))
-    with pytest.warns(fl.errors.CheckpointWarning, match="only what fits was taken"):
+    with pytest.warns(fl.errors.CheckpointWarning, match="only the matching weights were loaded"):
         state = train(run, make(model()), allow=("model",))
     assert state.memory["ema"].keys() == state.params.keys()
     assert {int(slots["step"]) for name, slots in state.opt_state.items() if "extra" in name} == {6}
@@ -222,7 +222,7 @@ def test_parameters_removed(run: str) -> None:
     model = lambda: net(body=nn.Linear(2, 4))
     with pytest.raises(fl.errors.MismatchError, match=r"(?s)head\.weight.*allow=\(.model"):
         train(run, make(model()))
-    with pytest.warns(fl.errors.CheckpointWarning, match="only what fits was taken"):
+    with pytest.warns(fl.errors.CheckpointWarning, match="only the matching weights were loaded"):
         state = train(run, make(model()), allow=("model",))
     assert state.memory["ema"].keys() == state.params.keys()
 
@@ -231,7 +231,9 @@ def test_frozen(run: str) -> None:
     """What is frozen now loses its slots, which is said; its weights stay."""
     model = net()
     model.body.requires_grad_(requires_grad=False)
-    with pytest.warns(fl.errors.CheckpointWarning, match=r"holds these no more, and their memory is dropped: body\.weight, body\.bias"):
+    with pytest.warns(
+        fl.errors.CheckpointWarning, match=r"no longer has these parameters; their state is dropped: body\.weight, body\.bias"
+    ):
         state = train(run, make(model))
     assert torch.equal(state.params["body.weight"], train(None, max_steps=9, resume=False).params["body.weight"])
 
@@ -241,9 +243,7 @@ def test_unfrozen(tmp_path: Path) -> None:
     model = net()
     model.body.requires_grad_(requires_grad=False)
     train(str(tmp_path), make(model), max_steps=9, resume=False)
-    with pytest.warns(
-        fl.errors.CheckpointWarning, match=r"did not hold these then, and their memory starts afresh: body\.bias, body\.weight"
-    ):
+    with pytest.warns(fl.errors.CheckpointWarning, match=r"has no optimizer state for these; it starts empty: body\.bias, body\.weight"):
         state = train(str(tmp_path))
     assert int(state.opt_state["body.weight"]["step"]) == 6
 
@@ -278,7 +278,7 @@ def test_differences_that_nobody_knows_are_refused(run: str) -> None:
         train(run, allow="optimiser")
     with pytest.raises(fl.errors.ConfigError, match="only matters for a resumed run, but resume is False"):
         train(f"{run}-other", allow="optimizer", resume=False)
-    with pytest.raises(fl.errors.CheckpointError, match=r"allow= knows .*, but got \['batch_size'\]"):
+    with pytest.raises(fl.errors.CheckpointError, match=r"allow= takes some of .*, but got \['batch_size'\]"):
         fl.restore(run, fl.TrainState.create(make()), allow=("batch_size",))
     config = fl.FitConfig(max_steps=1, dir=run, resume=True, allow="dtype", rename={"a": "b"})
     assert fl.FitConfig.from_json(config.to_json()) == config

@@ -116,7 +116,7 @@ def test_a_run_goes_on_from_a_checkpoint_whose_replacement_was_cut_short(tmp_pat
         fit(created(failing), both(), config(max_steps=6, dir=tmp_path, save_every=steps(1)))
     path = tmp_path / "checkpoints" / "step-00000003"
     path.rename(path.with_name(".step-00000003.old-0123abcd"))
-    with pytest.warns(CheckpointWarning, match="was being replaced when its writer died"):
+    with pytest.warns(CheckpointWarning, match="was being replaced when its writer ended"):
         again = fit(created(), both(), config(max_steps=6, dir=tmp_path, resume=True))
     assert torch.equal(again.params["weight"], whole.params["weight"])
 
@@ -231,7 +231,7 @@ def test_a_run_whose_checkpoints_are_all_broken_is_not_started_over(tmp_path):
     manifest = tmp_path / "checkpoints" / "step-00000004" / "state.json"
     manifest.write_text("{}")
     with (
-        pytest.warns(UserWarning, match="passed over a broken checkpoint: .*step-00000004"),
+        pytest.warns(UserWarning, match="skipped a broken checkpoint: .*step-00000004"),
         pytest.raises(BrokenCheckpointError, match="none of the 1 checkpoints in .* is valid, so the run cannot be resumed"),
     ):
         fit(created(), both(), config(max_epochs=2, dir=tmp_path, resume=True))

@@ -52,7 +52,7 @@ def test_several_processes_that_cannot_meet_are_refused_rather_than_trained_apar
     """A process that is one of two, and does not know which, trains alone only if told so."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(ParallelError, match="does not say which of how many processes this is"):
+    with pytest.raises(ParallelError, match="does not give a valid rank and number of processes"):
         fit(created(), both(), config(max_steps=1))
     assert fit(created(), both(), config(max_steps=1, parallel=None)).progress.step == 1
 

@@ -128,7 +128,7 @@ def test_a_new_process_repeats_the_failure(tmp_path):
             cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout.splitlines()[-1] == "the step fails as it did"
+        assert done.stdout.splitlines()[-1] == "the step fails as before"
         assert ("the loss of step 8 is nan" if kind == "nan" else f"ZeroDivisionError: {caught.value}") in done.stdout
         assert "parameters that are not finite before the step: none" in done.stdout or kind == "raises"
 
@@ -233,11 +233,11 @@ batches = [(torch.ones(2, 4) * i, torch.zeros(2, dtype=torch.long), {i}) for i i
         fit(TrainState.create(users_sets.task), users_sets.batches, config("run"))
     bundle = load_bundle("run/bundles/step-00000006", users_sets.task)
     assert bundle.item is None
-    assert "holds set: {5}" in bundle.lacks
+    assert "has type set: {5}" in bundle.lacks
     with pytest.raises(ConfigError, match="the bundle holds no batches"):
         bundle.replay(max)
     assert command(["replay", "run/bundles/step-00000006", "--task", "users_sets:task"]) == 2
-    assert "give --loaders, from which it is read anew" in capsys.readouterr().err
+    assert "give --loaders, from which it is read again" in capsys.readouterr().err
     assert command(["replay", "run/bundles/step-00000006", "--task", "users_sets:task", "--loaders", "users_sets:batches"]) == 0
     assert "ValueError: a set" in capsys.readouterr().out
     sys.modules.pop("users_sets")
@@ -263,7 +263,7 @@ def test_a_failure_that_does_not_come_again_is_said_to_be_such(tmp_path, capsys,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     assert command(["replay", "bundles/step-00000005", "--task", "users_flaky:task"]) == 1
-    assert "the step does not fail here" in capsys.readouterr().out
+    assert "the step does not fail now" in capsys.readouterr().out
     sys.modules.pop("users_flaky")
 
 

@@ -252,7 +252,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(tmp_path):
     """Where the checkpoint is of another model, the error says what could not be gone back to, and why."""
     other = fl.TrainState.create(fl.Task(nn.Linear(1, 1), train_step))
     fl.save(other, step_path(tmp_path, 0))
-    with pytest.raises(NonFiniteError, match=r"step-00000000 could not be restored: the checkpoint is of another model"):
+    with pytest.raises(NonFiniteError, match=r"step-00000000 could not be restored: the checkpoint is from another model"):
         list(fl.run(by_hand(tmp_path, fl.checkpoint_every(tmp_path, every=None)), created(), data(1)))
 
 

@@ -163,7 +163,7 @@ def test_the_mean_of_checkpoints_is_that_of_their_weights(tmp_path):
         assert_trees_equal(mean.opt_state, state.opt_state)
     with pytest.raises(CheckpointError, match=r"last=9\) found 4 checkpoints"):
         average_checkpoints(state, tmp_path, last=9)
-    with pytest.raises(MismatchError, match="weights do not fit the model"):
+    with pytest.raises(MismatchError, match="weights do not match the model"):
         average_checkpoints(TrainState.create(tiny_task("convnet")), paths)
 
 
