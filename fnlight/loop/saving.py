@@ -98,8 +98,7 @@ def checkpoint_every(
         return checkpointed
 
     def start(state: TrainState) -> TrainState:
-        saver = Saver(dir=path, key=name, keep=keep, background=background, on_exception=on_exception, finite=finite)
-        return _open(state, saver, initial)
+        return _open(state, Saver(dir=path, key=name, keep=keep, background=background, on_exception=on_exception, finite=finite), initial)
 
     def finish(before: TrainState, state: TrainState) -> TrainState:
         return _saver(state, path, name, keep=keep, finite=finite).finish(state)

@@ -151,7 +151,7 @@ class Tally:
             if kind is None:
                 self._keep(name, found[name])
             else:
-                columns[name] = _columns(name, kind, steps, found[name], counts)
+                columns[name] = _columns(name, kind, steps, values=found[name], counts=counts)
         self._stacked.append((block, columns))
 
     def _keep(self, name: str, values: list[Any]) -> None:

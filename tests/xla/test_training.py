@@ -270,7 +270,7 @@ def test_xla_compiles_by_itself():
 
 def test_a_mesh_of_other_devices_is_refused():
     """The error says how many there are, and how more are had on the CPU; a mesh that means nothing is one, too."""
-    match = r"xla\(mesh=\{'data': 3\}\) takes 3 devices, but there are 1; give a mesh of all of them"
+    match = r"xla\(mesh=\{'data': 3\}\) needs 3 devices, but there are 1; give a mesh of all of them"
     with pytest.raises(ParallelError, match=match + (r", or set CPU_NUM_DEVICES=3" if os.environ["PJRT_DEVICE"] == "CPU" else "")):
         parallel.xla(mesh={"data": 3})
     with pytest.raises(ConfigError, match=r"such as \{'data': 4\}, but got \{\}"):
