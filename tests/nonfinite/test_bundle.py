@@ -20,7 +20,7 @@ from fnlight.cli import run as command
 from fnlight.errors import BrokenCheckpointError, CheckpointError, ConfigError, NonFiniteError
 from fnlight.testing import assert_trees_equal, tiny_batches, tiny_task
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COUNT = 12
 
 
