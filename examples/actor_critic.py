@@ -2,8 +2,8 @@
 
     python examples/actor_critic.py
 
-There is no dataset: the combinator `play` lets 32 carts run for 32 steps before every update, as the actor of the day steers them, and hands
-the trajectory on as the batch. Where the carts stand is memory of the state, so a run that is saved goes on in the middle of an episode.
+There is no dataset: before every update, the combinator `play` lets the current actor steer 32 carts for 32 steps, and passes
+the trajectory on as the batch. The positions of the carts are in `state.memory`, so a saved run resumes in the middle of an episode.
 
 Expected last line: ``a greedy actor balances the pole for 200.0 of 200 steps`` or so, above 190 in any case.
 """
@@ -28,7 +28,7 @@ def start(count: int) -> Tensor:
 
 
 def move(carts: Tensor, push: Tensor) -> tuple[Tensor, Tensor]:
-    """One fiftieth of a second later, and which poles have fallen; the equations of Barto, Sutton and Anderson (1983)."""
+    """The carts 1/50 second later, and which poles have fallen; the equations of Barto, Sutton and Anderson (1983)."""
     x, v, angle, spin = carts.unbind(-1)
     force, sin, cos = 20.0 * push - 10.0, angle.sin(), angle.cos()
     pressed = (force + 0.05 * spin.square() * sin) / 1.1
@@ -39,7 +39,7 @@ def move(carts: Tensor, push: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class ActorCritic(nn.Module):
-    """What to do, and what it is worth."""
+    """An actor and a critic."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class ActorCritic(nn.Module):
 
 
 def play() -> fl.Combinator:
-    """A combinator that replaces the batch of a step by what has just been experienced."""
+    """A combinator that replaces the batch of a step by new trajectories."""
 
     def init(store: fl.state.Store) -> dict[str, Tensor]:
         with fl.tensors.isolated():
@@ -84,7 +84,7 @@ def play() -> fl.Combinator:
 
 @torch.no_grad()
 def advantages(model: ActorCritic, lived: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """How much better each push was than expected, and what its state was worth; shapes [steps, carts]."""
+    """The advantage of each push, and the return of its state; shapes [steps, carts]."""
     worth = model.critic(lived["carts"]).squeeze(-1)
     better, found = torch.zeros(CARTS), list[Tensor]()
     for t in reversed(range(STEPS)):
@@ -96,7 +96,7 @@ def advantages(model: ActorCritic, lived: dict[str, Tensor]) -> tuple[Tensor, Te
 
 
 def steer(model: ActorCritic, lived: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of the actor: pushes that were better than expected become likelier; some entropy keeps it curious."""
+    """The loss of the actor: pushes with a positive advantage become more likely; an entropy term keeps it exploring."""
     gained, _ = advantages(model, lived)
     policy = torch.distributions.Categorical(logits=model.actor(lived["carts"][:-1]))
     gained = (gained - gained.mean()) / (gained.std() + 1e-6)

@@ -23,7 +23,7 @@ def train_step(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def eval_step(model: nn.Module, images: Tensor) -> dict[str, fl.Mean | fl.Image]:
-    """The same, exact over batches of any size; and eight images above their reconstructions."""
+    """The same, exact for batches of any size; and eight images above their reconstructions."""
     found = model(images)
     error = fl.Mean(F.mse_loss(found, images, reduction="sum"), images.numel())
     return {"error": error, "images": fl.Image(torch.cat([images[:8], found[:8]]))}

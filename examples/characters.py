@@ -2,9 +2,9 @@
 
     python examples/characters.py
 
-The text is the language reference behind ``help("topics")``, each paragraph once; its last tenth is kept for the test. 32 places of the text
-are read side by side, 64 characters a step: gradients flow through these, the hidden state goes on, detached, from step to step, and is
-saved with the state. ``bz2`` and ``lzma`` are told the same text, to compare how many bits they need for a further character of it.
+The text is the language reference that ``help("topics")`` shows, each paragraph once; its last tenth is kept for the test. 32 streams of the
+text are read in parallel, 64 characters per step: gradients flow through these; the hidden state is detached, passed to the next step, and
+saved with the state. ``bz2`` and ``lzma`` compress the same text, to compare how many bits they need for each further character.
 
 Expected last line: ``bits a character of unseen text: 1.85 (bz2 1.67, lzma 1.77)`` or so; the text differs a little from one Python to another.
 """
@@ -40,20 +40,20 @@ class Net(nn.Module):
 
 
 def bits(model: nn.Module, x: Tensor, hidden: Tensor | None) -> tuple[fl.Mean, Tensor]:
-    """The bits that a text takes, each character told by those before it, and the hidden state behind it."""
+    """The bits of a text, each character predicted from those before it, and the hidden state after it."""
     scores, hidden = model(x[:, :-1], hidden)
     loss = F.cross_entropy(scores.flatten(0, 1), x[:, 1:].flatten(), reduction="sum") / math.log(2)
     return fl.Mean(loss, x[:, 1:].numel()), hidden
 
 
 def train_step(model: nn.Module, batch: Any) -> Any:
-    """Under `fl.carry` a step is given what the one before it has returned."""
+    """Under `fl.carry` a step receives what the previous step has returned."""
     loss, hidden = bits(model, *batch)
     return loss, {}, hidden
 
 
 def eval_step(model: nn.Module, batch: Tensor) -> dict[str, fl.Mean]:
-    """The bits a character."""
+    """The bits per character."""
     return {"bits": bits(model, batch, None)[0]}
 
 
@@ -63,7 +63,7 @@ def begin(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def read_text() -> tuple[str, str]:
-    """A text, and a further part of it."""
+    """A text for training, and one for the test."""
     paragraphs = dict.fromkeys(part for name in sorted(topics) for part in topics[name].split("\n\n"))
     text = "\n\n".join(paragraphs)
     return text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
@@ -76,7 +76,7 @@ def side_by_side(ids: Tensor, streams: int, length: int) -> list[Tensor]:
 
 
 def compressed(name: str, compress: Any, train: str, test: str) -> str:
-    """What a packer needs for a further character of a text."""
+    """The bits that a compressor needs for each further character of a text."""
     sizes = [len(compress(text.encode())) for text in (train, train + test)]
     return f"{name} {(sizes[1] - sizes[0]) * 8 / len(test):.2f}"
 
@@ -112,7 +112,7 @@ def main() -> None:
 
 @torch.no_grad()
 def written(model: nn.Module, chars: list[str], count: int = 200) -> str:
-    """What the net makes up."""
+    """Text that the net generates."""
     draw, hidden, text = torch.Generator().manual_seed(0), None, "The "
     x = torch.tensor([[chars.index(c) for c in text]])
     for _ in range(count):

@@ -3,7 +3,7 @@
     python examples/ddp.py
     torchrun --nproc-per-node=2 examples/ddp.py
 
-The batch of 64 is that of all processes together, so both commands train on the same samples in the same order, and end alike.
+The batch size of 64 is the global batch size, so both commands train on the same samples in the same order, with the same result.
 Expected last line: ``test accuracy 0.97``, or close to it, printed once.
 """
 

@@ -1,12 +1,12 @@
-"""Train a small convolutional network on real handwritten digits, and go on with a run that stopped.
+"""Train a small convolutional network on real handwritten digits, and resume a run that stopped.
 
     python examples/digits.py                        # a new run in runs/digits/1, the next one in runs/digits/2, ...
-    python examples/digits.py --resume               # go on with the newest of them
+    python examples/digits.py --resume               # resume the newest of them
     python examples/digits.py --resume --epochs 60   # ... to a later end
     tensorboard --logdir runs/digits
 
-The images are moved, turned and scaled a little each time they are read. Their random numbers follow from the seed, the epoch and
-the image, so a resumed run sees the very images that the uninterrupted one sees.
+The images are moved, turned and scaled a little each time they are read. The random numbers depend only on the seed, the epoch and
+the image, so a resumed run reads bit-identical images to those of the uninterrupted run.
 
 Expected last line: ``test accuracy 1.0000``; other hardware may miss one or two of the 397 images, 0.0025 each, but stays above 0.985.
 """
@@ -89,7 +89,7 @@ def eval_step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, fl.Me
 
 
 def choose_dir(resume: bool, root: Path = Path("runs/digits")) -> Path:
-    """The newest run if it shall go on, else a folder that does not exist yet: nothing is overwritten."""
+    """The newest run if it is to be resumed, else a folder that does not exist yet: nothing is overwritten."""
     newest = max((int(path.name) for path in root.glob("*") if path.name.isdecimal()), default=0)
     return root / str(max(newest, 1) if resume else newest + 1)
 
@@ -98,8 +98,8 @@ def main(epochs: int = 40, resume: bool = False, seed: int = 0) -> None:
     """Train, print the history as a table, and test.
 
     Args:
-        epochs: Epochs in all, those before a resume counted.
-        resume: Go on with the newest run.
+        epochs: Epochs in total, including those before a resume.
+        resume: Resume the newest run.
         seed: The source of all random numbers.
     """
     torch.set_num_threads(1)  # for a network this small, handing work to more threads costs more than it brings

@@ -1,8 +1,8 @@
-"""A process is killed in the middle of a training; torchrun starts all of them again, and they go on from the newest checkpoint.
+"""A process is killed during training; torchrun starts all of them again, and they resume from the newest checkpoint.
 
     python examples/elastic.py
 
-starts ``torchrun --nproc-per-node=2 --max-restarts=1`` on itself. The script knows nothing of restarts: ``resume=True`` is all.
+starts ``torchrun --nproc-per-node=2 --max-restarts=1`` on itself. The script needs no code for restarts, only ``resume=True``.
 Expected last line: ``attempt 1 ended at step 40``.
 """
 
@@ -26,7 +26,7 @@ def train_step(model, batch):
 
 
 def killed(state):
-    """A stop rule that stops nothing: on rank 1, and in the first attempt only, it does what a machine that fails does."""
+    """A stop rule that never stops: on rank 1, and in the first attempt only, it kills its process, as a failing machine would."""
     if ATTEMPT == 0 and RANK == 1 and state.progress.step == 25:
         os.kill(os.getpid(), signal.SIGKILL)
 

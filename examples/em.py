@@ -1,9 +1,9 @@
-"""Fit a mixture of Gaussians to iris flowers by expectation maximisation, a step by hand, stop in the middle, and go on.
+"""Fit a mixture of Gaussians to iris flowers by expectation maximisation, with a hand-written step; stop in the middle, and resume.
 
     python examples/em.py
 
-Nothing is differentiated: each step solves for the weights, means and covariances of the mixture in closed form. The species are not shown
-to it; at the end they tell how well the three clusters are the three species.
+Nothing is differentiated: each step solves for the weights, means and covariances of the mixture in closed form. The species are not
+used; at the end they show how well the three clusters match the three species.
 
 Expected last line: ``145 of 150 flowers are in the cluster of their species, resumed bitwise: True``
 """
@@ -20,7 +20,7 @@ FLOOR = 1e-3  # added to the variances, so that no cluster shrinks to a point
 
 
 class Mixture(nn.Module):
-    """Weights, means and covariances of Gaussians; buffers, for no gradient moves them."""
+    """Weights, means and covariances of Gaussians; buffers, because no gradient changes them."""
 
     def __init__(self, x: Tensor, num_clusters: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Mixture(nn.Module):
 
 @torch.no_grad()
 def maximise(store: fl.state.Store, batches: tuple[Tensor, ...], key: int) -> dict[str, Tensor]:
-    """One step: the first ones of k-means, for a start that is no accident, then of expectation maximisation; the loss is the negative log likelihood."""
+    """One step: first of k-means, for a good initialization, then of expectation maximisation; the loss is the negative log likelihood."""
     model, (x,), memory = store.module, batches, store.memory["em"]
     joint = model(x)
     near = F.one_hot(torch.cdist(x, model.means).argmin(-1), len(model.means)).to(x.dtype)

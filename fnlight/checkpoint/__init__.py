@@ -1,4 +1,4 @@
-"""Checkpoints: a state as files that are only data, written whole or not at all, checked on reading.
+"""Checkpoints: a state in files that contain only data, written completely or not at all, and verified when they are read.
 
 ::
 

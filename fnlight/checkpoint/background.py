@@ -1,4 +1,4 @@
-"""One job at a time in a thread of its own, whose errors are raised where it is waited for."""
+"""Run one job at a time in a background thread; its errors are raised by `Background.wait`."""
 
 import threading
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from fnlight.runtime import worker_death
 
 
 class Background:
-    """Runs a job beside the training; never two at a time, and none is ever queued.
+    """Runs a job in the background of the training; never two at a time, and none is queued.
 
     Its thread keeps the process alive until the job is done, also when the interpreter is ending.
 

@@ -1,4 +1,4 @@
-"""A folder of a remote store, through fsspec: no renames there, so the manifest, written last, is the commit mark."""
+"""A folder of a remote store, through fsspec. Remote stores have no renames, so the manifest, written last, is the commit mark."""
 
 import errno
 import posixpath
@@ -45,7 +45,9 @@ class Bucket:
 
             store, root = url_to_fs(self.path)
         except ImportError as error:
-            extra = "pip install 'fnlight[s3]'" if self.path.startswith(("s3://", "s3a://")) else "pip install the package that it names"
+            extra = (
+                "pip install 'fnlight[s3]'" if self.path.startswith(("s3://", "s3a://")) else "install the package that this message names"
+            )
             raise CheckpointError(f"{self.path} needs a package that is not installed: {error}; {extra}") from error
         return store, posixpath.join(root, name) if name else root
 
@@ -92,7 +94,7 @@ class Bucket:
         """The content of a file, which is refused where it is larger."""
         size = self.size(name)
         if size is None or size > limit:
-            raise OSError(errno.EFBIG, "there is none" if size is None else f"{size} bytes, more than the {limit} that are read", name)
+            raise OSError(errno.EFBIG, "no such file" if size is None else f"it has {size} bytes, more than the limit of {limit}", name)
         return self.part(name, 0, size)
 
     def part(self, name: str, start: int, end: int) -> bytes:
@@ -142,9 +144,7 @@ class Bucket:
     def replacing(self, overwrite: bool) -> Iterator["Bucket"]:
         """This folder, its old commit mark deleted; on failure what was written is deleted."""
         if STATE in self.names() and not overwrite:
-            raise CheckpointError(
-                f"cannot write a checkpoint to {self.path}: there is one already; pass overwrite=True or give another path"
-            )
+            raise CheckpointError(f"cannot write a checkpoint to {self.path}: one exists already; pass overwrite=True or give another path")
         try:
             self._clear()
             yield self

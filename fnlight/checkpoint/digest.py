@@ -1,4 +1,4 @@
-"""Digests of files: they find every kind of damage, as fast as memory is read, and are no seal against a forger.
+"""Digests of files: they detect every kind of damage, at memory speed, but do not protect against deliberate forgery.
 
 Files are digested with XXH3 (128 bits), which costs a twentieth of what writing costs; those of format 1 have SHA-256, which is still read.
 """

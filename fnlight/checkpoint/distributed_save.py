@@ -1,4 +1,4 @@
-"""Writing a checkpoint by many ranks: each its own parts, the first the manifest, and only once it has seen that all are there."""
+"""Write a checkpoint from several ranks: each rank writes its own parts; rank 0 writes the manifest after it has seen all files."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +21,7 @@ Tensors = Mapping[str, Mapping[str, Tensor]]
 
 @attrs.frozen(repr=False)
 class Parts:
-    """What one rank writes, and what all of them know; made by `parts_of`.
+    """The parts that one rank writes, and the layout that all ranks know; made by `parts_of`.
 
     Args:
         entries: By file, what the manifest will say of it but for sizes and digests.
@@ -47,7 +47,7 @@ class Parts:
 
 
 def is_cut(tensors: Tensors) -> bool:
-    """Say whether ranks hold parts of any tensor.
+    """Say whether any tensor is sharded over ranks.
 
     Args:
         tensors: By file, names to tensors.
@@ -64,7 +64,7 @@ def is_cut(tensors: Tensors) -> bool:
 
 
 def parts_of(tensors: Tensors, rank: int) -> Parts:
-    """Say which parts of a state one rank writes; of those that several hold, the first writes it.
+    """Return the parts of a state that one rank writes; a part that several ranks hold is written by the first of them.
 
     Args:
         tensors: By file, names to tensors, whole or in parts.
@@ -109,7 +109,7 @@ def _known(tensor: Any, rank: int, known: dict[Any, tuple[int, bool]], layouts: 
 
 
 def write_together(folder: Folder | Bucket, body: Mapping[str, Any], parts: Parts, ranks: Any, overwrite: bool = True) -> None:
-    """Write a checkpoint; all ranks call it at the same time, and it is there for all of them, or an error is raised on all.
+    """Write a checkpoint; all ranks must call this at the same time. It succeeds on all of them, or raises an error on all.
 
     Args:
         folder: Where to: a folder that all ranks see.
@@ -119,7 +119,7 @@ def write_together(folder: Folder | Bucket, body: Mapping[str, Any], parts: Part
         overwrite: False refuses to replace a checkpoint.
 
     Raises:
-        CheckpointError: If it cannot be written by any of them, or one has died.
+        CheckpointError: If one of them cannot write, or has ended.
 
     Example:
         >>> import tempfile, torch
@@ -139,7 +139,7 @@ def write_together(folder: Folder | Bucket, body: Mapping[str, Any], parts: Part
             _follow(parts, ranks)
     except RuntimeError as error:
         raise CheckpointError(
-            f"cannot write {folder.path}: rank {ranks.rank} has lost another one: {error!s:.200}; older checkpoints are as they were"
+            f"cannot write {folder.path}: rank {ranks.rank} lost the connection to another rank: {error!s:.200}. Older checkpoints are unchanged."
         ) from error
 
 
@@ -196,7 +196,7 @@ def _entries(place: Folder | Bucket, parts: Parts, found: Sequence[Mapping[str, 
     failed = {rank: each["error"] for rank, each in enumerate(found) if "error" in each}
     if failed:
         told = "; ".join(f"rank {rank}: {error}" for rank, error in list(failed.items())[:4])
-        raise CheckpointError(f"cannot write {place.path}: {told}. Older checkpoints are as they were.")
+        raise CheckpointError(f"cannot write {place.path}: {told}. Older checkpoints are unchanged.")
     writers, files = parts.writers, {}
     for file, entry in parts.entries.items():
         if not entry["cut"]:
@@ -209,6 +209,6 @@ def _entries(place: Folder | Bucket, parts: Parts, found: Sequence[Mapping[str, 
             if place.size(name) != part["size"]:
                 raise CheckpointError(
                     f"cannot write {place.path}: rank {rank} has written {name}, but rank 0 does not see it; give a folder that all ranks "
-                    "share, or a URL of a store"
+                    "share, or the URL of a remote store"
                 )
     return files

@@ -1,4 +1,4 @@
-"""Trees as strict JSON: every value comes back with its type; tensors stand as references to names in a safetensors file.
+"""Trees as strict JSON: every value is read back with its type; tensors are references to names in a safetensors file.
 
 JSON knows no tuples, no NaN and no keys but strings, so these are written as objects with one key, a tag that starts with ``$``.
 """
@@ -68,8 +68,8 @@ def encode(tree: Any, put: Put, path: str, deep: int = 0) -> Any:
     if isinstance(tree, Tally):
         return {"$tally": _encoded_tally(tree, put, path)}
     raise CheckpointError(
-        f"{path} holds {type(tree).__name__}: {tree!r:.60}, but a checkpoint holds dicts, lists, tuples, tensors, numbers, strings, bytes, "
-        "bools and None only, so that loading never runs code; keep it in such a form"
+        f"{path} has type {type(tree).__name__}: {tree!r:.60}, but a checkpoint holds only dicts, lists, tuples, tensors, numbers, strings, bytes, "
+        "bools and None, so that loading never runs code; convert it to one of these"
     )
 
 
@@ -172,7 +172,7 @@ def _apart(keys: list[Hashable]) -> list[Hashable]:
 
 def _plain(key: str) -> str:
     if key.startswith("$"):
-        raise ValueError(f"the tag {key!r} stands among plain keys")
+        raise ValueError(f"the tag {key!r} is among plain keys")
     return key
 
 

@@ -1,4 +1,4 @@
-"""A folder on this machine, where files are written so that they survive a crash: flushed to disk, then renamed into place."""
+"""A folder on this machine, in which files are written crash-safe: flushed to disk, then renamed into place."""
 
 import errno
 import io
@@ -24,18 +24,18 @@ from fnlight.errors import CheckpointError
 _PIECE = 1 << 20  # bytes hashed and written at a time: they are still in the processor's cache when they are written
 _AHEAD = 1 << 24  # bytes after which the system is asked to begin with the disk, so that the last flush has little left to wait for
 _HINTS = {
-    errno.ENOSPC: "free some space and save again",
-    errno.EDQUOT: "raise the quota or free some space, and save again",
+    errno.ENOSPC: "free disk space and save again",
+    errno.EDQUOT: "raise the quota or free disk space, and save again",
     errno.EFBIG: "raise the limit on the size of files",
-    errno.EACCES: "give yourself the right to write there, or choose another path",
-    errno.EPERM: "give yourself the right to write there, or choose another path",
-    errno.EROFS: "choose a path on a file system that can be written",
+    errno.EACCES: "change the permissions of the directory, or choose another path",
+    errno.EPERM: "change the permissions of the directory, or choose another path",
+    errno.EROFS: "choose a path on a writable file system",
     errno.ENOTDIR: "choose a path whose parents are directories",
 }
 
 
 def cannot_write(path: str, error: Exception) -> CheckpointError:
-    """The error for a failed write: what failed, and what to do.
+    """Return the error for a failed write: what failed, and what to do.
 
     Args:
         path: The checkpoint or directory that was to be written.
@@ -46,10 +46,10 @@ def cannot_write(path: str, error: Exception) -> CheckpointError:
 
     Example:
         >>> str(cannot_write("runs/a", OSError(errno.ENOSPC, "No space left on device")))
-        'cannot write runs/a: [Errno 28] No space left on device; free some space and save again. Older checkpoints are as they were.'
+        'cannot write runs/a: [Errno 28] No space left on device; free disk space and save again. Older checkpoints are unchanged.'
     """
     hint = _HINTS.get(getattr(error, "errno", None) or 0, "see the cause above")
-    return CheckpointError(f"cannot write {path}: {error or type(error).__name__}; {hint}. Older checkpoints are as they were.")
+    return CheckpointError(f"cannot write {path}: {error or type(error).__name__}; {hint}. Older checkpoints are unchanged.")
 
 
 @attrs.frozen
@@ -136,7 +136,7 @@ class Folder:
             while view:
                 count = file.readinto(view)
                 if not count:
-                    raise OSError(errno.EIO, f"it ends {len(view)} bytes too early", name)
+                    raise OSError(errno.EIO, f"the file ends {len(view)} bytes too early", name)
                 view = view[count:]
 
     def digest(self, name: str, kind: str) -> str:
@@ -234,7 +234,7 @@ def _hidden(folder: Folder, kind: str) -> Folder:
 
 
 def hidden_siblings(folder: Folder, *kinds: str) -> list[str]:
-    """What an interrupted save or deletion of a folder has left beside it.
+    """Return the names of what an interrupted save or deletion of a folder has left next to it.
 
     Args:
         folder: The folder that was being written or deleted.
@@ -259,15 +259,15 @@ def _check_target(target: Folder, path: str, overwrite: bool) -> None:
     foreign = [name for name in target.names() if not belongs(name) and not name.startswith(f".{STATE}.tmp-")]
     if foreign:
         raise CheckpointError(
-            f"cannot write a checkpoint to {path}: it holds {', '.join(foreign[:3])}, which are no files of a checkpoint and would be lost; "
+            f"cannot write a checkpoint to {path}: it contains {', '.join(foreign[:3])}, which are not files of a checkpoint and would be lost; "
             "give the path of a new directory"
         )
     if not overwrite:
-        raise CheckpointError(f"cannot write a checkpoint to {path}: there is one already; pass overwrite=True or give another path")
+        raise CheckpointError(f"cannot write a checkpoint to {path}: one exists already; pass overwrite=True or give another path")
 
 
 def _publish(hidden: Folder, target: Folder) -> None:
-    """Put the new folder in the place of the old one; when that fails, the old one stands again."""
+    """Replace the old folder by the new one; if that fails, the old one is restored."""
     aside = _hidden(target, "old")
     try:
         if target.exists():

@@ -1,4 +1,4 @@
-"""An optimizer from a checkpoint: slots by parameter name, group values by whose parameters they are, and the code has the last word."""
+"""Restore an optimizer: slots are matched by parameter name, group values by the parameters of a group; values changed in the code win."""
 
 import copy
 import enum
@@ -24,7 +24,7 @@ _KERNELS = ("fused", "foreach")  # how it is computed: the business of this mach
 def place_optimizers(
     optims: Mapping[str, Optim], module: nn.Module, opened: Opened, loaded: frozenset[str], known: Mapping[str, torch.dtype], afresh: bool
 ) -> list[str]:
-    """Give each optimizer the memory and the group values of the one of its name in a checkpoint, in place.
+    """Load the optimizer state and the group values of each optimizer from a checkpoint, by its name, in place.
 
     Args:
         optims: The prepared optimizers by name; a single one has the name ``""``.
@@ -49,13 +49,13 @@ def place_optimizers(
     saved = whole["phases"] if whole is not None and "phases" in whole else {"": whole}
     if ("" in saved) != ("" in optims):
         return [
-            f"the optimizers changed: {_kinds(saved)} in the checkpoint, {', '.join(filter(None, optims)) or 'a single one'} now; all memory starts afresh"
+            f"the optimizers changed: {_kinds(saved)} in the checkpoint, {', '.join(filter(None, optims)) or 'a single one'} now; all optimizer state starts empty"
         ]
     tensors = opened.tensors(OPTIMIZER)
-    notes = [f"the optimizer {name!r} is no more, and its memory is dropped" for name in saved if name not in optims]
+    notes = [f"the task no longer has the optimizer {name!r}; its state is dropped" for name in saved if name not in optims]
     for name, optim in optims.items():
         if name not in saved:
-            notes.append(f"there was no optimizer {name!r} then; its memory starts afresh")
+            notes.append(f"the checkpoint has no optimizer {name!r}; its state starts empty")
             continue
         found = _place_optimizer(
             optim, module, saved[name], path=opened.path, tensors=tensors, loaded={each: known.get(each) for each in loaded}, afresh=afresh
@@ -82,7 +82,7 @@ def _place_optimizer(
     if not _same_class(saved_class, own_class):
         if section is not None and optim.optimizer is not None and not afresh:
             raise MismatchError(_another(path, saved_class, own_class))
-        return [f"optimizer changed: {saved_class} in the checkpoint, {own_class} now; its memory starts afresh"]
+        return [f"optimizer changed: {saved_class} in the checkpoint, {own_class} now; its state starts empty"]
     if section is None:
         return []
     _place_slots(optim, module, section, tensors=tensors, loaded=loaded)
@@ -92,8 +92,8 @@ def _place_optimizer(
 
 def _another(path: str, saved: str, own: str) -> str:
     return (
-        f"optimizer changed: checkpoint {path} was trained with {saved}, but the task now has {own}, to which that memory means nothing; make the "
-        'task with the optimizer that was saved, or start the new one afresh with allow=("optimizer",): an argument of '
+        f"optimizer changed: checkpoint {path} was trained with {saved}, but the task now has {own}, which cannot use its optimizer state; create "
+        'the task with the optimizer that was saved, or start the new one with empty state with allow=("optimizer",): an argument of '
         "fl.restore(path, like=state, ...) and of fl.FitConfig(resume=True, ...)"
     )
 
@@ -182,9 +182,7 @@ def _place_groups(optim: Optim, module: nn.Module, saved: list[Any], tensors: di
             (source,) = sources
             notes += _place_values(group, configured, *parts[source])
         elif sources:
-            notes.append(
-                f"a group of the optimizer joins parameters of {len(sources)} groups of the checkpoint; its values are those of the code"
-            )
+            notes.append(f"a parameter group has parameters from {len(sources)} groups of the checkpoint; its values are those of the code")
     return list(dict.fromkeys(notes))
 
 
@@ -222,9 +220,9 @@ def _say(value: Any) -> str:
 
 
 def _unheld(optim: Optim, module: nn.Module, section: Any, loaded: Collection[str]) -> list[str]:
-    """Parameters whose memory lies in the checkpoint, but which the optimizer of today does not hold."""
+    """Parameters with optimizer state in the checkpoint that the optimizer no longer has, and the other way round."""
     held = {name for group in named_groups(optim, module) for name in group["params"]}
     left = [name for name in section["slots"] if name != OTHER and name in loaded and name not in held]
     new = [name for name in held if name in loaded and not any(name in group["params"] for group in section["groups"])]
-    lines = [f"the optimizer holds these no more, and their memory is dropped: {', '.join(left[:8])}"] if left else []
-    return lines + ([f"the optimizer did not hold these then, and their memory starts afresh: {', '.join(sorted(new)[:8])}"] if new else [])
+    lines = [f"the optimizer no longer has these parameters; their state is dropped: {', '.join(left[:8])}"] if left else []
+    return lines + ([f"the checkpoint has no optimizer state for these; it starts empty: {', '.join(sorted(new)[:8])}"] if new else [])

@@ -1,4 +1,4 @@
-"""The header of a safetensors file from anybody: what it lists is checked before a byte of a tensor is read.
+"""The header of an untrusted safetensors file: its entries are checked before a byte of a tensor is read.
 
 Every bound holds for what fnlight writes, too, so that nothing is written that could not be read.
 """
@@ -46,7 +46,7 @@ _MOST = 1 << 62  # elements or bytes that torch can count
 
 @attrs.frozen
 class Place:
-    """Where a tensor lies in a file.
+    """The position of a tensor in a file.
 
     Args:
         dtype: Its dtype.
@@ -94,7 +94,7 @@ def read_header(read: Callable[[int, int], bytes], size: int) -> dict[str, Place
         Names to places, which lie one behind the other and fill the file.
 
     Raises:
-        ValueError: If the file is no safetensors file, or its header lists what cannot be.
+        ValueError: If the file is not a safetensors file, or its header has impossible entries.
 
     Example:
         >>> data = b'@' + bytes(7) + b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(64) + bytes(4)
@@ -105,7 +105,7 @@ def read_header(read: Callable[[int, int], bytes], size: int) -> dict[str, Place
         raise ValueError(f"{size} bytes are too few for a header")
     length = int.from_bytes(read(0, 8), "little")
     if length > min(size - 8, MAX_HEADER):
-        raise ValueError(f"the header would be {length} bytes long, in a file of {size}; at most {MAX_HEADER} are read")
+        raise ValueError(f"the header would have {length} bytes, in a file of {size}; the limit is {MAX_HEADER}")
     text = read(8, 8 + length)
     if text.count(b"{") > MAX_TENSORS + 2 or text.count(b",") > 16 * MAX_TENSORS:
         raise ValueError(f"the header lists more than {MAX_TENSORS} tensors, or much else")
@@ -117,7 +117,7 @@ def _places(text: bytes, begin: int, size: int) -> dict[str, Place]:
     try:
         listed = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
     except (UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"the header is no JSON: {type(error).__name__}") from error
+        raise ValueError(f"the header is not valid JSON: {type(error).__name__}") from error
     if not isinstance(listed, dict):
         raise ValueError(f"the header is no JSON object, but {type(listed).__name__}")  # noqa: TRY004  # a file is no argument
     metadata = listed.pop("__metadata__", {})
@@ -127,7 +127,7 @@ def _places(text: bytes, begin: int, size: int) -> dict[str, Place]:
     end = begin
     for name, place in sorted(places.items(), key=lambda item: (item[1].start, item[1].end)):
         if place.start != end:
-            raise ValueError(f"{name:.80} begins at byte {place.start}, but what lies before it ends at {end}")
+            raise ValueError(f"{name:.80} starts at byte {place.start}, but the data before it ends at {end}")
         end = place.end
     if end != size:
         raise ValueError(f"the tensors end at byte {end}, but the file has {size}")
@@ -148,7 +148,7 @@ def _place(name: str, entry: Any, begin: int) -> Place:
     if len(shape) > 64 or math.prod(n for n in shape if n) * dtype.itemsize >= _MOST:
         raise ValueError(f"{name:.80} has the shape {shape!r:.80}")
     if offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{name:.80} of {entry['dtype']} {shape!r:.80} cannot be the bytes {offsets}")
+        raise ValueError(f"{name:.80} of {entry['dtype']} {shape!r:.80} does not match the bytes {offsets}")
     return Place(dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
 
 
@@ -171,7 +171,7 @@ def uncollected() -> Iterator[None]:
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The pairs of a JSON object as a dict; for ``json.loads(object_pairs_hook=...)``.
+    """Return the pairs of a JSON object as a dict; for ``json.loads(object_pairs_hook=...)``.
 
     Args:
         pairs: Keys and values.
@@ -180,7 +180,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         The dict.
 
     Raises:
-        ValueError: If a key stands twice.
+        ValueError: If a key occurs twice.
 
     Example:
         >>> unique([("a", 1)])
@@ -188,12 +188,12 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key stands twice in one object")
+        raise ValueError("a key occurs twice in one object")
     return found
 
 
 def no_constant(name: str) -> None:
-    """Refuse what JSON does not know; for ``json.loads(parse_constant=...)``.
+    """Raise for constants that are not JSON; for ``json.loads(parse_constant=...)``.
 
     Args:
         name: ``NaN``, ``Infinity`` or ``-Infinity``.
@@ -204,6 +204,6 @@ def no_constant(name: str) -> None:
     Example:
         >>> no_constant("NaN")
         Traceback (most recent call last):
-        ValueError: NaN is no JSON
+        ValueError: NaN is not valid JSON
     """
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not valid JSON")

@@ -1,4 +1,4 @@
-"""How a tensor is cut into files: by a rule that is a few numbers for any number of ranks, from which every offset follows."""
+"""How a tensor is split into files: a rule of a few numbers, for any number of ranks, gives the offset of every part."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -68,7 +68,7 @@ class Layout:
 
 
 WHOLE = Layout()
-"""A tensor that is not cut: it lies in the first file."""
+"""A tensor that is not split: it is in the first file."""
 
 
 def layout_of(tensor: Any) -> Layout:

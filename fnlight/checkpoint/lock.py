@@ -1,4 +1,4 @@
-"""The lock of a run's directory: two runs into one are noticed before any work, and a dead process is never in the way.
+"""The lock of a run's directory: two runs into one directory are detected before any work; a dead process leaves no lock.
 
 The lock is the system's (``flock``), held on the file ``.lock`` for as long as a run lasts. It goes with the process, however that ends. Forked
 workers of a loader inherit it; where they outlive their parent, the lock is taken from them, for the file says whose it was.
@@ -88,7 +88,7 @@ class Lock:
 
 
 def hold(dir: Path, clock: Callable[[], float] = time.time) -> Lock:
-    """Lock a run's directory, which is made if need be.
+    """Lock a run's directory, which is created if it does not exist.
 
     Args:
         dir: The run's directory; a URL cannot be locked and gives a lock that holds nothing.
@@ -122,13 +122,13 @@ def hold(dir: Path, clock: Callable[[], float] = time.time) -> Lock:
     except OSError as error:
         if error.errno not in _WITHOUT:
             raise cannot_write(path, error) from error
-        warn(f"the file system of {folder.path} has no locks, so a second run into it would not be noticed", CheckpointWarning)
+        warn(f"the file system of {folder.path} has no locks, so a second run into this directory is not detected", CheckpointWarning)
     return Lock(path, file, os.getpid())
 
 
 @contextmanager
 def held(dir: Path | None) -> Iterator[dict[str, Lock]]:
-    """Hold the lock of a run's directory, under the name that a run knows it by.
+    """Hold the lock of a run's directory, under its name among the resources of a run.
 
     Args:
         dir: The directory; None holds nothing.
@@ -153,7 +153,7 @@ def held(dir: Path | None) -> Iterator[dict[str, Lock]]:
 
 
 def name_of(dir: Path) -> str:
-    """What the lock of a directory is called among the resources of a run.
+    """Return the name of a directory's lock among the resources of a run.
 
     Args:
         dir: A run's directory.
@@ -209,13 +209,13 @@ def _take_over(file: int, path: str, dir: str) -> None:
 
 def _held_by(dir: str, path: str, holder: dict[str, Any]) -> str:
     if not holder:
-        who, what = "another process, which has just begun", "wait until it is over"
+        who, what = "another process, which has just started", "wait until it has ended"
     elif (holder.get("pid"), holder.get("host")) == (os.getpid(), socket.gethostname()):
-        who = f"a run of this very process, since {holder.get('since')}"
-        what = "let it end first (the generator of a loop that was left by an error is closed with its close())"
+        who = f"a run of this same process, since {holder.get('since')}"
+        what = "end that run first (if its loop was left by an error, close the generator of fl.run with its close())"
     else:
         who = f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"
-        what = f"wait until it is over or end it; if you are sure that it is gone, delete {path}"
+        what = f"wait until it has ended, or end it; if you are sure that it no longer runs, delete {path}"
     return f"{dir} is in use by {who}; two runs into one directory would delete each other's checkpoints: {what}, or give another dir"
 
 

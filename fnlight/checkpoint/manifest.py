@@ -1,4 +1,4 @@
-"""`state.json`, the commit mark of a checkpoint: what it says, and how damage to it is found.
+"""`state.json`, the manifest and commit mark of a checkpoint: its content, and how damage to it is detected.
 
 Its first line holds the format and the digest of all that follows; the whole is one JSON object.
 """
@@ -82,13 +82,13 @@ def render(body: Mapping[str, Any]) -> bytes:
         lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in body.items()]
     except (RecursionError, ValueError) as error:
         raise CheckpointError(
-            f"the state cannot be written as JSON: {error}; keep the memory of combinators flat and its numbers short"
+            f"the state cannot be written as JSON: {error}; do not nest the memory of combinators deeply, nor keep very long integers in it"
         ) from error
     rest = (",\n".join(lines) + "\n}\n").encode("ascii")
     if _many(rest):
         sizes = {key: len(line) for key, line in zip(body, lines, strict=True)}
         raise CheckpointError(
-            f"the manifest of {len(rest)} bytes is larger than fnlight reads, which is {MAX_BYTES} bytes or {MAX_VALUES} values; keep numbers "
+            f"the manifest has {len(rest)} bytes and exceeds the limit of {MAX_BYTES} bytes or {MAX_VALUES} values; keep numbers "
             f"in tensors, or a shorter history: the largest section is {max(sizes, key=lambda key: sizes[key])!r}"
         )
     return f'{{"format": {FORMAT}, "digest": "{digest_of(rest)}",\n'.encode("ascii") + rest
@@ -109,10 +109,10 @@ def parse(data: bytes) -> Mapping[str, Any]:
     Example:
         >>> parse(b"{}")
         Traceback (most recent call last):
-        fnlight.errors.BrokenCheckpointError: state.json does not begin as one of fnlight's does
+        fnlight.errors.BrokenCheckpointError: state.json was not written by fnlight, or its first line is damaged
     """
     if _many(data):
-        raise BrokenCheckpointError(f"state.json is larger than what fnlight writes: {len(data)} bytes, or too many values")
+        raise BrokenCheckpointError(f"state.json exceeds the limits of fnlight: it has {len(data)} bytes, or too many values")
     found = _ANY_FORMAT.match(data)
     if found and int(found[1]) > FORMAT:
         writer = _WRITER.search(data)
@@ -122,9 +122,9 @@ def parse(data: bytes) -> Mapping[str, Any]:
         )
     first = _FIRST.match(data)
     if not first or not 1 <= int(first[1]) <= FORMAT:
-        raise BrokenCheckpointError("state.json does not begin as one of fnlight's does")
+        raise BrokenCheckpointError("state.json was not written by fnlight, or its first line is damaged")
     if digest_of(data[first.end() :]) != first[2].decode("ascii"):
-        raise BrokenCheckpointError("state.json is cut short or altered: its digest differs from the one in its first line")
+        raise BrokenCheckpointError("state.json is truncated or altered: its digest differs from the one in its first line")
     try:
         with uncollected():
             body = json.loads(data, object_pairs_hook=unique, parse_constant=no_constant, parse_float=_finite)

@@ -52,7 +52,7 @@ def in_one_part(body: Body) -> Body:
         {'seed': 0, 'layouts': []}
     """
     if "layouts" in body:
-        raise ValueError("it is said to be of format 2 or older, but has layouts, as format 3")
+        raise ValueError("its format is given as 2 or older, but it has layouts, which only format 3 has")
     return {**body, "layouts": []}
 
 

@@ -1,4 +1,4 @@
-"""Reading parts of tensors, from files in which they are cut in another way: only the bytes that are asked for."""
+"""Read parts of tensors from files that are split in another way; only the needed bytes are read."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -112,10 +112,10 @@ def joined(
             for dim, (start, count) in enumerate(zip(offset, size, strict=True)):
                 target = target.narrow(dim, start, count)
             if value is None or value.shape != target.shape or value.dtype != target.dtype:
-                raise ValueError(f"{name} does not hold the part of {key:.80} that state.json says, {target.dtype} {list(target.shape)}")
+                raise ValueError(f"{name} does not have the part of {key:.80} that state.json lists, {target.dtype} {list(target.shape)}")
             target.copy_(value)
         if held:
-            raise ValueError(f"{sorted(held)[:5]} stand in {name}, but not in state.json")
+            raise ValueError(f"{name} has {sorted(held)[:5]}, but state.json does not list them")
     return found
 
 

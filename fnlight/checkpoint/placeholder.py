@@ -1,4 +1,4 @@
-"""A store to be filled from a checkpoint: in the place of a copy it borrows its tensors, until each is given memory of its own."""
+"""A placeholder store whose tensors are replaced on load: until then it shares the memory of another state instead of copying it."""
 
 import copy
 from collections import Counter
@@ -14,9 +14,9 @@ from fnlight.tensors import give_memory, is_lazy, is_sharded, like_parts, local,
 
 
 class Lent:
-    """Tensors whose memory is that of another state, which must not be written to.
+    """Tensors that share the memory of another state, which must not be written to.
 
-    A tensor is `put` right by giving it memory of its own; one that nobody holds any more is forgotten.
+    `put` gives such a tensor its own memory; a tensor that is no longer referenced is forgotten.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -103,7 +103,7 @@ def fitted(value: Tensor, like: Tensor, same_kind: bool = True) -> Tensor:
 
 
 def twin(store: Store) -> tuple[Store, Lent]:
-    """A copy of a store to be filled: it borrows the tensors of its model and optimizers, and has no memory of combinators.
+    """Copy a store as a placeholder: the copy shares the tensors of model and optimizers, and has no memory of combinators.
 
     Args:
         store: The original; it stays as it is.

@@ -1,4 +1,4 @@
-"""Where checkpoints lie: ``DIR/checkpoints/step-00000500``; which of them are sound, and which is the newest."""
+"""The paths of checkpoints, ``DIR/checkpoints/step-00000500``; which of them are valid, and which is the newest."""
 
 import math
 import os
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def at(path: Path) -> Folder | Bucket:
-    """The folder at a path: on this machine, or, for a URL, in a remote store.
+    """Return the folder at a path: on this machine, or, for a URL, in a remote store.
 
     Args:
         path: A path, or a URL such as ``s3://bucket/runs/a``.
@@ -46,7 +46,7 @@ def at(path: Path) -> Folder | Bucket:
 
 
 def step_path(dir: Path, step: int) -> str:
-    """The path of the checkpoint of a step in a run's directory.
+    """Return the path of the checkpoint of a step in a run's directory.
 
     Args:
         dir: The run's directory, or a URL.
@@ -86,7 +86,7 @@ def own_path(dir: Path, step: int) -> str:
 
 
 def checkpoints(dir: Path) -> list[tuple[int, str]]:
-    """The checkpoints of a run, oldest first, by their names alone; `verify` says which are sound.
+    """List the checkpoints of a run, oldest first, by their names alone; `verify` says which are valid.
 
     Args:
         dir: The run's directory, or its ``checkpoints`` directory, or a URL.
@@ -123,13 +123,13 @@ def is_run(path: Path) -> bool:
 
 
 def newest(dir: Path) -> str | None:
-    """The newest sound checkpoint of a run; each broken one that is passed over is named in a `CheckpointWarning`.
+    """Find the newest valid checkpoint of a run; a `CheckpointWarning` names each broken one that is skipped.
 
     Args:
         dir: The run's directory, or its ``checkpoints`` directory, or a URL.
 
     Returns:
-        Its path; None if there is no sound one.
+        Its path; None if there is no valid one.
 
     Example:
         >>> newest("no/such/run")
@@ -139,7 +139,7 @@ def newest(dir: Path) -> str | None:
 
 
 def best_checkpoint(dir: Path, monitor: str, mode: str = "min") -> str | None:
-    """The sound checkpoint of a run with the best value of a metric at its step; NaN is worst, and of equals the earlier is better.
+    """Find the valid checkpoint of a run with the best value of a metric at its step; NaN is worst, and of equals the earlier is better.
 
     Args:
         dir: The run's directory, or its ``checkpoints`` directory, or a URL.
@@ -184,7 +184,7 @@ def open_checkpoint(path: Path, files: tuple[str, ...] = FILES, hold: bool = Fal
     """Find a checkpoint and check all of it.
 
     Args:
-        path: A checkpoint, or a run's directory, of which the newest sound one is taken.
+        path: A checkpoint, or a run's directory, whose newest valid checkpoint is taken.
         files: What will be read of one in a remote store; the others stay there.
         hold: True reads these files once and keeps their tensors, as the store always does; False maps them when they are asked for.
         ranks: All processes that open it at the same time, such as a `World`: each checks a share of the files. Of a remote store only the
@@ -239,14 +239,14 @@ def read_checkpoint(
                     raise
                 _pass_over(error)
         raise BrokenCheckpointError(
-            f"none of the {len(checkpoints(path))} checkpoints in {folder.path} is sound, so there is nothing to go on from, see the warnings above; "
-            "look at fl.verify(path), restore them from a copy, or start afresh in another directory"
+            f"none of the {len(checkpoints(path))} checkpoints in {folder.path} is valid, see the warnings above; check them with "
+            "fl.verify(path), restore them from a backup, or start again in another directory"
         )
     present = folder.names()
     if any(map(belongs, present)) or hidden_of(folder):
         return read(_open_one(folder.path, files, hold, ranks))
     raise CheckpointError(
-        f"no checkpoint at {folder.path}: {f'it holds {present[:5]}' if folder.exists() else 'there is no such directory'}"
+        f"no checkpoint at {folder.path}: {f'it contains {present[:5]}' if folder.exists() else 'there is no such directory'}"
     )
 
 
@@ -280,9 +280,9 @@ def _open_one(path: str, files: tuple[str, ...], hold: bool, ranks: Any = None) 
         held, problems = fetched(place, body, problems, files, others=True) if hold else ({}, problems)
         if body is not None and not problems:
             if place != folder:
-                warn(f"checkpoint {path} was being replaced when its writer died; read from {place.path}", CheckpointWarning)
+                warn(f"checkpoint {path} was being replaced when its writer ended; it is read from {place.path}", CheckpointWarning)
             return Opened(path, place, body, held)
-    raise BrokenCheckpointError(f"checkpoint {path} is broken: {'; '.join(problems)}. Load its run's directory to use the newest sound one")
+    raise BrokenCheckpointError(f"checkpoint {path} is broken: {'; '.join(problems)}. Load its run's directory to use the newest valid one")
 
 
 def _open_together(folder: Folder | Bucket, ranks: Any) -> Opened:
@@ -294,7 +294,7 @@ def _open_together(folder: Folder | Bucket, ranks: Any) -> Opened:
     if body is not None and not found:
         return Opened(folder.path, folder, body)
     raise BrokenCheckpointError(
-        f"checkpoint {folder.path} is broken: {'; '.join(dict.fromkeys(found))}. Load its run's directory to use the newest sound one"
+        f"checkpoint {folder.path} is broken: {'; '.join(dict.fromkeys(found))}. Load its run's directory to use the newest valid one"
     )
 
 
@@ -307,7 +307,7 @@ def _open_remote(folder: Bucket, files: tuple[str, ...]) -> Opened:
             return Opened(folder.path, folder, body, held)
         if wait is None or body is None or examine(folder, digests=False)[0] == body:
             raise BrokenCheckpointError(
-                f"checkpoint {folder.path} is broken: {'; '.join(problems)}. Load its run's directory to use the newest sound one"
+                f"checkpoint {folder.path} is broken: {'; '.join(problems)}. Load its run's directory to use the newest valid one"
             )
         folder.sleep(wait)
     raise AssertionError("unreachable")
@@ -322,7 +322,7 @@ def verify(path: Path) -> list[str]:
         path: The checkpoint's directory, or a URL.
 
     Returns:
-        What is wrong, one line a problem; an empty list if it is sound.
+        What is wrong, one line per problem; an empty list if it is valid.
 
     Example:
         >>> verify("no/such/checkpoint")
@@ -332,7 +332,7 @@ def verify(path: Path) -> list[str]:
 
 
 def writable(dir: Path) -> None:
-    """Make sure, before any work is done, that a run's checkpoints can be written.
+    """Check before any work is done that a run's checkpoints can be written.
 
     Args:
         dir: The run's directory, which is made if need be, or a URL, of which nothing is tried.

@@ -1,4 +1,4 @@
-"""Read a state: the newest sound checkpoint, matched by name against the task, copied into live tensors."""
+"""Read a state: the newest valid checkpoint, matched by name with the task, copied into live tensors."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -25,7 +25,7 @@ from fnlight.state import Progress, Store, Task, TrainState
 from fnlight.tensors import DTYPES, convert, is_sharded, lying_like, spread_like
 
 ALLOWED = frozenset({"dtype", "model", "optimizer"})
-"""Differences between a checkpoint and a task that `restore` can be told to go along with."""
+"""Differences between a checkpoint and a task that `restore` can be told to accept."""
 
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, ArithmeticError)
 
@@ -34,14 +34,14 @@ def load(path: Path, task: Task, *, device: torch.device | str | None = None, pl
     """Read a state from a checkpoint; nothing in the file is run.
 
     Args:
-        path: A checkpoint, or a run's directory, of which the newest sound one is taken; or a URL.
+        path: A checkpoint, or a run's directory, whose newest valid checkpoint is taken; or a URL.
         task: The model and functions that the state was trained with.
-        device: Where the tensors shall live; None leaves them where the task's model has them.
-        place: How they shall lie on several processes, whichever way they were saved; all of them call it, and each reads what it holds. The
+        device: The device of the tensors; None takes that of the task's model.
+        place: A placement on several processes, whichever way the state was saved; all of them must call this, and each reads its own part. The
             task's model may then be on the meta device.
 
     Returns:
-        The state, bitwise as it was saved.
+        The state, bit-identical to the saved one.
 
     Raises:
         MismatchError: If the model has other names or shapes; all of them are listed.
@@ -72,19 +72,19 @@ def load(path: Path, task: Task, *, device: torch.device | str | None = None, pl
 
 
 def restore(path: Path, like: TrainState, *, allow: Iterable[str] = (), rename: Rename = None) -> TrainState:
-    """Read a state from a checkpoint into a copy of another state of the same task, on its device.
+    """Read a state from a checkpoint into a copy of another state of the same task, on the same device.
 
     What the code configures is never overwritten: a group value of the optimizer comes from the checkpoint only where the code
     configures what it configured then, otherwise from the code, and a `CheckpointWarning` says so.
 
     Args:
-        path: A checkpoint, or a run's directory, of which the newest sound one is taken; or a URL.
-        like: A state of the task; it stays as it is.
-        allow: Differences that are no error, but a warning: ``"model"`` takes the weights that fit, with their optimizer memory, and
-            leaves the others as they are; ``"dtype"`` converts floating-point weights to the dtypes of `like`; ``"optimizer"`` lets an
-            optimizer of another class start afresh.
+        path: A checkpoint, or a run's directory, whose newest valid checkpoint is taken; or a URL.
+        like: A state of the task; it is not changed.
+        allow: Differences that give a warning and not an error: ``"model"`` loads the weights that match, with their optimizer state, and
+            leaves the others unchanged; ``"dtype"`` converts floating-point weights to the dtypes of `like`; ``"optimizer"`` lets an
+            optimizer of another class start with empty state.
         rename: Names in the checkpoint to names in the model: a mapping, whose keys name a parameter or a module with all below it, or a
-            function, whose None leaves one out. Optimizer memory, averages and all that is kept by these names follows.
+            function, whose None leaves one out. Optimizer state, averages and everything else that is kept by these names is renamed, too.
 
     Returns:
         The state.
@@ -102,11 +102,11 @@ def restore(path: Path, like: TrainState, *, allow: Iterable[str] = (), rename: 
         ...     restore(save(state.recorded({"val/loss": 0.5}), f"{folder}/state"), like=state).history[0].metrics
         {'val/loss': 0.5}
     """
-    check_type("restore(path, like=...)", like, TrainState, expected="a TrainState", advice="for a Task there is fl.load(path, task)")
+    check_type("restore(path, like=...)", like, TrainState, expected="a TrainState", advice="for a Task use fl.load(path, task)")
     check_type("restore(allow=...)", allow, Iterable, f"some of {sorted(ALLOWED)}")
     allowed = frozenset((allow,) if isinstance(allow, str) else allow)
     if not allowed <= ALLOWED:
-        raise CheckpointError(f"allow= knows {sorted(ALLOWED)}, but got {sorted(allowed - ALLOWED)}")
+        raise CheckpointError(f"allow= takes some of {sorted(ALLOWED)}, but got {sorted(allowed - ALLOWED)}")
     place = like.live.place
 
     def read(opened: Opened) -> TrainState:
@@ -119,7 +119,7 @@ def restore(path: Path, like: TrainState, *, allow: Iterable[str] = (), rename: 
 
 
 def refill(path: Path, state: TrainState) -> TrainState:
-    """Write a checkpoint over a state of the very run that saved it, in the memory where its tensors are; it donates its input.
+    """Load a checkpoint in place into a state of the same run that saved it; it donates its input.
 
     Args:
         path: The checkpoint.
@@ -170,7 +170,7 @@ def _fill(
     report = place_weights(store.module, weights, opened.path, convert="dtype" in allowed, lent=lent)
     if not report.fits and "model" not in allowed:
         raise MismatchError(_another(report))
-    notes = [] if report.fits else [f"only what fits was taken. {report}"]
+    notes = [] if report.fits else [f"only the matching weights were loaded. {report}"]
     notes += [f"converted to the dtypes of the model. {report}"] if report.fits and report.converted else []
     try:
         opened = attrs.evolve(opened, body=renamed_body(opened.body, listed.keys(), rename))
@@ -193,7 +193,7 @@ def _fill(
         raise
     except _MALFORMED as error:
         raise BrokenCheckpointError(
-            f"checkpoint {opened.path} is broken: state.json holds what fnlight does not write: {error!r:.200}"
+            f"checkpoint {opened.path} is broken: state.json has content that fnlight does not write: {error!r:.200}"
         ) from error
 
 
@@ -223,10 +223,10 @@ def _another(report: LoadReport) -> str:
     ways = (
         'convert the weights with allow=("dtype",)'
         if only_dtypes
-        else 'take what fits with allow=("model",), map names that changed with rename={...}'
+        else 'load the weights that match with allow=("model",), map names that changed with rename={...}'
     )
     return (
-        f"the checkpoint is of another model. {report}\nMake the task with the model that was saved, or {ways}: arguments of "
+        f"the checkpoint is from another model. {report}\nCreate the task with the model that was saved, or {ways}: arguments of "
         "fl.restore(path, like=state, ...) and of fl.FitConfig(resume=True, ...)"
     )
 
@@ -281,7 +281,9 @@ def _derived_buffers(module: nn.Module, found: dict[str, Tensor], lent: Lent) ->
         for name in fits:
             put(module, name, found[name], lent)
     left = sorted((set(wanted) | set(found)) - set(fits))
-    return [f"non-persistent buffers that differ now were left as the model makes them: {', '.join(left[:8])}"] if left else []
+    return (
+        [f"non-persistent buffers whose shape differs were not loaded; they have the model's values: {', '.join(left[:8])}"] if left else []
+    )
 
 
 def _extra(module: nn.Module, found: dict[str, Any]) -> list[str]:
@@ -295,4 +297,4 @@ def _extra(module: nn.Module, found: dict[str, Any]) -> list[str]:
                     f"the set_extra_state of {name or 'the model'} refuses what is in state.json under extra.{name}: {error!r:.200}"
                 ) from error
     left = sorted(set(own) ^ set(found))
-    return [f"extra states of modules stand on one side only: {', '.join(left[:8])}"] if left else []
+    return [f"extra states of modules that only the checkpoint or only the model has: {', '.join(left[:8])}"] if left else []

@@ -1,4 +1,4 @@
-"""Is a checkpoint what was written? Its manifest, and every file held against it, whole or in parts."""
+"""Checkpoint verification: the manifest is read, and every file is compared with it, whole or in parts."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -18,7 +18,7 @@ from fnlight.errors import BrokenCheckpointError, CheckpointError
 
 @attrs.frozen(eq=False, repr=False)
 class Opened:
-    """A checkpoint whose manifest and digests hold.
+    """A checkpoint whose manifest and digests were verified.
 
     Args:
         path: Its path, for messages.
@@ -114,7 +114,7 @@ def _fetch(folder: Folder | Bucket, name: str, entry: Mapping[str, Any], layouts
 
 
 def layouts_of(body: Mapping[str, Any]) -> list[Layout]:
-    """How the tensors of a checkpoint are cut.
+    """Return how the tensors of a checkpoint are split into files.
 
     Args:
         body: The sections of its manifest, which are checked.
@@ -166,7 +166,7 @@ def _altered(name: str) -> str:
 
 
 def examine(folder: Folder | Bucket, digests: bool = True, sizes: bool = True) -> tuple[Mapping[str, Any] | None, list[str]]:
-    """Read the manifest of a checkpoint and hold every file against it.
+    """Read the manifest of a checkpoint and compare every file with it.
 
     Args:
         folder: The checkpoint.
@@ -182,7 +182,7 @@ def examine(folder: Folder | Bucket, digests: bool = True, sizes: bool = True) -
     """
     try:
         if folder.size(STATE) is None:
-            gone = "state.json is missing: the save was cut short, or the file was deleted"
+            gone = "state.json is missing: the save was interrupted, or the file was deleted"
             return None, [gone if folder.exists() else f"there is no directory {folder.path}"]
         body = parse(folder.read(STATE))
     except (BrokenCheckpointError, OSError) as error:

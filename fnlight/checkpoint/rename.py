@@ -1,4 +1,4 @@
-"""Other names: a checkpoint whose parameters are called otherwise in the model of today, with all that is kept by their names."""
+"""Name mapping: load a checkpoint into a model whose parameters have other names, with everything that is kept by these names."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -11,10 +11,10 @@ Rename = Mapping[str, str] | Callable[[str], str | None] | None
 
 
 def new_name(rename: Rename, name: str) -> str | None:
-    """What a name in a file is called in the model.
+    """Return the name in the model for a name in a file.
 
     Args:
-        rename: A mapping, of whose keys the longest that fits counts; or a function; None changes nothing.
+        rename: A mapping, whose longest matching key is used; or a function; None changes nothing.
         name: A qualified name.
 
     Returns:
@@ -38,7 +38,7 @@ def new_name(rename: Rename, name: str) -> str | None:
 
 
 def renamed(found: Mapping[str, Any], rename: Rename) -> dict[str, Any]:
-    """A mapping by name with the new names; those that have none are left out.
+    """Return a mapping with the new names; entries without a new name are left out.
 
     Args:
         found: Names to anything.
@@ -58,14 +58,14 @@ def renamed(found: Mapping[str, Any], rename: Rename) -> dict[str, Any]:
     for name, value in found.items():
         new = new_name(rename, name)
         if new in changed:
-            raise CheckpointError(f"rename= gives {new!r} to two tensors of the file, {name!r} the second; give each its own name")
+            raise CheckpointError(f"rename= maps two tensors of the file to {new!r}, {name!r} is the second; map each to its own name")
         if new is not None:
             changed[new] = value
     return changed
 
 
 def renamed_body(body: Mapping[str, Any], names: Collection[str], rename: Rename) -> Mapping[str, Any]:
-    """The sections of a manifest with the new names: of parameters, the slots and groups of optimizers, and memory kept by name.
+    """Return the sections of a manifest with the new names: parameters, slots and groups of optimizers, and memory kept by name.
 
     Args:
         body: The sections; they stay as they are.

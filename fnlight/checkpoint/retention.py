@@ -1,4 +1,4 @@
-"""Which checkpoints stay: pure functions of steps and history, joined with ``|``, and the deletion of the others."""
+"""Which checkpoints are kept: pure functions of steps and history, joined with ``|``, and the deletion of the others."""
 
 import math
 import os
@@ -20,7 +20,7 @@ _HIDDEN = re.compile(r"\.(step-[0-9]{8,})\.(tmp|old|gone)-[0-9a-f]+")
 
 @attrs.frozen(repr=False)
 class Retention:
-    """Which checkpoints stay; made by `last`, `best` and `every`, joined with ``|``.
+    """Which checkpoints are kept; made by `last`, `best` and `every`, joined with ``|``.
 
     Args:
         text: Its source text.
@@ -80,7 +80,7 @@ def last(n: int) -> Retention:
 
 
 def every(n: int) -> Retention:
-    """Keep the checkpoints of every n-th step: those whose step n divides.
+    """Keep the checkpoints whose step is a multiple of n.
 
     Args:
         n: In optimizer steps, at least 1.
@@ -121,7 +121,7 @@ def best(monitor: str, n: int = 1, mode: str = "min") -> Retention:
     """
     _count("best", n)
     if not isinstance(monitor, str) or not monitor:
-        raise ConfigError(f'best(monitor, n) takes the name of a metric such as "val/loss", but got {monitor!r}')
+        raise ConfigError(f'best(monitor, n) needs the name of a metric such as "val/loss", but got {monitor!r}')
     if mode not in ("min", "max"):
         raise ConfigError(f"best(..., mode=) must be 'min' or 'max', but got {mode!r}")
     sign = 1.0 if mode == "min" else -1.0
@@ -139,11 +139,11 @@ def best(monitor: str, n: int = 1, mode: str = "min") -> Retention:
 
 def _count(name: str, n: Any) -> None:
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        raise ConfigError(f"{name}(n) must keep a whole number of at least 1, but got {n!r}; the newest checkpoint of a run is always kept")
+        raise ConfigError(f"{name}(n) must be a whole number of at least 1, but got {n!r}; the newest checkpoint of a run is always kept")
 
 
 def prune(dir: Path, steps: Sequence[int], keep: Retention, history: Iterable[Any]) -> list[int]:
-    """Delete those of a run's own checkpoints that need not stay; the newest always does, and no other file is touched.
+    """Delete the checkpoints of a run that need not be kept; the newest is always kept, and no other file is touched.
 
     Args:
         dir: The run's directory, or a URL.
@@ -168,9 +168,9 @@ def prune(dir: Path, steps: Sequence[int], keep: Retention, history: Iterable[An
 
 
 def sweep(dir: Path) -> None:
-    """Delete what killed saves and deletions have left in a run's directory; only for whoever holds its lock.
+    """Delete what interrupted saves and deletions have left in a run's directory; the caller must hold its lock.
 
-    What may be the only copy of a checkpoint that was being replaced stays.
+    A file that may be the only copy of a checkpoint that was being replaced is kept.
 
     Args:
         dir: The run's directory, or a URL, where nothing is done.
@@ -247,5 +247,5 @@ def delete(dir: Path, steps: Iterable[int]) -> dict[int, str]:
         try:
             at(own_path(dir, step)).remove()
         except Exception as error:  # noqa: BLE001  # remote stores have errors of their own; a file too many is no reason to end a run
-            left[step] = f"cannot delete checkpoint {path}: {error}; delete it by hand, or it is tried again at the next save"
+            left[step] = f"cannot delete checkpoint {path}: {error}; delete it by hand, or fnlight tries again at the next save"
     return left

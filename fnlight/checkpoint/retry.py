@@ -1,7 +1,7 @@
-"""Calls to a remote store are repeated if they failed for a reason that passes, such as a lost connection or a busy server.
+"""Retry calls to a remote store after a temporary failure, such as a lost connection or a busy server.
 
-The library tenacity (9.2.1) would replace the loop in `retried`, 8 lines. Most lines here decide which errors of a store pass, which it
-does not know, and its import takes 54 ms.
+The library tenacity (9.2.1) would replace the loop in `retried`, 8 lines. Most lines here decide which errors of a store are temporary,
+which it does not know, and its import takes 54 ms.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ _LASTING = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryErr
 
 
 def retried(fn: Callable[[], T], sleep: Callable[[float], Any]) -> T:
-    """Call a function again while it fails for a reason that passes.
+    """Call a function again while it fails for a temporary reason.
 
     Args:
         fn: What is tried; it must not matter if it was done in part.
@@ -55,7 +55,7 @@ def retried(fn: Callable[[], T], sleep: Callable[[float], Any]) -> T:
 
 
 def transient(error: BaseException) -> bool:
-    """Say whether the reason of a failure, or what caused it, passes: timeouts, lost connections, and servers that are busy or broken.
+    """Say whether a failure, or its cause, is temporary: timeouts, lost connections, and servers that are busy or broken.
 
     Args:
         error: What a store raised; each has errors of its own, and wraps those of its client.

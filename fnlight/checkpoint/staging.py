@@ -1,4 +1,4 @@
-"""Staging: the tensors of a state copied into host buffers, from which they are written while training goes on.
+"""Staging: the tensors of a state are copied into host buffers, from which they are written while training continues.
 
 The buffers are made once and used again, so that a save costs no more than the copy. From a GPU the copy goes into pinned memory on a
 stream of its own: the host does not wait, and the next kernels wait on the device until the tensors are read.
@@ -14,7 +14,7 @@ from fnlight.tensors import foreach_copy_
 
 
 class Buffers:
-    """HostCallbacks memory for the tensors of one save, kept from one save to the next.
+    """Host memory for the tensors of one save, reused by the next save.
 
     Example:
         >>> buffers, weight = Buffers(), torch.zeros(2)

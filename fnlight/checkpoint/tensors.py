@@ -1,4 +1,4 @@
-"""The safetensors format, written and read tensor by tensor, so that no second copy of the state is held in memory."""
+"""The safetensors format, written and read tensor by tensor, so that there is no second copy of the state in memory."""
 
 import json
 import math
@@ -95,8 +95,8 @@ def _chunks(tensors: Mapping[str, Tensor], offsets: Mapping[str, Sequence[int]] 
     text += b" " * (-len(text) % 8)
     if len(tensors) > MAX_TENSORS or len(text) > MAX_HEADER:
         raise CheckpointError(
-            f"{len(tensors)} tensors, whose names take {len(text)} bytes, are too many for one file, which holds at most {MAX_TENSORS} and "
-            f"{MAX_HEADER}; stack small tensors into few"
+            f"{len(tensors)} tensors with a header of {len(text)} bytes are too many for one file, which has at most {MAX_TENSORS} tensors and "
+            f"a header of {MAX_HEADER} bytes; stack small tensors into fewer"
         )
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for name in order:
@@ -122,13 +122,13 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         >>> check_tensor("x", torch.zeros(2))
     """
     if name == "__metadata__":
-        raise CheckpointError("a parameter or buffer is called '__metadata__', which the safetensors format keeps for itself; rename it")
+        raise CheckpointError("a parameter or buffer has the name '__metadata__', which the safetensors format reserves; rename it")
     if tensor.layout != torch.strided or tensor.is_meta:
         kind = "on the meta device" if tensor.is_meta else f"sparse ({tensor.layout})"
-        raise CheckpointError(f"{name} is {kind}, but a checkpoint holds dense tensors with values; make it one, e.g. with .to_dense()")
+        raise CheckpointError(f"{name} is {kind}, but a checkpoint holds only dense tensors with values; convert it, e.g. with .to_dense()")
     if _stored(tensor) not in CODES:
         known = ", ".join(str(d).removeprefix("torch.") for d in CODES)
-        raise CheckpointError(f"{name} is {tensor.dtype}, but the safetensors format holds {known}; convert it")
+        raise CheckpointError(f"{name} is {tensor.dtype}, but the safetensors format supports only {known}; convert it")
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -174,7 +174,7 @@ def fetch(readinto: Callable[[memoryview], int | None], size: int, kind: str) ->
             while rest:
                 count = readinto(rest)
                 if not count:
-                    raise ValueError(f"it ends before the {size} bytes that it should have")
+                    raise ValueError(f"the file ends before the {size} bytes that it should have")
                 rest = rest[count:]
             digest.update(piece)
         return view
@@ -260,5 +260,5 @@ def as_listed(found: Mapping[str, Tensor], listed: Mapping[str, Any]) -> dict[st
             raise ValueError(f"{name:.80} is {held} in the file, but {[dtype, shape]} in state.json")
         tensors[name] = tensor
     if len(found) != len(tensors):
-        raise ValueError(f"{sorted(set(found) - set(tensors))[:5]} stand in the file, but not in state.json")
+        raise ValueError(f"the file has {sorted(set(found) - set(tensors))[:5]}, but state.json does not list them")
     return tensors

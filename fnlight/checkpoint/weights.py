@@ -1,4 +1,4 @@
-"""Weights by name: what a module holds, how it differs from what a file holds, and loading a plain safetensors file."""
+"""Weights by name: the differences between a module and a file, and loading a plain safetensors file."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -65,7 +65,7 @@ def extra_states(module: nn.Module) -> dict[str, Any]:
 
 @attrs.frozen
 class LoadReport:
-    """What fitted when weights were loaded by name, and what did not.
+    """Which weights were loaded by name, and which were not.
 
     Args:
         path: The file.
@@ -231,7 +231,7 @@ def _say(tensor: Tensor) -> str:
 
 
 def load_weights(state: TrainState, path: Path, *, partial: bool = False, rename: Rename = None) -> tuple[TrainState, LoadReport]:
-    """Load the weights of a plain safetensors file, or of a checkpoint, into a copy of a state; all else stays as it is.
+    """Load the weights of a plain safetensors file, or of a checkpoint, into a copy of a state; everything else is unchanged.
 
     Floating-point values are converted to the dtype of the model, and the report says which.
 
@@ -268,7 +268,7 @@ def load_weights(state: TrainState, path: Path, *, partial: bool = False, rename
     report = place_weights(state.store.module, found, at(path).path, convert=True)
     if not partial and not report.fits:
         raise MismatchError(
-            f"weights do not fit the model. {report}\nPass partial=True to take what fits, or rename= to map names in the file"
+            f"the weights do not match the model. {report}\nPass partial=True to load those that match, or rename= to map names in the file"
         )
     return state, report
 
@@ -283,5 +283,5 @@ def _read(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     except Exception as error:  # the safetensors library raises its own class, and others on damage
         raise BrokenCheckpointError(
             f"{file.path} cannot be read as a safetensors file: {error}; pickles (.pt, .pth) run code when they are read and are not "
-            "loaded: convert one with torch.load(..., weights_only=True) and safetensors.torch.save_file"
+            "loaded: convert them with torch.load(..., weights_only=True) and safetensors.torch.save_file"
         ) from error

@@ -1,4 +1,4 @@
-"""Write a state: first said as data (`describe_state`), then written so that it is there whole or not at all (`write`)."""
+"""Write a state: first converted to data (`describe_state`), then written completely or not at all (`write`)."""
 
 import functools
 import importlib.metadata
@@ -31,9 +31,9 @@ Tensors = dict[str, dict[str, Tensor]]
 
 
 def save(state: TrainState, path: Path, *, overwrite: bool = True) -> str:
-    """Write a checkpoint; it is there whole or not at all, and what was there before stands until it is.
+    """Write a checkpoint, completely or not at all; one that it replaces is kept until the new one is complete.
 
-    Where a state lies on several ranks, all of them call it: one writes, or, where each holds parts of the tensors, each its own.
+    If a state is on several ranks, all of them must call this: rank 0 writes; if tensors are sharded, each rank writes its own parts.
 
     Files are written into a hidden sibling, flushed to disk and renamed into place. In a remote store, which has no renames, the
     manifest is written last, and one that is replaced is gone from the first byte on. No second copy of tensors on the CPU is made.
@@ -112,7 +112,7 @@ def amend(state: TrainState, path: Path) -> None:
         path: Its checkpoint.
 
     Raises:
-        CheckpointError: If there is no sound manifest, it is of another step, its tensors have other names, or writing fails.
+        CheckpointError: If there is no valid manifest, it is of another step, its tensors have other names, or writing fails.
 
     Example:
         >>> import attrs, tempfile
@@ -130,17 +130,17 @@ def amend(state: TrainState, path: Path) -> None:
         return
     old, problems = examine(folder, digests=False)
     if old is None or problems:
-        raise CheckpointError(f"cannot amend checkpoint {folder.path}: {'; '.join(problems)}; save the state anew")
+        raise CheckpointError(f"cannot update checkpoint {folder.path}: {'; '.join(problems)}; save the state again")
     listed = {name: _listed(held) for name, held in tensors.items()}
     if listed != {name: entry["tensors"] for name, entry in old["files"].items()} or body["progress"]["step"] != old["progress"]["step"]:
         raise CheckpointError(
-            f"cannot amend checkpoint {folder.path}: it holds other tensors than the state of step {state.progress.step}; save it anew"
+            f"cannot update checkpoint {folder.path}: it has other tensors than the state of step {state.progress.step}; save the state again"
         )
     folder.rewrite(STATE, render({**body, "layouts": old["layouts"], "files": old["files"]}))
 
 
 def describe_state(state: TrainState, together: bool = True) -> tuple[dict[str, Any], Tensors]:
-    """Say a state as data: the sections of the manifest, and by file the tensors, which are not copied.
+    """Convert a state to data: the sections of the manifest and, by file, the tensors, which are not copied.
 
     Args:
         state: Any state.
@@ -150,7 +150,7 @@ def describe_state(state: TrainState, together: bool = True) -> tuple[dict[str, 
         The sections and the tensors.
 
     Raises:
-        CheckpointError: If the state holds what is no data.
+        CheckpointError: If the state contains something that is not data.
 
     Example:
         >>> from fnlight.state import Task
@@ -186,7 +186,7 @@ def describe_state(state: TrainState, together: bool = True) -> tuple[dict[str, 
             "extra": encode(extra_states(store.module), put, "extra"),
         }
     except RecursionError as error:
-        raise CheckpointError("the memory of the state is nested too deeply, or contains itself; keep it flat") from error
+        raise CheckpointError("state.memory is nested too deeply, or contains itself; nest it less") from error
     if body["optimizer"] is None:
         del tensors[OPTIMIZER]
     if not tensors[MEMORY]:
@@ -232,7 +232,7 @@ def _numbers(metrics: Mapping[str, Any], path: str) -> Any:
 
 
 def _refuse(path: str, tensor: Tensor) -> str:
-    raise CheckpointError(f"{path} is a tensor of shape {list(tensor.shape)}, but a history holds numbers; record float(value)")
+    raise CheckpointError(f"{path} is a tensor of shape {list(tensor.shape)}, but a history holds only numbers; record float(value)")
 
 
 def _optimizers(store: Store, put: Put, raw: Mapping[str, Tensor]) -> dict[str, Any] | None:

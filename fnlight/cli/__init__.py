@@ -1,7 +1,7 @@
-"""The command line: look at checkpoints, check, compare, export and remove them, and repeat what failed.
+"""The command line: inspect, verify, compare, export and remove checkpoints, and repeat failed steps.
 
 ``fnlight COMMAND --help`` says what each command takes. Exit codes are those of ``diff``: 0 if all is well or the same, 1 if something
-is broken or differs, 2 if the command could not do what it was told.
+is broken or differs, 2 if the command could not run.
 """
 
 import sys

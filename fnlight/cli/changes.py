@@ -20,16 +20,16 @@ def export(path: Place, file: Place, weights: str | None = None, overwrite: bool
     """Write the weights of a checkpoint to one safetensors file.
 
     Args:
-        path: A run's directory, of which the newest sound checkpoint is taken, or a checkpoint; or the URL of one.
+        path: A run's directory, whose newest valid checkpoint is taken, or a checkpoint; or the URL of one.
         file: The file to write.
-        weights: The memory whose averaged weights take the place of the parameters, such as ema.
-        overwrite: Replace a file that is there.
+        weights: The combinator whose averaged weights replace the parameters, such as ema.
+        overwrite: Replace an existing file.
 
     Returns:
         The exit code, 0.
 
     Raises:
-        CheckpointError: If the file is there, or cannot be written.
+        CheckpointError: If the file exists, or cannot be written.
         ConfigError: If there are no such averaged weights.
 
     Example:
@@ -43,16 +43,16 @@ def export(path: Place, file: Place, weights: str | None = None, overwrite: bool
         /...model.safetensors: 9 tensors, 1.0 KiB
     """
     if "://" in file:
-        raise ConfigError(f"export writes to this machine, but {file} is a URL; give a path, and copy the file")
+        raise ConfigError(f"export writes to this machine, but {file} is a URL; give a path, and upload the file afterwards")
     if os.path.exists(file) and not overwrite:
-        raise CheckpointError(f"{file} exists; give another name, or --overwrite")
+        raise CheckpointError(f"{file} exists; give another name, or pass --overwrite")
     found = content(path)
     tensors = dict(found.tensors[MODEL])
     if weights is not None:
         tensors |= _averaged(found, weights)
     folder = at(os.path.dirname(os.path.abspath(file)))
     if not os.path.isdir(folder.path):
-        raise CheckpointError(f"there is no folder {folder.path} to write {os.path.basename(file)} into; make it, or give another path")
+        raise CheckpointError(f"there is no directory {folder.path} for {os.path.basename(file)}; create it, or give another path")
     hidden = f".{os.path.basename(file)}.tmp-{secrets.token_hex(4)}"
     try:
         written = folder.write(hidden, chunks(tensors))
@@ -65,22 +65,22 @@ def export(path: Place, file: Place, weights: str | None = None, overwrite: bool
 
 
 def _averaged(found: Content, key: str) -> dict[str, Tensor]:
-    """The averaged weights in the memory of a combinator, which lie there by name, or one level deeper."""
+    """The averaged weights in the memory of a combinator, by parameter name, or one level deeper."""
     names = found.tensors[MODEL].keys()
     tree = found.memory(key)
     for each in (tree, *(tree.values() if isinstance(tree, dict) else ())):
         if isinstance(each, dict) and each and each.keys() <= names and all(isinstance(t, Tensor) for t in each.values()):
             return each
     there = list(found.body["memory"]) if found.body is not None else []
-    raise ConfigError(f"--weights {key}: {found.path} holds no averaged weights of that name; its memory holds {there or 'nothing'}")
+    raise ConfigError(f"--weights {key}: {found.path} has no averaged weights of that name; its memory has {there or 'no entries'}")
 
 
 def prune(path: Place, keep: str, yes: bool = False, dry_run: bool = False) -> int:
-    """Remove those of a run's own checkpoints that need not be kept; the newest sound one always stays.
+    """Remove the checkpoints of a run that need not be kept; the newest valid one is always kept.
 
     Args:
         path: The run's directory, or its URL.
-        keep: What stays, such as: last(3) | best('val/loss', 2) | every(1000)
+        keep: Which checkpoints are kept, such as: last(3) | best('val/loss', 2) | every(1000)
         yes: Do not ask.
         dry_run: Only show what would be removed.
 
@@ -88,7 +88,7 @@ def prune(path: Place, keep: str, yes: bool = False, dry_run: bool = False) -> i
         0, also if nothing had to be removed; 1 if the answer was no.
 
     Raises:
-        ConfigError: If `keep` cannot be read, or nobody can be asked.
+        ConfigError: If `keep` cannot be parsed, or there is no terminal for the question.
         CheckpointError: If there is no run.
 
     Example:
@@ -104,14 +104,14 @@ def prune(path: Place, keep: str, yes: bool = False, dry_run: bool = False) -> i
     unknown = [name for name in rule.monitors if not any(name in record.metrics for record in history)]
     if unknown:
         known = sorted({name for record in history for name in record.metrics})
-        raise ConfigError(f"--keep asks for {unknown[0]!r}, but the history of this run has {known or 'no metrics'}; nothing was removed")
+        raise ConfigError(f"--keep needs {unknown[0]!r}, but the history of this run has {known or 'no metrics'}; nothing was removed")
     there = {step: place for step, place in checkpoints(path) if step in _own(body) and step <= newest}
     stay = rule(sorted(there), history) | {newest}
-    rows = [[at(place).name(), "stays" if step in stay else "goes", size(_bytes(place))] for step, place in there.items()]
+    rows = [[at(place).name(), "keep" if step in stay else "remove", size(_bytes(place))] for step, place in there.items()]
     table("", ["checkpoint", "", "size"], rows, left=2)
     going = [step for step in there if step not in stay]
     if not going or dry_run:
-        line(f"{count(len(going), 'checkpoint')} {'would go' if dry_run else 'to remove'}")
+        line(f"{count(len(going), 'checkpoint')} {'would be removed' if dry_run else 'to remove'}")
         return 0
     if not yes and not _agreed(len(going)):
         line("nothing was removed")
@@ -127,8 +127,8 @@ def _own(body: Mapping[str, Any]) -> set[int]:
     lists = [t["saved"] for t in body["memory"].values() if isinstance(t, dict) and {"saved", "permanent"} <= t.keys()]
     if len(lists) != 1 or not isinstance(lists[0], list):
         raise CheckpointError(
-            f"the newest checkpoint does not say which others its run has saved, so none is removed ({count(len(lists), 'list')} of them found where "
-            "one is needed); delete them by hand"
+            f"the newest checkpoint does not list the checkpoints that its run has saved, so none is removed (found {count(len(lists), 'list')}, "
+            "needs one); delete them by hand"
         )
     return {step for step in lists[0] if isinstance(step, int)}
 
@@ -144,7 +144,7 @@ def _bytes(path: str) -> int:
 
 def _agreed(number: int) -> bool:
     if not sys.stdin.isatty():
-        raise ConfigError("nobody can be asked here; say --yes to remove them, or --dry-run to see what would be removed")
+        raise ConfigError("there is no terminal for the question; pass --yes to remove them, or --dry-run to see what would be removed")
     sys.stdout.write(f"remove {count(number, 'checkpoint')}? [y/N] ")
     sys.stdout.flush()
     return sys.stdin.readline().strip().lower() in ("y", "yes")

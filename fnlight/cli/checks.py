@@ -1,4 +1,4 @@
-"""``fnlight verify`` and ``fnlight diff``: is a checkpoint sound, can its steps be repeated, and how do two differ."""
+"""``fnlight verify`` and ``fnlight diff``: check that a checkpoint is valid and its steps can be repeated; compare two checkpoints."""
 
 import os
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ def verify(
     loaders: Code = None,
     config: Code = None,
 ) -> int:
-    """Check that checkpoints are whole: digests, structure, and finite values; or that the last steps of a run can be repeated.
+    """Check that checkpoints are valid: digests, structure and finite values; or that the last steps of a run can be repeated.
 
     Args:
         path: A run's directory, all of whose checkpoints are checked, or a checkpoint; or the URL of one.
@@ -44,7 +44,7 @@ def verify(
         config: For --replay: module:name of the FitConfig; the config.json of the run if left out.
 
     Returns:
-        0 if all is well, 1 if not.
+        0 if everything is valid, 1 if not.
 
     Raises:
         CheckpointError: If there is no checkpoint.
@@ -55,25 +55,25 @@ def verify(
         >>> from fnlight.testing import tiny_task
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     code = verify(save(TrainState.create(tiny_task()), f"{folder}/a"))
-        /.../a: sound
+        /.../a: valid
     """
     if replay:
         return _replayed(path, replay, given(task, loaders, config))
     if task or loaders or config:
-        raise ConfigError("--task, --loaders and --config are for --replay; say how many steps, as in --replay 10")
+        raise ConfigError("--task, --loaders and --config need --replay; give a number of steps, as in --replay 10")
     if not at(path).exists():
         raise CheckpointError(f"no checkpoint at {path}: there is no such directory")
     places = [place for _, place in checkpoints(path)] if is_run(path) else [path]
     broken = 0
     for place in places:
         problems = problems_of(place) or _values(content(place))
-        line(f"{place}: {'; '.join(problems) or 'sound'}")
+        line(f"{place}: {'; '.join(problems) or 'valid'}")
         broken += bool(problems)
     return 1 if broken else 0
 
 
 def _values(found: Content) -> list[str]:
-    """What is wrong with the values of a sound checkpoint; a mask of infinities in a buffer is not."""
+    """What is wrong with the values of a valid checkpoint; infinities in a buffer, such as a mask, are allowed."""
     problems = []
     params = set(found.body["parameters"] if found.body is not None else ())
     for file, tensors in found.tensors.items():
@@ -82,25 +82,25 @@ def _values(found: Content) -> list[str]:
                 continue
             bad = torch.isnan(tensor) if file == MODEL and name not in params else ~torch.isfinite(tensor)
             if bool(bad.any()):
-                problems.append(f"{name} in {file} holds {int(bad.sum()):,} of {tensor.numel():,} values that are NaN or infinite")
+                problems.append(f"{name} in {file} has {int(bad.sum()):,} of {tensor.numel():,} values that are NaN or infinite")
     try:
         _ = found.history, [found.memory(key) for key in (found.body["memory"] if found.body is not None else ())]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        problems.append(f"state.json holds what fnlight does not write: {error!r:.200}")
+        problems.append(f"state.json has content that fnlight does not write: {error!r:.200}")
     return problems
 
 
 def _replayed(path: str, steps: int, code: Given) -> int:
     if code.task is None or code.loaders is None:
         raise ConfigError(
-            "--replay trains again, so it needs the code: give --task module:function, which gives (task, loaders), or --task and --loaders"
+            "--replay trains again, so it needs your code: give --task module:function that returns (task, loaders), or --task and --loaders"
         )
     newest = open_checkpoint(path)
     end = newest.body["progress"]["step"]
     older = [place for step, place in checkpoints(path) if step <= end - steps and not problems_of(place)]
     if not older:
         raise CheckpointError(
-            f"--replay {steps} needs a checkpoint of step {max(0, end - steps)} or before, but {path} holds "
+            f"--replay {steps} needs a checkpoint of step {max(0, end - steps)} or before, but {path} has "
             f"{[step for step, _ in checkpoints(path)]}; keep more of them, as with keep=fl.last(2), or replay fewer steps"
         )
     config = code.config if code.config is not None else _config_of(path)
@@ -109,15 +109,15 @@ def _replayed(path: str, steps: int, code: Given) -> int:
     after = fit(before, code.loaders, decisive(config, end))
     unlike, compared = _against(newest.path, code.task, after, known)
     if not unlike:
-        line(f"{path}: {count(end - known, 'step')} from step {known} to {end} trained again: {count(compared, 'tensor')} bitwise the same")
+        line(f"{path}: {count(end - known, 'step')} from step {known} to {end} trained again: {count(compared, 'tensor')} bit-identical")
         return 0
-    line(f"{path}: {count(end - known, 'step')} from step {known} to {end} trained again give something else than {newest.path}")
+    line(f"{path}: {count(end - known, 'step')} from step {known} to {end} trained again give a different result than {newest.path}")
     _show(unlike)
     return 1
 
 
 def decisive(config: FitConfig, max_steps: int) -> FitConfig:
-    """The part of a configuration that decides what a step does, without files, sinks, stop rules and signals.
+    """Return the part of a configuration that decides what a step does, without files, sinks, stop rules and signals.
 
     Args:
         config: How a run was trained.
@@ -143,7 +143,7 @@ def _config_of(path: str) -> FitConfig:
         if os.path.isfile(file):
             with open(file, encoding="utf-8") as opened:
                 return FitConfig.from_json(opened.read())
-    raise ConfigError(f"{path} holds no config.json, so it is not known how it was trained; give --config module:name")
+    raise ConfigError(f"{path} has no config.json, so its configuration is unknown; give --config module:name")
 
 
 def _against(path: str, task: Task, after: TrainState, known: int) -> tuple[list[Gap], int]:
@@ -178,7 +178,7 @@ def _show(unlike: list[Gap]) -> None:
 
 
 def diff(a: Place, b: Place) -> int:
-    """Compare the tensors and counts of two checkpoints or safetensors files, to the bit.
+    """Compare the tensors and counts of two checkpoints or safetensors files, bit by bit.
 
     Args:
         a: A checkpoint, a run, or a file; or the URL of one.
@@ -207,7 +207,7 @@ def diff(a: Place, b: Place) -> int:
     if left.body is not None and right.body is not None:
         unlike += _counts(left.body, right.body)
     if not unlike:
-        line(f"{count(sum(map(len, left.tensors.values())), 'tensor')} bitwise the same")
+        line(f"{count(sum(map(len, left.tensors.values())), 'tensor')} bit-identical")
         return 0
     _show(unlike)
     return 1

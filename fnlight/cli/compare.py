@@ -1,4 +1,4 @@
-"""How far two mappings of tensors are apart."""
+"""The differences between two mappings of tensors."""
 
 from collections.abc import Mapping
 
@@ -12,12 +12,12 @@ HEAD = ("tensor", "shape", "elements that differ", "largest difference", "relati
 
 @attrs.frozen
 class Gap:
-    """How far two tensors of one name are apart.
+    """The difference between two tensors of the same name.
 
     Args:
         name: The name.
         shape: The shape, or what differs if they cannot be compared.
-        count: Elements that differ, to the bit.
+        count: Elements whose bits differ.
         total: Elements.
         absolute: The largest difference.
         relative: The largest difference in proportion to the larger of both elements.
@@ -42,14 +42,14 @@ class Gap:
 
 
 def gaps(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[Gap]:
-    """Compare tensors by name, to the bit.
+    """Compare tensors by name, bit by bit.
 
     Args:
         a: Names to tensors.
         b: Names to tensors.
 
     Returns:
-        One for each name that differs or stands on one side only.
+        One for each name that differs or is on one side only.
 
     Example:
         >>> [gap.cells() for gap in gaps({"w": torch.ones(2)}, {"w": torch.tensor([1.0, 2.0]), "b": torch.ones(1)})]

@@ -1,4 +1,4 @@
-"""What a path holds: the tensors and the manifest of a checkpoint, or the tensors of a plain safetensors file."""
+"""The content of a path: tensors and manifest of a checkpoint, or the tensors of a plain safetensors file."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from fnlight.state import History
 
 @attrs.frozen(eq=False)
 class Content:
-    """What a path holds.
+    """The content of a checkpoint or file.
 
     Args:
         path: The checkpoint, or the file.
@@ -44,7 +44,7 @@ class Content:
 
 
 def content(path: str) -> Content:
-    """Read a checkpoint, the newest sound one of a run, or a plain safetensors file; every digest is checked.
+    """Read a checkpoint, the newest valid one of a run, or a plain safetensors file; every digest is checked.
 
     Args:
         path: A path or URL.

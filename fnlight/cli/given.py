@@ -1,4 +1,4 @@
-"""What the user's own code gives to a command, as in ``--task package.module:name``: only what is named there is imported."""
+"""Import the user's code for a command, as in ``--task package.module:name``: only the named modules are imported."""
 
 import os
 import pkgutil
@@ -18,7 +18,7 @@ from fnlight.state import Task
 
 @attrs.frozen(eq=False)
 class Given:
-    """What the user's code gave.
+    """The objects from the user's code.
 
     Args:
         task: The task.
@@ -40,7 +40,7 @@ class Given:
 
 
 def given(*texts: str | None) -> Given:
-    """Import what is named and find out what it is: a task, loaders, a configuration, a pipe, or a tuple of them.
+    """Import the named objects and recognize them: a task, loaders, a configuration, a pipe, or a tuple of them.
 
     Args:
         *texts: Such as ``"train:task"``; a function is called without arguments. None is left out.
@@ -72,7 +72,7 @@ def given(*texts: str | None) -> Given:
 def _resolved(text: str) -> Any:
     module, colon, path = text.partition(":")
     if not (module and colon and path):
-        raise ConfigError(f"{text!r} does not say where something is; write module:name, such as train:task")
+        raise ConfigError(f"{text!r} is not of the form module:name; write, for example, train:task")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
@@ -103,5 +103,7 @@ def _kind(value: Any, text: str) -> str:
         if isinstance(value, kind):
             return name
     if value is None or isinstance(value, str | int | float | dict):
-        raise ConfigError(f"{text} gives {type(value).__name__}, but must give a Task, Loaders, a FitConfig, a pipe, or several of them")
+        raise ConfigError(
+            f"{text} is or returns {type(value).__name__}, but must be a Task, Loaders, a FitConfig, a pipe, or a tuple of them"
+        )
     return "loaders"

@@ -21,7 +21,7 @@ Place = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
 Code = Annotated[str | None, tyro.conf.arg(metavar="MODULE:NAME")]
 """Where something lies in the user's code."""
 
-_WIDE = 10_000  # columns of what is no terminal: a line is never broken
+_WIDE = 10_000  # columns if the output is not a terminal: a line is never broken
 
 
 def console() -> Console:
@@ -89,7 +89,7 @@ def table(title: str, names: Sequence[str], rows: Iterable[Sequence[str]], left:
 
 
 def count(number: int, noun: str) -> str:
-    """A number of things.
+    """Format a number with its noun.
 
     Args:
         number: How many.
@@ -106,7 +106,7 @@ def count(number: int, noun: str) -> str:
 
 
 def size(number: int) -> str:
-    """Bytes as people say them.
+    """Format a number of bytes for people.
 
     Args:
         number: How many.

@@ -20,13 +20,13 @@ def replay(bundle: Place, task: Code = None, loaders: Code = None, config: Code 
 
     Args:
         bundle: The bundle's directory, such as runs/a/bundles/step-00000007.
-        task: module:name of the task, or of a function that gives it, or a tuple with a FitConfig or a pipe as well.
+        task: module:name of the task, or of a function that returns it, or a tuple of it with a FitConfig or a pipe.
         loaders: module:name of the loaders, if the bundle could not hold the batch.
         config: module:name of the FitConfig; the one in the bundle if left out.
         anomaly: Let autograd name the operation whose gradient was NaN.
 
     Returns:
-        0 if the step fails as it did, 1 if it does not.
+        0 if the step fails as before, 1 if it does not.
 
     Raises:
         ConfigError: If the code, the configuration or the batch is missing.
@@ -34,11 +34,11 @@ def replay(bundle: Place, task: Code = None, loaders: Code = None, config: Code 
     Example:
         >>> replay("no/such/bundle")
         Traceback (most recent call last):
-        fnlight.errors.ConfigError: to repeat a step its code is needed: give --task module:task
+        fnlight.errors.ConfigError: replay needs your code: give --task module:task
     """
     code = given(task, loaders, config)
     if code.task is None:
-        raise ConfigError("to repeat a step its code is needed: give --task module:task")
+        raise ConfigError("replay needs your code: give --task module:task")
     found = load_bundle(bundle, code.task, code.names)
     line(f"{bundle}: step {found.state.progress.step + 1}, key {found.key:016x}, failed with {found.error[0]}: {found.error[1]}")
     chosen = _config(found, code)
@@ -47,13 +47,13 @@ def replay(bundle: Place, task: Code = None, loaders: Code = None, config: Code 
     with settings(attrs.evolve(chosen, detect_anomaly=anomaly)):
         error, after, metrics = found.replay(step, item)
     if error is None:
-        line("the step does not fail here")
+        line("the step does not fail now")
         return 1
     line("".join(traceback.format_exception(error)).rstrip())
     if after is not None:
         _explain(found, after, metrics)
     same = type(error).__name__ == found.error[0]
-    line("the step fails as it did" if same else f"the step fails, but otherwise: {type(error).__name__}")
+    line("the step fails as before" if same else f"the step fails with another error: {type(error).__name__}")
     return 0 if same else 1
 
 
@@ -65,14 +65,14 @@ def _config(found: Bundle, code: Given) -> FitConfig:
     if code.step is not None:
         return FitConfig(max_steps=1, progress=False)
     raise ConfigError(
-        "the bundle holds no configuration that could be read back, or is of a loop of your own: give --config, or a pipe beside the task"
+        "the bundle has no configuration that can be read, or is from a manual loop: give --config, or let --task return the pipe, too"
     )
 
 
 def _read(found: Bundle, code: Given, step: Any, config: FitConfig) -> Item:
-    """The batches of the step, read anew: where they stand in the data is known."""
+    """The batches of the step, read again from their known position in the data."""
     if code.loaders is None or code.loaders.train is None:
-        raise ConfigError(f"the bundle holds no batch: {found.lacks}; give --loaders, from which it is read anew")
+        raise ConfigError(f"the bundle has no batch: {found.lacks}; give --loaders, from which it is read again")
     overfit = config.overfit_batches
     items = batches(
         code.loaders.train,

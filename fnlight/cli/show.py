@@ -1,4 +1,4 @@
-"""``fnlight inspect``: what is in a run, a checkpoint or a safetensors file."""
+"""``fnlight inspect``: show the content of a run, a checkpoint or a safetensors file."""
 
 import time
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ def inspect(path: Place, rows: int = 20) -> int:
     """Show the tensors, progress, history and sizes of a run, a checkpoint or a safetensors file.
 
     Args:
-        path: A run's directory, of which the newest sound checkpoint is shown, a checkpoint, or a file; or the URL of one.
-        rows: Rows of a table at most; 0 shows all.
+        path: A run's directory, whose newest valid checkpoint is shown, a checkpoint, or a file; or the URL of one.
+        rows: The largest number of rows of a table; 0 shows all.
 
     Returns:
         The exit code, 0.
@@ -61,7 +61,7 @@ def _run(path: str) -> None:
             body = {"progress": {}, "files": {}, "stopped": None}
         whole = sum(entry["size"] for entry in physical(body["files"]).values()) + (folder.size(STATE) or 0)
         epoch = str(body["progress"].get("epoch", ""))
-        listed.append([folder.name(), "broken" if problems else "sound", body["stopped"] or "", f"{step:,}", epoch, size(whole)])
+        listed.append([folder.name(), "broken" if problems else "valid", body["stopped"] or "", f"{step:,}", epoch, size(whole)])
     table(f"{path}: {count(len(listed), 'checkpoint')}", ["checkpoint", "files", "stopped", "step", "epoch", "size"], listed, left=3)
     line()
 

@@ -52,7 +52,7 @@ def without_addresses() -> Any:
 
 @contextmanager
 def compiling(flag: bool) -> Iterator[None]:
-    """Let torch's optimizers know that they are traced for a compiler: then their capturable form runs on every device."""
+    """Tell torch's optimizers that they are traced for a compiler, so that their capturable form runs on every device."""
     given: Any = torch.compiler
     before = find("torch.compiler:_is_compiling_flag")
     given._is_compiling_flag = flag
@@ -108,7 +108,7 @@ def with_settings(settings: Mapping[str, Any]) -> Any:
 
 
 def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor], fake: Any, on_cpu: bool) -> Any:
-    """Machine code of a graph; ``torch.compile`` is the public way, but calls a graph through a dozen functions of Python."""
+    """Compile a graph to machine code; ``torch.compile`` is the public way, but calls a graph through a dozen Python functions."""
     compile_fx_inner = find("torch._inductor.compile_fx:compile_fx_inner")
     context = find("torch._guards:TracingContext")(fake)
     failed = find("torch._inductor.exc:InductorError")
@@ -116,15 +116,15 @@ def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor], fake: Any, on
         with find("torch._guards:tracing")(context), _writes_before_reads():
             made = compile_fx_inner(graph, inputs, cpp_wrapper=on_cpu)
     except failed as error:
-        raise UntraceableError(f"torch's compiler fails at it with {str(error).splitlines()[0]}") from error
-    return getattr(made, "current_callable", made)  # without what is only looked at by profilers
+        raise UntraceableError(f"torch's compiler fails with {str(error).splitlines()[0]}") from error
+    return getattr(made, "current_callable", made)  # without the wrapper that only profilers need
 
 
 @contextmanager
 def _writes_before_reads() -> Iterator[None]:
-    """Let torch's scheduler know of reads that come after a write in place, also once it has changed the loops of the reader.
+    """Keep torch's scheduler aware of reads that come after an in-place write, also after it has changed the loops of the reader.
 
-    It forgets what such a read waits for when it makes the ranges of two loops the same, and may then fuse the reader with what comes before
+    It loses such a dependency when it makes the ranges of two loops equal, and may then fuse the reader with operations before
     the write: a dropout mask is used before it is drawn (torch 2.9 to 2.13).
     """
     node: Any = find("torch._inductor.scheduler:SchedulerNode")
@@ -143,7 +143,7 @@ def _writes_before_reads() -> Iterator[None]:
 
 @contextmanager
 def with_onednn() -> Iterator[None]:
-    """Let torch's compiler take products by oneDNN also if no factor is a constant, which it is in inference only."""
+    """Make torch's compiler accept oneDNN products also if no factor is a constant; by default it does so in inference only."""
     make, product = find("torch._inductor.ir:TensorBox.create"), find("torch._inductor.mkldnn_ir:LinearUnary.create")
     lowerings = find("torch._inductor.lowering:lowerings")
     import_module("torch._inductor.mkldnn_lowerings")  # torch's own way, which would come later otherwise
@@ -160,7 +160,7 @@ _HANDLES = ("unsafe_alloc_void_ptrs_from_tensors", "alloc_tensors_by_stealing_fr
 
 
 def direct(call: Any) -> Any:
-    """Machine code without the check of each input that torch writes around it, a fortieth of a small update; if it is written otherwise, as it is."""
+    """Call machine code without the check of each input that torch wraps around it (1/40 of a small update); other wrappers are kept."""
     code = getattr(call, "__code__", None)
     if code is None or code.co_freevars != ("f",) or not {*_HANDLES} < {*code.co_names} <= {*_AROUND, *_HANDLES}:
         return call

@@ -1,4 +1,4 @@
-"""The tensors of a store as graphs take them, with all else that a graph depends on."""
+"""The tensors of a store as inputs of graphs, and everything else on which a graph depends."""
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
@@ -18,13 +18,13 @@ _PLAIN = (bool, int, float, str, type(None))
 
 @attrs.define(eq=False, repr=False)
 class Bound:
-    """One store, looked through once: from step to step it is only checked.
+    """One store, traversed once; at every further step it is only checked for changes.
 
     Args:
         store: The store.
-        reads: Names of the trees in its memory that the kernel uses.
+        reads: Names of the trees in the memory of combinators that the kernel uses.
         version: The version of the store at the last call.
-        signs: What was described so far, with a number for each.
+        signs: The descriptions seen so far, with a number for each.
 
     Example:
         >>> from fnlight.optim import Optim
@@ -60,7 +60,7 @@ class Bound:
         self._fixed = tuple(self.reads), type(optimizer), described(self.tensors), settings
 
     def sign(self) -> int:
-        """A number for all that a graph depends on besides the batches and the contents of tensors: modes, what is trained, options of groups."""
+        """A number for everything on which a graph depends besides batches and tensor values: modes, ``requires_grad``, options of groups."""
         seen = (
             [m.training for m in self._modules],
             [p.requires_grad for p in self._params],
@@ -73,7 +73,7 @@ class Bound:
         return self._sign
 
     def rates(self, takes: Sequence[Sequence[bool]], rates: Sequence[Sequence[Any]]) -> list[Tensor]:
-        """The learning rates, by update and group, that a graph takes; where they are those of the last call, nothing is looked at but them."""
+        """The learning rates, by update and group, that are inputs of a graph; if they are those of the last call, only they are compared."""
         known, values, found = self._rates
         if known is not takes or values != rates:
             found = list[Tensor]()
@@ -83,7 +83,7 @@ class Bound:
         return found
 
     def number(self, place: Any, value: float) -> Tensor:
-        """A number as a tensor, which is written only when it changes."""
+        """A number as a tensor, which is written only when the number changes."""
         found = self._numbers.get(place)
         if found is None:
             device = self.store.device if self.store.device.type == "cuda" else None  # where a captured graph reads it
@@ -99,7 +99,7 @@ def _static(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _options_of(group: Mapping[str, Any]) -> Callable[[Any], Any]:
-    """What gives the options of a group for comparison: as they are where they are plain, else described."""
+    """A function that returns the options of a group for comparison: plain values themselves, others described."""
     static = _static(group)
     if static and all(_is_plain(value) for value in static.values()):
         return itemgetter(*static)
@@ -111,19 +111,19 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_setting(name: str, value: Any) -> bool:
-    """Whether an attribute of a module is one that a forward pass may go by."""
+    """Whether an attribute of a module may change what its forward pass does."""
     return name != "training" and (_is_plain(value) or (callable(value) and not name.startswith("_")))
 
 
 def described(node: Any, tensors: list[Tensor] | None = None) -> Any:
-    """What a graph depends on of a batch, or of an option: shapes, types and strides of tensors, and all else itself.
+    """Describe what a graph depends on in a batch or an option: shapes, types and strides of tensors, and all other values themselves.
 
     Args:
         node: Any tree.
-        tensors: Where its tensors are put, in the order of its leaves.
+        tensors: Its tensors are appended to this list, in the order of its leaves.
 
     Returns:
-        Something that can be compared, and a key of a dict.
+        A hashable value that can be compared.
 
     Example:
         >>> described((torch.ones(2), 3))

@@ -1,4 +1,4 @@
-"""A graph as a CUDA graph: captured once, and then launched as a whole, with its batches in the same places every time."""
+"""CUDA graphs: a graph is captured once and then launched as a whole; batches are copied to the same addresses every time."""
 
 from collections.abc import Callable, Sequence
 from operator import is_
@@ -11,7 +11,7 @@ from fnlight.errors import CompileWarning, warn
 
 
 def _capture_on_cuda(fn: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], Sequence[Tensor]]:
-    """What launches again all that a function launches, and the tensors that it gave, into which that writes."""
+    """Capture the kernels that a function launches: a function that launches them again, and the tensors into which they write."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = fn()
@@ -20,16 +20,16 @@ def _capture_on_cuda(fn: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], N
 
 @attrs.define(eq=False, repr=False)
 class Captured:
-    """A function of a list of tensors that is captured the second time it is called; the first time warms up, and is an update too.
+    """A function of a list of tensors that is captured at its second call; the first call warms up, and is a real update too.
 
-    The tensors of a store do not move from step to step. Batches do, so they are copied into places of their own; on CUDA they have come to
-    the device beside the computation already, through the two sets of pinned buffers of `fnlight.Source`. Where the tensors of a store lie
-    elsewhere, it is captured anew.
+    The tensors of a store keep their addresses between steps. Those of batches change, so batches are copied into static buffers; on CUDA,
+    `fnlight.Source` has copied them to the device already, through two sets of pinned buffers. If the addresses of the store's tensors
+    change, the graph is captured again.
 
     Args:
         fn: The graph.
-        fixed: How many of the tensors do not move; they come first.
-        capture: Maps a function to what launches it again, and to what it gave.
+        fixed: How many of the tensors keep their addresses; they come first.
+        capture: Maps a function to one that launches it again, and to the tensors that it returned.
 
     Example:
         >>> weight, places = torch.zeros(2), []
@@ -52,7 +52,7 @@ class Captured:
     _refused: bool = attrs.field(default=False, init=False)
 
     def __call__(self, inputs: list[Tensor]) -> Sequence[Tensor]:
-        """Run the graph; what it gives is the caller's own."""
+        """Run the graph; the returned tensors are copies."""
         static, batches = inputs[: self.fixed], inputs[self.fixed :]
         if self._refused or not self._warm:
             self._warm = True
@@ -67,7 +67,7 @@ class Captured:
         return [tensor.clone() for tensor in self._found]
 
     def _same(self, static: list[Tensor]) -> bool:
-        """Whether the tensors of the store lie where they lay."""
+        """Whether the tensors of the store have the same addresses as before."""
         if all(map(is_, static, self._static)):
             return True
         same = [t.data_ptr() for t in static] == [t.data_ptr() for t in self._static]
@@ -82,4 +82,4 @@ class Captured:
         except RuntimeError as error:
             self._refused = True
             text = str(error).strip().splitlines()[0]
-            warn(f"compile: no graph at level 'graph': {text:.200}; going on with its operations one by one", CompileWarning)
+            warn(f"compile: no graph at level 'graph': {text:.200}; continuing with the uncaptured graph", CompileWarning)

@@ -1,4 +1,4 @@
-"""`compile`: a step whose whole kernel, from the forward pass to the averaged weights, is one graph."""
+"""`compile`: the whole update, from the forward pass to averaged weights, as one graph."""
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -21,26 +21,26 @@ Level = Literal["trace", "step", "graph", "model"]
 
 
 def compile(level: Level = "step", *, unroll: int = 1, cache_dir: str | None = None) -> Combinator:
-    """Make one graph of the whole update: forward, backward, what is done to gradients, the optimizer, averaged weights.
+    """Make one graph of the whole update: forward, backward, gradient transforms, the optimizer, averaged weights.
 
-    - ``"trace"``: the operations in a row, without the Python between them: bitwise the eager step, and on small models twice as fast.
+    - ``"trace"``: the traced operations without the Python between them: bit-identical to the eager step; twice as fast on small models.
     - ``"step"``: that graph compiled by torch's compiler.
     - ``"graph"``: the operations captured as a CUDA graph, launched as a whole; on a CUDA device only.
-    - ``"model"``: only the model's forward pass, with its backward pass, by ``torch.compile``; it stands in front of `grad`.
+    - ``"model"``: only the forward and backward pass of the model, by ``torch.compile``; it comes before `grad`.
 
-    Each shape of batch has a graph of its own. What cannot be traced goes on at the next level below, with one `CompileWarning` that says why.
+    Each batch shape has its own graph. A step that cannot be traced runs at the next lower level, with one `CompileWarning` that says why.
 
     Args:
         level: How much is compiled.
-        unroll: Updates in one call, whose metrics are merged (`Cat` keeps the value of each). A state stands behind all of them. At the end of
-            an epoch fewer are made.
-        cache_dir: Where compiled code is kept for other processes; None leaves it where torch has it.
+        unroll: Updates in one call, whose metrics are merged (`Cat` keeps the value of each). A call returns the state after all of them. At
+            the end of an epoch a call makes fewer updates.
+        cache_dir: Directory of compiled code, for other processes; None takes torch's default.
 
     Returns:
-        A combinator; it stands directly behind `apply` or `manual`, and what adds to its kernel, such as `ema`.
+        A combinator; it comes directly after `apply` or `manual`, and after combinators that add to the same kernel, such as `ema`.
 
     Raises:
-        ConfigError: If a level is unknown, or `unroll` does not fit.
+        ConfigError: If a level is unknown, or `unroll` is not valid.
 
     Example:
         >>> print(compile("step", unroll=4))
@@ -50,10 +50,10 @@ def compile(level: Level = "step", *, unroll: int = 1, cache_dir: str | None = N
         Ansel et al., "PyTorch 2: faster machine learning through dynamic Python bytecode transformation and graph compilation" (2024).
     """
     if level not in (*LEVELS, "model"):
-        raise ConfigError(f"compile takes one of the levels 'trace', 'step', 'graph' and 'model', but got {level!r}")
+        raise ConfigError(f"compile(level) must be 'trace', 'step', 'graph' or 'model', but got {level!r}")
     if not isinstance(unroll, int) or isinstance(unroll, bool) or unroll < 1 or (unroll > 1 and level == "model"):
         raise ConfigError(f"compile(unroll=...) must be a number of updates >= 1, and 1 at level 'model', but got {unroll!r}")
-    check_type("compile(cache_dir=...)", cache_dir, str | PathLike | None, "a directory, or None for torch's own")
+    check_type("compile(cache_dir=...)", cache_dir, str | PathLike | None, "a directory, or None for torch's default")
     label = repr(level) + (f", unroll={unroll}" if unroll > 1 else "")
     if level == "model":
         return Combinator("compile", _CompiledModel, "loss", "loss", args=label)
@@ -66,10 +66,10 @@ def compile(level: Level = "step", *, unroll: int = 1, cache_dir: str | None = N
         if isinstance(step, Update | ByHand) and unroll == 1:
             return attrs.evolve(step, kernel=Graph(step.kernel, level, cache_dir))
         if isinstance(step, MultiOptimizerStep | ByHand):
-            raise ConfigError(f"compile(unroll={unroll}) takes several updates of one optimizer in a call; leave unroll out here")
+            raise ConfigError(f"compile(unroll={unroll}) needs a step with one optimizer, built by apply(); leave unroll out here")
         raise SeamError(
-            f"compile({label}) makes one graph of an update, so it must stand directly behind apply(), manual() and ema(), but something else "
-            "stands between, which it should be moved in front of"
+            f"compile({label}) makes one graph of an update, so it must come directly after apply(), manual() or ema(), but another combinator "
+            "is between them; move compile() before it"
         )
 
     def start(state: TrainState) -> TrainState:
@@ -79,17 +79,21 @@ def compile(level: Level = "step", *, unroll: int = 1, cache_dir: str | None = N
     def validate(combinators: tuple[Combinator, ...]) -> str | None:
         at = next(i for i, c in enumerate(combinators) if c.name == "compile")
         late = [c for c in combinators[at:] if c.name == "ema" and c.facts.get("every") == steps(1)]
-        return f"{late[0]} stands behind compile({label}) and would average once a call; move it in front" if late and unroll > 1 else None
+        return (
+            f"{late[0]} is after compile({label}) and would average once per call; move it before compile()"
+            if late and unroll > 1
+            else None
+        )
 
     return Combinator("compile", wrap, "step", "step", args=label, phase="update", repeats=unroll, start=start, validate=validate)
 
 
 @attrs.define(eq=False, repr=False)
 class _CompiledModel:
-    """A `LossFn` whose model is called through its compiled form.
+    """A `LossFn` that calls the compiled form of its model.
 
-    The form of the last model is kept, together with that model in one assignment: it is made from the model alone, so two states that take turns
-    get their own, and pay for making it again.
+    The compiled form of the last model is cached, and both are set in one assignment. It depends only on the model, so two states that
+    alternate are each computed correctly, but compile again at every change.
     """
 
     loss_fn: Any
@@ -109,7 +113,7 @@ class _CompiledModel:
 
 @attrs.frozen(eq=False, repr=False)
 class Unrolled:
-    """A `Step` of several updates, which one graph takes in one call.
+    """A `Step` that makes several updates in one call, with one graph.
 
     Args:
         graph: The kernel.
@@ -124,7 +128,7 @@ class Unrolled:
     times: int
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
-        """Take the updates of one item; the input state is donated."""
+        """Make the updates of one item; the input state is donated."""
         item = Item.of(batch, state=state)
         size = max(1, (item.batches_per_step or len(item.batches)) // self.times)
         store = state.donated()
@@ -144,7 +148,7 @@ class Unrolled:
         return self.graph.take(store, updates, _Keys(state.seed, ahead), rates=rates, ahead=ahead)
 
     def _one_by_one(self, state: TrainState, store: Store, updates: list[Any]) -> tuple[Mapping[str, Any], int, int]:
-        """What is left at the end of an epoch, and what has no graph; some of it may be skipped."""
+        """Make updates one by one: the remainder of an epoch, or updates without a graph; some of them may be skipped."""
         found, done, skipped = list[Mapping[str, Any]](), 0, 0
         for batches in updates:
             at = _ahead(state.progress, done, skipped)
@@ -159,7 +163,7 @@ class Unrolled:
 
 
 def _shortened(item: Item, most: int) -> Item:
-    """An item of so many batches at most; the others are not taken."""
+    """An item with at most `most` batches; the others are not taken from the source."""
     batches = item.batches[:most]
     if len(batches) == len(item.batches):
         return item
@@ -182,7 +186,7 @@ def _ahead(at: Progress, steps: int, skipped: int) -> Progress:
 
 @attrs.frozen(eq=False, repr=False)
 class _Ahead(Sequence[Progress]):
-    """The progress before each update, made when it is asked for: without schedules and stages nobody does."""
+    """The progress before each update, computed on access: only schedules and stages need it."""
 
     at: Progress
     updates: int
@@ -196,7 +200,7 @@ class _Ahead(Sequence[Progress]):
 
 @attrs.frozen(eq=False, repr=False)
 class _Keys(Sequence[int]):
-    """The key of each update, computed when it is asked for: a graph that draws nothing needs none, and a compiled one the first."""
+    """The key of each update, computed on access: a graph without random numbers needs none, and a compiled graph only the first."""
 
     seed: int
     ahead: Sequence[Progress]

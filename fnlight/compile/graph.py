@@ -1,4 +1,4 @@
-"""A kernel in whose place graphs stand: each is made when its shape of batch is first met."""
+"""A kernel that runs as graphs: each graph is made when a batch of its shape first occurs."""
 
 import logging
 import time
@@ -19,21 +19,21 @@ from fnlight.tensors import leaves
 Kernel = Callable[[Store, Any, int], Mapping[str, Any]]
 
 LEVELS = {"trace": ("trace",), "step": ("step", "trace"), "graph": ("graph", "trace")}
-"""What is tried in turn, by the level that was asked for."""
+"""The levels that are tried in order, by the requested level."""
 
-_MOST = 16  # graphs of one step: who needs more changes something all the time
+_MOST = 16  # graphs of one step: a step that needs more changes something all the time
 _FOR_COMPILERS = {"fused": False, "foreach": False, "capturable": True}
 _ABSENT: Any = object()
 
 
 @attrs.define(eq=False, repr=False)
 class Graph:
-    """A kernel ``(store, batches, key) -> metrics`` that is one graph where it can be, and the eager kernel where it cannot.
+    """A kernel ``(store, batches, key) -> metrics`` that runs as one graph if it can be traced, else as the eager kernel.
 
     Args:
         kernel: The eager kernel.
-        level: The level to begin with.
-        cache_dir: Where compiled code is kept.
+        level: The highest level to try.
+        cache_dir: Directory of compiled code.
 
     Example:
         >>> Graph(lambda store, batches, key: {}, "trace").level
@@ -44,26 +44,26 @@ class Graph:
     level: str
     cache_dir: str | None = None
     _reads: list[str] = attrs.field(factory=list, init=False, repr=False)
-    _settled: set[str] = attrs.field(factory=set, init=False, repr=False)  # trees that an eager step has had its turn with
+    _settled: set[str] = attrs.field(factory=set, init=False, repr=False)  # trees that an eager step has initialized
     _signs: dict[Any, int] = attrs.field(factory=dict, init=False, repr=False)
     _programs: dict[Any, Program | None] = attrs.field(factory=dict, init=False, repr=False)
-    _bound: Bound | None = attrs.field(default=None, init=False, repr=False)  # the store that is at work
+    _bound: Bound | None = attrs.field(default=None, init=False, repr=False)  # the store of the last call
     _said: set[str] = attrs.field(factory=set, init=False, repr=False)
 
     def __call__(self, store: Store, batches: Any, key: int) -> Mapping[str, Any]:
-        """Take one update, with a graph or without."""
+        """Make one update, with a graph or without."""
         found = self.take(store, (batches,), (key,))
         return self.eager(store, batches, key) if found is None else found
 
     def eager(self, store: Store, batches: Any, key: int) -> Mapping[str, Any]:
-        """Take one update without a graph."""
-        self._bound = None  # an optimizer may put other tensors in the place of its own
+        """Make one update without a graph."""
+        self._bound = None  # an optimizer may replace its tensors
         return self.kernel(store, batches, key)
 
     def take(
         self, store: Store, updates: Sequence[Any], keys: Sequence[int], rates: Any = None, ahead: Sequence[Progress] = ()
     ) -> Mapping[str, Any] | None:
-        """Take some updates by one graph.
+        """Make one or more updates with one graph.
 
         Args:
             store: The live store.
@@ -73,7 +73,7 @@ class Graph:
             ahead: By update, the progress before it; empty takes that of the store.
 
         Returns:
-            The merged metrics; None, and nothing is done, where there is no graph for it.
+            The merged metrics; None, and nothing is done, if there is no graph for these updates.
         """
         bound = self._bound
         if bound is None or bound.store is not store or store.version - bound.version not in (0, 2):
@@ -95,17 +95,17 @@ class Graph:
         return program(bound, keys, rates, batches=tensors, ahead=ahead)
 
     def _never(self, error: UntraceableError) -> None:
-        self._warn(f"no graph at level {self.level!r}: {error}; going on without a graph")
+        self._warn(f"no graph at level {self.level!r}: {error}; continuing without a graph")
 
     def _new(self, sign: Any, store: Store, updates: Sequence[Any], rates: Sequence[Sequence[Any]]) -> Program | None:
         if len(self._programs) >= _MOST:
             if not any("graphs were made" in text for text in self._said):
-                self._warn(f"{_MOST} graphs were made, and the next batch differs from all of them: {sign[-1]}; what is new has none")
+                self._warn(f"{_MOST} graphs were made, and this batch matches none of them: {sign[-1]}; such batches run without a graph")
             return None
         try:
             program = self._made(store, updates, rates)
         except UnsettledError:
-            return None  # memory is made in this step
+            return None  # this step creates optimizer state or the memory of a combinator
         if self._bound is not None and self._bound.reads != self._reads:
             self._bound = Bound(store, self._reads[:], store.version, self._signs)
             sign = self._bound.sign(), sign[-1]
@@ -132,14 +132,14 @@ class Graph:
                 raise
             except UntraceableError as error:
                 below = "without a graph" if level == "trace" else "at level 'trace'"
-                self._warn(f"no graph at level {level!r}: {error}; going on {below}")
+                self._warn(f"no graph at level {level!r}: {error}; continuing {below}")
             else:
                 logging.getLogger("fnlight").info("compile(%r): %d updates in %.1f s", level, len(updates), time.perf_counter() - began)
                 return program
         return None
 
     def _traced(self, store: Store, updates: Sequence[Any], takes: Any, lowers: bool) -> Traced:
-        """Trace, as often as it takes to know what the kernel reads."""
+        """Trace until all trees and numbers that the kernel reads are known."""
         reads, numbers, options = list(self._reads), 0, _FOR_COMPILERS if lowers else {}
         while True:
             try:
@@ -172,23 +172,23 @@ class Graph:
             warn(f"compile: {text}", CompileWarning)
 
     def _check_settled(self, store: Store, name: str) -> None:
-        """Memory that is not made yet is made by an eager step first."""
+        """Let an eager step first create memory that does not exist yet."""
         if name not in store.memory:
-            raise UntraceableError(f"there is no memory called {name!r}")
+            raise UntraceableError(f"the state has no memory called {name!r}")
         if name not in self._settled and any(leaf is None for _, leaf in leaves(store.memory[name])):
             self._settled.add(name)
-            raise UnsettledError(f"{name} makes its memory in this step")
+            raise UnsettledError(f"{name} creates its memory in this step")
 
 
 def check_device(level: str, store: Store) -> None:
-    """Refuse a level that the device does not have.
+    """Raise if the device does not support a level.
 
     Args:
         level: The level.
-        store: Its device counts.
+        store: The store, whose device is checked.
 
     Raises:
-        ConfigError: If CUDA graphs are asked for elsewhere.
+        ConfigError: If CUDA graphs are requested on another device.
 
     Example:
         >>> from torch import nn
@@ -197,18 +197,18 @@ def check_device(level: str, store: Store) -> None:
     """
     if level == "graph" and store.device.type != "cuda":
         raise ConfigError(
-            f"compile('graph') captures a CUDA graph, but this training is on the device {store.device}; take 'step' or 'trace', "
+            f"compile('graph') captures a CUDA graph, but this training is on the device {store.device}; use 'step' or 'trace', "
             "or create the state with device='cuda'"
         )
 
 
 def _check_store(store: Store) -> None:
     if store.place is not None:
-        raise UntraceableError("several processes train together, of which a graph knows nothing")
+        raise UntraceableError("several processes train together, and a graph holds no communication")
     if store.phases:
-        raise UntraceableError("it has several optimizers by hand")
+        raise UntraceableError("the step has several optimizers")
     if store.optim.offload:
-        raise UntraceableError("the optimizer takes its step on the host")
+        raise UntraceableError("the optimizer runs on the host")
     keys = sorted({course.key for course in store.optim.courses} - {"lr"})
     if keys:
-        raise UntraceableError(f"a schedule changes {', '.join(keys)}, which a graph would freeze")
+        raise UntraceableError(f"a schedule changes {', '.join(keys)}, which would be a constant in a graph")

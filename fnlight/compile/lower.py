@@ -1,4 +1,4 @@
-"""From a graph of a whole update to machine code, by torch's own compiler."""
+"""Compile the graph of a whole update to machine code, with torch's own compiler."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -28,19 +28,19 @@ from fnlight.tensors import isolated, seed_generators
 def lower(graph: fx.GraphModule, example: Sequence[Tensor], cache_dir: str | None = None) -> Callable[[list[Tensor]], Sequence[Tensor]]:
     """Compile a graph that changes its inputs in place.
 
-    In-place operations become values that are written back at the end, random numbers stay those of the eager kernels, and on the CPU
+    In-place operations become values that are written back at the end, random numbers are those of the eager kernels, and on the CPU
     the calling code is machine code too.
 
     Args:
-        graph: What `trace` gave for a compiler.
-        example: Tensors such as those it will be called with; they are not changed.
-        cache_dir: Where compiled code is kept for other processes; None leaves it where torch has it.
+        graph: The graph that `trace` made with ``lowers=True``.
+        example: Example inputs; they are not changed.
+        cache_dir: Directory of compiled code, for other processes; None takes torch's default.
 
     Returns:
         A function of a list of tensors; it empties the list.
 
     Raises:
-        UntraceableError: If torch's compiler cannot.
+        UntraceableError: If torch's compiler fails.
 
     Example:
         >>> from torch.fx.experimental.proxy_tensor import make_fx
@@ -68,12 +68,12 @@ def lower(graph: fx.GraphModule, example: Sequence[Tensor], cache_dir: str | Non
         with with_onednn() if others else nullcontext():
             found = compile_graph(values, inputs, fake, on_cpu)
     if not _agree(graph, found, example):
-        raise UntraceableError("the code that torch's compiler makes of it gives NaN where the operations themselves give none")
+        raise UntraceableError("the compiled code returns NaN where the eager operations return none")
     return direct(found) if on_cpu else found
 
 
 def _agree(graph: Any, made: Any, example: Sequence[Tensor]) -> bool:
-    """Whether machine code gives numbers where its graph gives some: a compiler may be wrong, and what it spoils is a model."""
+    """Whether machine code returns NaN exactly where its graph does: a compiler bug would silently spoil the model."""
     found = []
     for call in (lambda inputs: graph(*inputs), made):
         held = [tensor.detach().clone() for tensor in example]
@@ -85,7 +85,7 @@ def _agree(graph: Any, made: Any, example: Sequence[Tensor]) -> bool:
 
 
 def _say_what_norms_write(graph: fx.GraphModule) -> None:
-    """Put operations in the place of a normalisation whose signature says that running statistics are written."""
+    """Replace normalisations by operations whose signature says that running statistics are written."""
     aten = torch.ops.aten
     for node in graph.graph.nodes:
         if node.op == "call_function" and node.target is aten.native_batch_norm.default and node.args[3] is not None:
@@ -107,9 +107,9 @@ def _without_aliases(graph: fx.GraphModule) -> None:
 
 
 def _once(graph: fx.GraphModule) -> None:
-    """Let a number that a power is part of be computed once: torch's compiler would do so for each vector of a tensor that it is used with.
+    """Compute scalars that contain a power once: torch's compiler would compute them again for each vector of the tensors that use them.
 
-    Those that follow from inputs alone, such as the bias corrections of Adam, are computed first, into one tensor of each dtype.
+    Scalars that depend on inputs alone, such as the bias corrections of Adam, are computed first, into one tensor of each dtype.
     """
     heavy, early, wanted = set[fx.Node](), dict[fx.Node, None](), dict[fx.Node, list[fx.Node]]()
     for node in graph.graph.nodes:
@@ -136,13 +136,13 @@ def _once(graph: fx.GraphModule) -> None:
 
 
 def _is_pure(node: fx.Node) -> bool:
-    """Whether it may be computed earlier: what is written back at the end may not, nor may what draws random numbers."""
+    """Whether a node may be computed earlier: not if it is written back at the end, nor if it draws random numbers."""
     target: Any = node.target
     return isinstance(target, Operation) and not writes(target) and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def _realized(graph: fx.Graph, wanted: dict[fx.Node, list[fx.Node]], at: fx.Node) -> None:
-    """Compute numbers before a node, into one tensor, and let their users read them there."""
+    """Compute scalars before a node, into one tensor, from which their users read them."""
     aten = torch.ops.aten
 
     def called(target: Any, *args: Any) -> fx.Node:

@@ -1,4 +1,4 @@
-"""Matrix products on a CPU: large ones by the faster library, and the biases of small ones by the next loop.
+"""Matrix products on a CPU: large ones by oneDNN where it is faster; biases of small ones are fused into the loops around them.
 
 With the second, a compiled step of an MLP 32-64-10 takes 0.89 of the time (torch 2.13.0, Intel; ``python tests/benchmarks/kept.py bias``). With
 the first, one of a small GPT takes 0.93 on an AMD EPYC with AVX-512; on Intel it would take 1.21, so it is not used there (``kept.py onednn``). Below a
@@ -12,21 +12,21 @@ from torch import Tensor, fx
 
 from fnlight.compile._private_torch import linear, realized
 
-_LEAST = 1 << 21  # multiplications from which on a product is large: a call of oneDNN is worth what it costs
-_NARROW = 8  # rows and columns below which it is not
+_LEAST = 1 << 21  # multiplications of a large product, for which the overhead of a oneDNN call pays off
+_NARROW = 8  # with fewer rows or columns it does not
 
 
 def prefers_onednn(cpuinfo: str | None = None) -> bool:
-    """Whether products of matrices in float32 are better left to oneDNN.
+    """Whether oneDNN computes float32 matrix products faster on this processor.
 
-    MKL, which torch calls, has kernels of 256 bits for processors of AMD, of whatever width theirs are. On those with AVX-512, oneDNN's take
-    half the time. It is a rule, not a measurement, so that a program computes the same bits every time.
+    MKL, which torch calls, uses 256-bit kernels on all AMD processors. On those with AVX-512, oneDNN takes half the time.
+    This is a rule and not a measurement, so that a program computes the same bits every time.
 
     Args:
-        cpuinfo: What the system says of the processor; None asks it.
+        cpuinfo: The system's description of the processor; None reads it.
 
     Returns:
-        True on such a processor.
+        True on an AMD processor with AVX-512.
 
     Example:
         >>> prefers_onednn("vendor_id : GenuineIntel")
@@ -72,9 +72,9 @@ def by_onednn(graph: fx.GraphModule) -> None:
 
 
 def biases_apart(graph: fx.GraphModule) -> None:
-    """Let the bias of a small product be added by the loop that comes behind it: torch copies it into every row of the result first.
+    """Add the bias of a small product in the loop that follows it: torch copies the bias into every row of the result first.
 
-    What that costs is the call; behind a large product, a loop more over the result costs as much or more.
+    This saves a call. After a large product, one more loop over the result would cost as much or more.
 
     Args:
         graph: Changed in place; its nodes know their values (``meta["val"]``).

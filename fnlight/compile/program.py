@@ -1,4 +1,4 @@
-"""Graphs that can be called."""
+"""Graphs with their calling code: inputs are collected from a store, results become metrics."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,12 +17,12 @@ from fnlight.tensors import fold_in, set_grad_enabled
 
 @attrs.define(eq=False, repr=False)
 class Program:
-    """A graph that can be called.
+    """A graph with its calling code.
 
     Args:
         traced: The graph.
-        takes: By update, one a group: whether its learning rate is an input.
-        lowers: Whether it is for a compiler: then it is seeded once a call.
+        takes: By update, one per group: whether its learning rate is an input.
+        lowers: Whether it is for a compiler: then it is seeded once per call.
 
     Example:
         >>> from torch import fx
@@ -48,17 +48,17 @@ class Program:
         self.conditions = [condition for each in duties for condition in each.conditions]
 
     def compile(self, inputs: list[Tensor], cache_dir: str | None) -> None:
-        """Put machine code in the place of the graph."""
+        """Replace the graph by machine code."""
         self.fn, self._listed = lower(self.traced.graph, inputs, cache_dir), True
 
     def capture(self, inputs: list[Tensor], batches: int) -> None:
-        """Put a captured graph in the place of its operations."""
+        """Replace the graph's operations by a captured CUDA graph."""
         self.fn, self._listed = Captured(self.traced.graph.forward, len(inputs) - batches), True
 
     def inputs(
         self, bound: Bound, rates: Sequence[Sequence[Any]], batches: Sequence[Tensor], ahead: Sequence[Progress] = ()
     ) -> list[Tensor]:
-        """What the graph takes: the tensors of the store, learning rates, numbers of stages, and the tensors of the batches."""
+        """The inputs of the graph: the tensors of the store, learning rates, numbers of stages, and the tensors of the batches."""
         found = [*bound.flat, *bound.rates(self.takes, rates)]
         if self._numbers:
             found += self._given(bound, ahead)
@@ -77,7 +77,7 @@ class Program:
     def __call__(
         self, bound: Bound, keys: Sequence[int], rates: Sequence[Sequence[Any]], batches: Sequence[Tensor], ahead: Sequence[Progress] = ()
     ) -> Mapping[str, Any]:
-        """Take the updates; their metrics are merged."""
+        """Make the updates; their metrics are merged."""
         inputs, traced = self.inputs(bound, rates, batches, ahead), self.traced
         before = torch.is_grad_enabled()
         set_grad_enabled(False)  # a context manager would cost as much as the rest of this function

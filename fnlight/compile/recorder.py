@@ -1,4 +1,4 @@
-"""The host of a kernel that is being traced: numbers become inputs of the graph, looks are put off until it is through."""
+"""Host callbacks while a kernel is traced: host numbers become inputs of the graph, other callbacks are run after it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,9 +16,9 @@ class Duties:
     """What the host does around one update of a graph.
 
     Args:
-        numbers: Give the inputs of the graph that stages ask for.
-        looks: Called behind it.
-        conditions: Where one of them does not hold, the graph does not either.
+        numbers: Functions that give the inputs of the graph that stages ask for.
+        looks: Called after it.
+        conditions: The graph is used only if all of them hold.
 
     Example:
         >>> Duties().numbers
@@ -32,11 +32,11 @@ class Duties:
 
 @attrs.define(eq=False, repr=False)
 class Recorder:
-    """Takes the place of `fnlight.runtime.HostCallbacks` in a shadow; one for each update of a call.
+    """Replaces `fnlight.runtime.HostCallbacks` in a shadow; one for each update of a call.
 
     Args:
         live: The live store.
-        inputs: Scalar tensors that stand for numbers, as many as are known to be asked for.
+        inputs: Scalar tensors for the numbers that are known to be asked for.
         lowers: Whether the graph is for a compiler, which takes numbers as tensors.
 
     Example:
@@ -53,7 +53,7 @@ class Recorder:
     duties: Duties = attrs.field(factory=Duties, init=False)
 
     def number(self, store: Any, fn: Callable[[Store], float]) -> Any:  # noqa: ARG002  # as that of eager steps
-        """The next input: for a compiler a scalar tensor, else the number in it, into which Python cannot look."""
+        """The next input: for a compiler a scalar tensor, else a symbolic number, whose value Python cannot read."""
         self.duties.numbers.append(fn)
         if len(self.duties.numbers) > len(self.inputs):
             raise WantedError
@@ -61,15 +61,15 @@ class Recorder:
         return given.to(torch.float32) if self.lowers else given.item()
 
     def later(self, store: Any, fn: Callable[[Store], None]) -> None:  # noqa: ARG002  # as above
-        """Put a look off."""
+        """Run a callback after the graph."""
         self.duties.looks.append(fn)
 
     def only_if(self, store: Any, fn: Callable[[Store], bool]) -> None:  # noqa: ARG002  # as above
-        """Note a condition, which must hold already."""
+        """Record a condition, which must hold now."""
         if not fn(self.live):
-            raise UnsettledError("this step is none for a graph")
+            raise UnsettledError("this step cannot run as a graph")
         self.duties.conditions.append(fn)
 
     def refuse(self, why: str) -> None:
-        """End the trace."""
+        """Stop the trace with a reason."""
         raise UntraceableError(why)

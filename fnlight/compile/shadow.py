@@ -1,6 +1,6 @@
-"""A store whose tensors are stand-ins: what a kernel works on while it is traced.
+"""A shadow: a store with other tensors of the same shapes, on which a kernel works while it is traced.
 
-The tensors that a kernel may use are listed once (`held`); `shadow` builds a store of the same shape around any others of these shapes.
+`held` lists once the tensors that a kernel may use; `shadow` builds a store of the same structure with other tensors of the same shapes.
 """
 
 import copy
@@ -22,22 +22,22 @@ class UntraceableError(FnlightError):
 
 
 class UnsettledError(UntraceableError):
-    """There is memory that is made in this very step, or a condition does not hold: this step is taken without a graph."""
+    """This step creates optimizer state or memory, or a condition does not hold: this step is made without a graph."""
 
 
 class WantedError(FnlightError):
-    """A trace that has to begin anew, with another tree of the memory, or with one more number. It never leaves `fnlight.compile`."""
+    """The trace must start again, with another tree of the memory or with one more number. It never leaves `fnlight.compile`."""
 
 
 def held(store: Store, reads: Sequence[str]) -> list[Tensor]:
-    """The tensors of a store that its kernel may read or change, each once, in an order that follows from the store's structure.
+    """List the tensors of a store that its kernel may read or change, each once, in an order given by the store's structure.
 
     Args:
         store: The live store.
         reads: Names of the trees in the memory that the kernel uses.
 
     Returns:
-        Parameters, buffers, what the optimizer keeps, and the tensors of these trees.
+        Parameters, buffers, optimizer state, and the tensors of these trees.
 
     Raises:
         UntraceableError: If the optimizer keeps tensors where they cannot be found.
@@ -49,9 +49,9 @@ def held(store: Store, reads: Sequence[str]) -> list[Tensor]:
     """
     module, optimizer = store.module, store.optim.optimizer
     if store.place is not None:
-        raise UntraceableError(f"{store.place} brings gradients of ranks together while the backward pass goes on, which is in no graph")
+        raise UntraceableError(f"{store.place} averages gradients over ranks during the backward pass, which a graph cannot hold")
     if is_lazy(store.device):
-        raise UntraceableError(f"the device {str(store.device)!r} compiles steps by itself")
+        raise UntraceableError(f"the device {str(store.device)!r} compiles steps itself")
     hooks = hooked(module)
     if hooks:
         raise UntraceableError(f"the gradient of {hooks[0]} has a hook")
@@ -76,7 +76,7 @@ def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
 def _check_optimizer(optimizer: Any) -> None:
     name = type(optimizer).__name__
     if isinstance(optimizer, LBFGS):
-        raise UntraceableError(f"{name} evaluates the loss as often as it likes")
+        raise UntraceableError(f"{name} evaluates the loss a variable number of times per step")
     if has_step_hooks(optimizer):
         raise UntraceableError(f"{name} has hooks on its step, which would run only once")
     for key, value in vars(optimizer).items():
@@ -85,13 +85,13 @@ def _check_optimizer(optimizer: Any) -> None:
 
 
 def shadow(store: Store, reads: Sequence[str], new: Mapping[int, Tensor], rates: Sequence[Any], options: Mapping[str, Any]) -> Store:
-    """A store of the same shape, of other tensors; its module is the live one, which `swapped` dresses in them.
+    """Build a store of the same structure with other tensors; its module is the live one, whose tensors `swapped` replaces.
 
     Args:
         store: The live store.
         reads: Names of the trees in the memory that the kernel uses; the others are not there.
-        new: By identity of each tensor of `held`, what stands in for it.
-        rates: One a group of the optimizer: its learning rate, or None to leave it.
+        new: By identity of each tensor of `held`, its replacement.
+        rates: One per group of the optimizer: its learning rate, or None to leave it.
         options: Values that are set in every group that has them, such as ``{"foreach": False}``.
 
     Returns:
@@ -120,17 +120,17 @@ def shadow(store: Store, reads: Sequence[str], new: Mapping[int, Tensor], rates:
 
 
 class _Memory(dict[str, Any]):
-    """The trees that a kernel is known to use; what asks for another one gets it in the next attempt."""
+    """The trees that a kernel is known to use; another one that it asks for is added, and the trace starts again."""
 
     def __missing__(self, key: str) -> Any:
         raise WantedError(key)
 
 
 class _Hidden:
-    """What stands for the progress: a kernel that reads it there would freeze it."""
+    """Replaces the progress: its value would become a constant of the graph, so reading it raises."""
 
     def __getattr__(self, name: str) -> Any:
-        raise UntraceableError(f"it reads progress.{name} of the store, which a graph would freeze; store.host.number makes it an input")
+        raise UntraceableError(f"the step reads progress.{name}, which would be a constant in a graph; store.host.number makes it an input")
 
 
 def _optimizer(optimizer: Any, new: Mapping[int, Tensor], rates: Sequence[Any], options: Mapping[str, Any]) -> Any:
@@ -156,11 +156,11 @@ def _replaced(tree: Any, new: Mapping[int, Tensor]) -> Any:
 
 @contextmanager
 def swapped(module: nn.Module, new: Mapping[int, Tensor]) -> Iterator[None]:
-    """Put other tensors in the place of a module's parameters and buffers for a while.
+    """Replace a module's parameters and buffers by other tensors for the duration of the block.
 
     Args:
         module: The live module.
-        new: By identity of each parameter and buffer, what stands in for it.
+        new: By identity of each parameter and buffer, its replacement.
 
     Example:
         >>> layer = nn.Linear(1, 1, bias=False)
@@ -185,18 +185,18 @@ def swapped(module: nn.Module, new: Mapping[int, Tensor]) -> Iterator[None]:
 
 
 def changes(before: Store, after: Store, tables: Sequence[tuple[Any, Any]]) -> list[tuple[Tensor, Tensor]]:
-    """Hold a shadow against one that no kernel has touched.
+    """Compare a shadow with one that no kernel has changed.
 
     Args:
-        before: An untouched shadow around the same stand-ins.
-        after: The one that the kernel worked on.
-        tables: Pairs of the module's buffers as they were and as they are.
+        before: An unchanged shadow with the same tensors.
+        after: The shadow on which the kernel worked.
+        tables: Pairs of the module's buffers before and after.
 
     Returns:
-        Pairs of a stand-in and the tensor that the kernel has put in its place.
+        Pairs of a tensor and the one by which the kernel has replaced it.
 
     Raises:
-        UntraceableError: If something changed that a graph would not change again: a number, a text, a structure.
+        UntraceableError: If something changed that a graph would not change again: a number, a string, a structure.
 
     Example:
         >>> from fnlight.optim import Optim
@@ -209,7 +209,7 @@ def changes(before: Store, after: Store, tables: Sequence[tuple[Any, Any]]) -> l
     if one is not None:
         name = type(one).__name__
         if [*one.state] != [*two.state] or any(one.state[key].keys() != two.state[key].keys() for key in one.state):
-            raise UnsettledError(f"{name} makes its memory in this step")
+            raise UnsettledError(f"{name} creates its state in this step")
         for key, slots in one.state.items():
             moved += _compare(slots, two.state[key], f"{name} keeps {{}} as a Python value")
         for a, b in zip(one.param_groups, two.param_groups, strict=True):
@@ -231,5 +231,5 @@ def _compare(old: Any, now: Any, says: str) -> list[tuple[Tensor, Tensor]]:
         if isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype):
             moved.append((a, b))
         elif isinstance(a, Tensor) or isinstance(b, Tensor) or type(a) is not type(b) or not bool(a == b or a != a):
-            raise UntraceableError(says.format(repr(path)) + ", which a graph would freeze")
+            raise UntraceableError(says.format(repr(path)) + ", which would be a constant in a graph")
     return moved

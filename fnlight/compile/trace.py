@@ -1,7 +1,7 @@
-"""One graph of everything that a kernel does to tensors: forward, backward, stages on gradients, optimizer, averages.
+"""Trace everything that a kernel does to tensors into one graph: forward, backward, gradient transforms, optimizer, averages.
 
-The kernel runs once on tensors without content, and every operation is written down. What Python decides meanwhile is frozen, so a
-kernel is traced twice, and one that does not give the same graph again is refused.
+The kernel runs on fake tensors, and every operation is recorded. Decisions that Python makes meanwhile become constants, so a
+kernel is traced twice, and one that does not give the same graph both times is refused.
 """
 
 import os
@@ -31,12 +31,12 @@ from fnlight.tensors import NOISE, buffers_of, fold_in, leaves, map_tensors, see
 Kernel = Callable[[Store, Any, int], Mapping[str, Any]]
 """``(store, batches, key) -> metrics``"""
 
-_KEY = fold_in(0, 0)  # what a kernel is given while it is traced
+_KEY = fold_in(0, 0)  # the key of a kernel while it is traced
 _PARTS = (*range(4096), NOISE)  # what a kernel may fold into its key
 
 _MONOIDS = (Mean, Sum, Max, Min, Last, Cat)
 _TORCH = os.path.dirname(torch.__file__)
-_PYTHON = re.compile(rf"{re.escape(os.path.dirname(os.__file__))}/(?!(site|dist)-packages)")  # modules of the language itself
+_PYTHON = re.compile(rf"{re.escape(os.path.dirname(os.__file__))}/(?!(site|dist)-packages)")  # modules of the standard library
 _ALIASES = {
     torch.ops.aten.detach.default,
     torch.ops.aten.alias.default,
@@ -49,8 +49,8 @@ def reseed(keys: Sequence[int], update: int, parts: Sequence[int], device: torch
     """Seed the generators within a graph, as the kernel does before a micro-batch.
 
     Args:
-        keys: One an update of the call.
-        update: Which update of the call it is.
+        keys: One per update of the call.
+        update: The index of the update within the call.
         parts: What the kernel folds into its key, such as the number of a micro-batch.
         device: The device of the store.
 
@@ -64,13 +64,13 @@ def reseed(keys: Sequence[int], update: int, parts: Sequence[int], device: torch
 
 @attrs.frozen(eq=False, repr=False)
 class Traced:
-    """A graph with what is needed to call it.
+    """A graph with everything that is needed to call it.
 
     Args:
         graph: Takes the tensors of the store, learning rates, numbers of stages, the tensors of the batches and, last, the keys; gives tensors.
-        metrics: Names to values, with the places of the graph's results in the place of tensors.
-        duties: By update, what the host has to do before and behind it.
-        draws: Whether random numbers are drawn in it.
+        metrics: Names to values, in which indices into the graph's results replace tensors.
+        duties: By update, what the host has to do before and after it.
+        draws: Whether it draws random numbers.
 
     Example:
         >>> Traced(fx.symbolic_trace(lambda x: [x]), {"n": 3}).results([])
@@ -86,19 +86,19 @@ class Traced:
     )
 
     def results(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
-        """The metrics of all updates of the call, merged, from what the graph gave."""
+        """The merged metrics of all updates of the call, from the graph's results."""
         return {name: make(tensors) for name, make in self._makers}
 
 
 @attrs.frozen(eq=False, repr=False)
 class _Place:
-    """Where a result of the graph goes."""
+    """The index of a result of the graph."""
 
     number: int
 
 
 def _maker(value: Any) -> Callable[[Sequence[Tensor]], Any]:
-    """What makes a value of the results of a graph."""
+    """A function that makes a metric from the results of a graph."""
     kind = value.__class__
     if kind is _Place:
         return itemgetter(value.number)
@@ -113,16 +113,16 @@ def _maker(value: Any) -> Callable[[Sequence[Tensor]], Any]:
 
 @attrs.frozen(eq=False, repr=False)
 class Call:
-    """What is traced.
+    """The updates of one call, to be traced.
 
     Args:
         kernel: The kernel.
         store: The live store; it is not changed.
         reads: Names of the trees in the memory that the kernel uses.
         held: Its tensors, as `shadow.held` gives them.
-        rates: By update, one a group: whether the learning rate is an input of the graph.
+        rates: By update, one per group: whether the learning rate is an input of the graph.
         updates: By update, the batches of a group.
-        options: What is set in the optimizer's groups.
+        options: Options that are set in the optimizer's groups.
         numbers: How many numbers the stages of one update ask for.
 
     Example:
@@ -145,14 +145,14 @@ def trace(call: Call, lowers: bool) -> Traced:
     """Trace the updates of one call into one graph.
 
     Args:
-        call: What is traced.
-        lowers: Whether the graph is for a compiler: then optimizers take the forms that compilers understand, and nothing is reseeded within it.
+        call: The updates.
+        lowers: Whether the graph is for a compiler: then optimizers use forms that compilers can compile, and nothing is reseeded within it.
 
     Returns:
         The graph, and how its results become metrics.
 
     Raises:
-        UntraceableError: If it is not the same graph each time, or changes what a graph would not change again.
+        UntraceableError: If the graph is not the same each time, or the kernel changes something that a graph would not change again.
         WantedError: If a stage asks for a tree of the memory that is not in `reads`, or for one more number.
 
     Example:
@@ -168,11 +168,11 @@ def trace(call: Call, lowers: bool) -> Traced:
     for a, b in zip(_lines(one.graph), _lines(two.graph), strict=False):
         if a != b:
             raise UntraceableError(
-                f"it does something else each time: once {a!r:.150}, then {b!r:.150}; a number of Python, NumPy or a clock is in it"
+                f"two traces of the step differ: {a!r:.150} and {b!r:.150}; it uses a random or changing number of Python, NumPy or a clock"
             )
     for (name, a), (_, b) in zip(_constants(one.graph), _constants(two.graph), strict=True):
         if not torch.equal(a, b):
-            raise UntraceableError(f"it makes the tensor {name} of shape {list(a.shape)} from other numbers each time")
+            raise UntraceableError(f"the step makes the tensor {name} of shape {list(a.shape)} from different numbers each time")
     return one
 
 
@@ -206,16 +206,17 @@ def _trace(call: Call, lowers: bool) -> Traced:
         graph = make_graph(fn, twins, tracing_mode="fake")
     if any("mkldnn_rnn_layer_backward" in str(node.target) for node in graph.graph.nodes):
         raise UntraceableError(
-            "a recurrent layer on the CPU keeps a workspace from its forward to its backward pass, which no graph can hold"
+            "a recurrent layer on the CPU keeps a workspace from its forward to its backward pass, which a graph cannot hold"
         )
     draws = any(_draws(node.target) for node in graph.graph.nodes if node.op == "call_function")
     return Traced(_finished(graph, draws and not lowers), metrics, [host.duties for host in hosts], draws)
 
 
 def _twins(given: Sequence[Tensor]) -> list[Tensor]:
-    """Stand-ins that look alike, made from nothing.
+    """Fake tensors with the same shapes, strides and dtypes, not derived from the real ones.
 
-    What torch remembers of a tensor that it makes one from outlives the graph, and has crashed the interpreter in a later garbage collection.
+    A fake tensor that torch derives from a real one keeps references that outlive the graph; these have crashed the interpreter in a later
+    garbage collection.
     """
 
     def twin(t: Tensor) -> Tensor:
@@ -223,21 +224,21 @@ def _twins(given: Sequence[Tensor]) -> list[Tensor]:
             return t.detach().requires_grad_(t.requires_grad)
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device, requires_grad=t.requires_grad)
 
-    with without_addresses():  # an error rather than an address of nothing
+    with without_addresses():  # raise instead of returning an invalid address
         fake = fake_mode(allow_fallback_kernels=True)
     with fake:
         return [twin(t) for t in given]
 
 
 def _draws(target: Any) -> bool:
-    """Whether an operation draws random numbers; of one that is not torch's own nobody knows."""
+    """Whether an operation draws random numbers; an operation that is not torch's own is assumed to."""
     if not isinstance(target, Operation):
         return False
     return torch.Tag.nondeterministic_seeded in target.tags or target.namespace not in ("aten", "prims")
 
 
 def _run(call: Call, tensors: list[Tensor], hosts: list[Recorder], lowers: bool) -> list[Mapping[str, Any]]:
-    """What the traced function does: every update of the call, on stand-ins."""
+    """The traced function: every update of the call, on fake tensors."""
     num = len(call.held)
     new = {id(old): tensor for old, tensor in zip(call.held, tensors, strict=False)}
     rest = iter(tensors[num:])
@@ -252,7 +253,7 @@ def _run(call: Call, tensors: list[Tensor], hosts: list[Recorder], lowers: bool)
 
 
 def _given(call: Call, rates: Sequence[Any]) -> list[Any]:
-    """Learning rates as the optimizer takes them: as tensors where its kernel does, else as the number in them, which stays an input."""
+    """Learning rates as the optimizer needs them: tensors if its kernel takes tensors, else symbolic numbers, which remain inputs."""
     optimizer = call.store.optim.optimizer
     takes = [bool(call.options) or group.get("fused") for group in optimizer.param_groups] if optimizer is not None else []
     return [rate if rate is None or tensor else rate.item() for rate, tensor in zip(rates, takes, strict=True)]
@@ -283,7 +284,7 @@ def _update(call: Call, new: Mapping[int, Tensor], lrs: Sequence[Any], batches: 
 
 
 def _exact_counts(optimizer: Any) -> list[tuple[dict[str, Any], Tensor]]:
-    """Count steps in float64, as Python does in an eager step: what optimizers compute of the counts loses digits in float32."""
+    """Count steps in float64, as Python does in an eager step: in float32, what optimizers compute from the counts loses digits."""
     found: list[tuple[dict[str, Any], Tensor]] = []
     for slots in optimizer.state.values() if optimizer is not None else ():
         step = slots.get("step")
@@ -301,14 +302,14 @@ def _put_back(counts: list[tuple[dict[str, Any], Tensor]]) -> None:
 
 
 def _seeding(update: int, device: torch.device) -> Callable[[int], None]:
-    """What a kernel calls to seed: it writes down that the graph shall do so, with the key of each call."""
+    """The seeding function of a traced kernel: it records that the graph seeds the generators with the key of each call."""
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     folded = {fold_in(_KEY, part): (part,) for part in _PARTS} | {_KEY: ()}
 
     def seed(key: int) -> None:
         if key not in folded:
-            raise UntraceableError("it seeds the generators with something else than its key and the number of a micro-batch")
+            raise UntraceableError("the step seeds the generators with something else than its key and the number of a micro-batch")
         mode = get_proxy_mode()
         if mode is not None:
             mode.tracer.create_proxy("call_function", reseed, (0, update, folded[key], device), {})
@@ -327,19 +328,19 @@ def _placed(value: Any, out: list[Tensor]) -> Any:
     if value is None or isinstance(value, int | float) or _holds_nothing(value):
         return value
     raise UntraceableError(
-        f"a metric is or holds a {type(value).__name__}; scalars, Mean, Sum, Max, Min, Last, and Cat whose function holds nothing are "
-        "what a graph can give"
+        f"a metric is or contains a {type(value).__name__}; a graph can return scalars, Mean, Sum, Max, Min, Last, and Cat with a function "
+        "that has no closure and no defaults"
     )
 
 
 def _holds_nothing(fn: Any) -> bool:
-    """Whether it is a function that is the same in every step."""
+    """Whether a value is a function without closure or defaults, which is the same in every step."""
     return isinstance(fn, FunctionType) and not (fn.__closure__ or fn.__defaults__ or fn.__kwdefaults__)
 
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Say of what broke the graph where it stands and why."""
+    """Turn an error during tracing into an `UntraceableError` with the line of the caller's code and the reason."""
     try:
         yield
     except (UntraceableError, WantedError):
@@ -353,12 +354,12 @@ def _explained() -> Iterator[None]:
         where = f"{ours[-1].filename}:{ours[-1].lineno} ({ours[-1].line})" if ours else "the model"
         text = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         if type(error).__name__ == "GuardOnDataDependentSymNode" or "get value out of a tracing tensor" in text:
-            text = "Python decides by the value of a tensor"
+            text = "Python code depends on the value of a tensor"
         raise UntraceableError(f"{where}: {text}") from error
 
 
 def _finished(graph: fx.GraphModule, seeds: bool) -> fx.GraphModule:
-    """Without what does nothing, and, where it seeds, with the keys as the last input."""
+    """Remove operations without effect and, if the graph seeds, add the keys as the last input."""
     nodes = graph.graph
     last = [node for node in nodes.nodes if node.op == "placeholder"][-1]
     with nodes.inserting_after(last):

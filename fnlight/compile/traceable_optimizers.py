@@ -1,4 +1,4 @@
-"""Optimizers of torch that decide by the value of a tensor in every form they have, written as operations on tensors alone."""
+"""Optimizers rewritten without host syncs: those of torch whose every form reads the value of a tensor in Python."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -12,13 +12,13 @@ from fnlight.compile.shadow import UnsettledError
 
 
 def twin_of(optimizer: Optimizer) -> Callable[[Any], None] | None:
-    """What takes the step of an optimizer without looking at a tensor, where its own form does.
+    """Return a rewritten step of an optimizer that reads no tensor values in Python, if its own step does.
 
     Args:
         optimizer: Any optimizer.
 
     Returns:
-        A function of an optimizer with memory, whose learning rates are tensors; None where its own form will do.
+        A function of an optimizer whose state exists and whose learning rates are tensors; None if its own step can be traced.
 
     Example:
         >>> twin_of(Adafactor([torch.zeros(2)])).__name__, twin_of(torch.optim.SGD([torch.zeros(2)]))
@@ -32,10 +32,10 @@ def adafactor(optimizer: Any) -> None:
     """One step of ``torch.optim.Adafactor``.
 
     Args:
-        optimizer: Its groups, memory and gradients; the learning rates are tensors.
+        optimizer: Its groups, state and gradients; the learning rates are tensors.
 
     Raises:
-        UnsettledError: If a parameter with a gradient has no memory yet.
+        UnsettledError: If a parameter with a gradient has no optimizer state yet.
 
     Example:
         >>> p = torch.ones(2, 3, requires_grad=True)
@@ -53,7 +53,7 @@ def adafactor(optimizer: Any) -> None:
         for p in group["params"]:
             if p.grad is not None:
                 if not optimizer.state[p]:
-                    raise UnsettledError("Adafactor makes its memory in this step")
+                    raise UnsettledError("Adafactor creates its state in this step")
                 _adafactor_one(p, -p.grad if group["maximize"] else p.grad, optimizer.state[p], group)
 
 
@@ -70,7 +70,7 @@ def _adafactor_one(p: Tensor, grad: Tensor, slots: Mapping[str, Tensor], group: 
 
 
 def _second_moment(grad: Tensor, slots: Mapping[str, Tensor], weight: Tensor, eps: float) -> Tensor:
-    """Of a vector itself; of all else as the product of means over rows and columns."""
+    """The second moment: of a vector itself; of other tensors the product of means over rows and columns."""
     if grad.dim() < 2:
         return slots["variance"].lerp_(grad * grad, weight)
     row, col = slots["row_var"], slots["col_var"]

@@ -1,4 +1,4 @@
-"""Batches of samples that are about equally long, so that little of a batch is padding."""
+"""Batches of samples of similar length, so that batches contain little padding."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ def _as_lengths(given: Any) -> Tensor:
     found = given.detach().cpu() if isinstance(given, Tensor) else torch.as_tensor(list(given))
     if found.dim() != 1 or not len(found) or found.is_floating_point() or found.dtype == torch.bool or bool((found < 0).any()):
         raise LoaderError(
-            f"LengthBuckets takes the length of every sample, whole numbers of shape [samples], but got {found.dtype} of shape {list(found.shape)}"
+            f"LengthBuckets needs the length of every sample, integers >= 0 of shape [samples], but got {found.dtype} of shape {list(found.shape)}"
             f"{', some below 0' if found.dim() == 1 and len(found) and bool((found < 0).any()) else ''}"
         )
     return found.to(torch.int64)
@@ -22,15 +22,15 @@ def _as_lengths(given: Any) -> Tensor:
 
 @attrs.frozen(eq=False)
 class LengthBuckets:
-    """A batch sampler for a ``DataLoader``: batches of samples of about one length.
+    """A batch sampler for a ``DataLoader``: batches of samples of similar length.
 
     Samples are sorted by length once and divided into buckets of about equal size. In every epoch each bucket is shuffled and cut into
-    batches, and the batches are shuffled; in a run that is a function of (seed, epoch), so a run goes on at any batch without reading those
+    batches, and the batches are shuffled; in a run that is a function of (seed, epoch), so a run resumes at any batch without reading those
     before it, and every sample has the random numbers that it has in any other order. The number of batches is the same in every epoch.
 
     Args:
         lengths: The length of every sample of the dataset, shape [samples], int64.
-        batch_size: Samples a batch; a single batch of the epoch is smaller if they do not divide.
+        batch_size: Samples per batch; a single batch of the epoch is smaller if they do not divide.
         max_tokens: In its place: the positions that a padded batch has at most, its longest sample times its samples. The samples a batch
             follow from the longest sample of a bucket; the last batch of each bucket may be smaller.
         buckets: How many buckets there are: many make little padding and batches that are less mixed; one shuffles everything.
@@ -38,7 +38,7 @@ class LengthBuckets:
         drop_last: True leaves out batches that are smaller than others of their bucket.
 
     Raises:
-        LoaderError: If an argument is none of this, a sample is longer than `max_tokens`, or no batch is left.
+        LoaderError: If an argument is not valid, a sample is longer than `max_tokens`, or no batch is left.
 
     Example:
         >>> sampler = LengthBuckets([3, 9, 4, 8, 2, 7], batch_size=2, buckets=3, shuffle=False)
@@ -66,7 +66,7 @@ class LengthBuckets:
         object.__setattr__(self, "_cuts", self._cut())
         if len(self) == 0:
             raise LoaderError(
-                f"LengthBuckets has no batch: no bucket of its {len(self.lengths)} samples fills one, and drop_last is True; use fewer buckets"
+                f"LengthBuckets has no batch: no bucket of its {len(self.lengths)} samples fills a batch, and drop_last is True; use fewer buckets"
             )
 
     def _cut(self) -> list[tuple[Tensor, int]]:
@@ -84,7 +84,8 @@ class LengthBuckets:
         length = int(self.lengths[longest])
         if length > self.max_tokens:
             raise LoaderError(
-                f"sample {longest} has length {length}, which is more than max_tokens={self.max_tokens}; cut it, leave it out, or allow more"
+                f"sample {longest} has length {length}, which is more than max_tokens={self.max_tokens}; truncate it, leave it out, or raise "
+                "max_tokens"
             )
         return max(1, self.max_tokens // max(1, length))
 
@@ -110,7 +111,7 @@ class LengthBuckets:
         return found if mixed is None else [found[i] for i in torch.randperm(len(found), generator=mixed).tolist()]
 
     def padding(self, batches: Iterable[Sequence[int]]) -> float:
-        """Which share of the positions of some batches is padding, if each is padded to its longest sample.
+        """The fraction of padding in some batches, if each is padded to its longest sample.
 
         Args:
             batches: The numbers of the samples of each, such as this sampler, or those of another order to compare with.

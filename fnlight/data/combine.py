@@ -1,7 +1,7 @@
-"""Several training loaders as one: side by side, until the shortest or the longest ends, or one after the other.
+"""Join several training loaders into one: side by side, until the shortest or the longest ends, or one after the other.
 
-What these functions give is a plain value; `Source`, and so `fit` and `batches`, take it as a loader. Every child
-is keyed by its place among the others, and a place in the joint epoch is reached without loading what stands before it, wherever
+These functions return a plain value; `Source`, and so `fit` and `batches`, accept it as a loader. Every child loader
+is keyed by its index, and a position in the joint epoch is reached without loading the batches before it, if
 the children can do that.
 """
 
@@ -58,7 +58,7 @@ class Combined:
 
 
 def zip_shortest(*loaders: Any, **named: Any) -> Combined:
-    """Loaders side by side, until the shortest ends; the next epoch begins all of them anew.
+    """Join loaders side by side, until the shortest ends; the next epoch starts all of them again.
 
     Args:
         *loaders: Loaders; a batch is then a tuple of their batches.
@@ -80,7 +80,7 @@ def zip_shortest(*loaders: Any, **named: Any) -> Combined:
 
 
 def zip_longest(*loaders: Any, **named: Any) -> Combined:
-    """Loaders side by side, until the longest ends; shorter ones begin again, each time in a new order.
+    """Join loaders side by side, until the longest ends; shorter ones start again, each time in a new order.
 
     Args:
         *loaders: Loaders of known length; a batch is then a tuple of their batches.
@@ -102,10 +102,10 @@ def zip_longest(*loaders: Any, **named: Any) -> Combined:
 
 
 def concat(*loaders: Any) -> Combined:
-    """Loaders one after the other within an epoch.
+    """Join loaders one after the other within an epoch.
 
     Args:
-        *loaders: Loaders; their batches come as they are.
+        *loaders: Loaders; their batches are unchanged.
 
     Returns:
         A value that is taken wherever a training loader is.
@@ -123,8 +123,8 @@ def concat(*loaders: Any) -> Combined:
 
 def _given(name: str, loaders: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[str, ...]]:
     if bool(loaders) == bool(named):
-        got = f"{len(loaders)} without and {len(named)} with a name" if loaders else "none"
-        raise TypeError(f"{name} takes loaders, either all without or all with a name, but got {got}; write {name}(a, b)")
+        got = f"{len(loaders)} positional and {len(named)} by name" if loaders else "none"
+        raise TypeError(f"{name} takes loaders, either all positional or all by name, but got {got}; write {name}(a, b)")
     return (tuple(named.values()), tuple(named)) if named else (loaders, ())
 
 
@@ -136,8 +136,8 @@ def _cycles(children: Sequence[Any], seed: int, epoch: int, start: int, stream: 
     lengths = [child.num_batches for child in children]
     if None in lengths:
         raise LoaderError(
-            f"zip_longest must know how long its loaders are, but loader {lengths.index(None)} has no length; "
-            "use zip_shortest, or say how long it is with fl.data.Source(loader, limit=n)"
+            f"zip_longest needs the length of its loaders, but loader {lengths.index(None)} has none; "
+            "use zip_shortest, or give it a length with fl.data.Source(loader, limit=n)"
         )
     total = max(lengths)
     return [
@@ -147,7 +147,7 @@ def _cycles(children: Sequence[Any], seed: int, epoch: int, start: int, stream: 
 
 
 def _cycle(child: Any, seed: int, epoch: int, start: int, stream: int, length: int) -> Iterator[Triple]:
-    """A child over and over; each turn has an epoch number of its own, and so an order of its own."""
+    """Repeat a child loader; each pass has its own epoch number, and so its own order."""
     turn, offset = divmod(start, length)
     while True:
         done = offset
@@ -157,7 +157,7 @@ def _cycle(child: Any, seed: int, epoch: int, start: int, stream: int, length: i
             found = None
         if done != length:
             raise LoaderError(
-                f"a loader of zip_longest said that it has {length} batches, but ended after {done}; correct its length or its limit"
+                f"a loader of zip_longest has the length {length}, but ended after {done} batches; correct its __len__ or its limit"
             )
         turn, offset = turn + 1, 0
 
@@ -181,8 +181,8 @@ def _concat(children: Sequence[Any], seed: int, epoch: int, start: int, stream: 
         if start and (length is None or start >= length) and i < final:
             if length is None:
                 raise LoaderError(
-                    f"concat cannot go on at batch {start} of its loader {i}, which has no length; put loaders without a length last, "
-                    "or say how long they are with fl.data.Source(loader, limit=n)"
+                    f"concat cannot resume at batch {start}, because its loader {i} has no length; put loaders without a length last, "
+                    "or give them a length with fl.data.Source(loader, limit=n)"
                 )
             start -= length
             continue

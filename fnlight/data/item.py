@@ -1,4 +1,4 @@
-"""Items: groups of batches that know their place in the data, and the endless stream of them that a run consumes."""
+"""Items: groups of batches with their position in the data, and the endless stream of items that a run consumes."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +20,7 @@ from fnlight.state import A_STATE, TrainState
 
 @attrs.frozen(eq=False)
 class Item:
-    """What one step consumes: a group of batches, and where in the data it stands.
+    """The input of one step: a group of batches and its position in the data.
 
     Args:
         batches: The batches, one or more.
@@ -48,7 +48,7 @@ class Item:
 
     @classmethod
     def of(cls, *batches: Any, state: Any) -> "Item":
-        """An item made by hand, at the place where a state stands; one that is an item already is given back.
+        """Make an item by hand, at the position of a state; an item is returned unchanged.
 
         Args:
             *batches: The batches of one step, or an item.
@@ -112,10 +112,10 @@ class Loaders:
 
 def _check_named(use: str, given: Mapping[Any, Any]) -> None:
     if not given:
-        raise TypeError(f"Loaders({use}={{}}) names no loader; leave it out or give one")
+        raise TypeError(f"Loaders({use}={{}}) has no loader; leave {use}= out, or give one")
     for name, loader in given.items():
         if not isinstance(name, str) or not name or "/" in name:
-            raise TypeError(f"Loaders({use}=...) must name its loaders with strings without a slash, but got the name {name!r}")
+            raise TypeError(f"Loaders({use}=...) needs names that are strings without a slash, but got the name {name!r}")
         check_loader(loader, f"Loaders({use}={{{name!r}: ...}})")
 
 
@@ -131,7 +131,7 @@ def batches(
     wall_time: WallTime | None = None,
     beat: Callable[[], float] | None = None,
 ) -> Iterator[Item]:
-    """Items without end, epoch after epoch, from the place where a state stands.
+    """Make an endless iterator of items, epoch after epoch, from the position of a state.
 
     The global generators are seeded as data is read in this process; wrap it in `rng.isolated` to put them back.
 
@@ -150,8 +150,8 @@ def batches(
         An iterator of items.
 
     Raises:
-        TypeError: If the loader is no iterable of batches.
-        LoaderError: If the loader is empty, or the state stands where it has no data, or within a batch of another size.
+        TypeError: If the loader is not an iterable of batches.
+        LoaderError: If the loader is empty, if it has no data at the position of the state, or if that position is within a batch.
 
     Example:
         >>> from itertools import islice

@@ -1,6 +1,6 @@
-"""Which samples an epoch reads, and in which order: a function of (seed, epoch), known without reading a sample.
+"""Which samples an epoch reads, and in which order: a function of (seed, epoch), computed without reading a sample.
 
-The unit is a task, ``(key, ids, indices)``: one batch of indices, with what the random numbers of each of its samples are keyed by.
+The unit is a task, ``(key, ids, indices)``: one batch of indices, with the key of the random numbers of each of its samples.
 """
 
 import math
@@ -75,7 +75,7 @@ class Span:
 
 
 def length_of(loader: Any) -> int | None:
-    """Batches in an epoch of a loader, or None if it does not say; it leaves no trace in the loader.
+    """Return the number of batches in an epoch of a loader, or None if it has no length; the loader is not changed.
 
     Args:
         loader: Any iterable.
@@ -103,7 +103,7 @@ def _len(sized: Any) -> int | None:
 
 
 def check_start(span: Span, end: int, loader: Any) -> None:
-    """Refuse a place beyond the end of an epoch.
+    """Raise if a position is beyond the end of an epoch.
 
     Args:
         span: Where to begin.
@@ -118,7 +118,7 @@ def check_start(span: Span, end: int, loader: Any) -> None:
     """
     if span.start > end:
         raise LoaderError(
-            f"the state stands at batch {span.start} of epoch {span.epoch}, but this {type(loader).__name__} has {end} batches an epoch: "
+            f"the state is at batch {span.start} of epoch {span.epoch}, but this {type(loader).__name__} has {end} batches per epoch: "
             "the data became shorter, its batches larger, or a limit smaller; give the data that the state was trained on, "
             "or a state whose progress.batch is 0"
         )
@@ -196,7 +196,7 @@ def _bucket_tasks(buckets: LengthBuckets, loader: DataLoader[Any], span: Span, s
     size = _len(loader.dataset)
     if size is not None and size != len(buckets.lengths):
         raise LoaderError(
-            f"LengthBuckets was given {len(buckets.lengths)} lengths, but the dataset has {size} samples; give the length of each of its samples"
+            f"LengthBuckets has {len(buckets.lengths)} lengths, but the dataset has {size} samples; give the length of every sample"
         )
     end = len(buckets) if span.stop is None else min(len(buckets), span.stop)
     check_start(span, end, loader)

@@ -1,4 +1,4 @@
-"""A part of a batch: its share of the samples, and how a plain loss of it counts."""
+"""A part of a batch: some of its samples, and the weight of a plain loss of them."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,13 +11,13 @@ from fnlight.metrics import Mean, uncounted, wide
 
 
 class Part(NamedTuple):
-    """A part of a batch, which a `GradFn` may be given in the place of a batch.
+    """A part of a batch, which a `GradFn` may get instead of a batch.
 
     Args:
         batch: Some of the samples of a batch.
-        share: What a plain loss of them counts: which fraction of the samples they are, so that the parts of one batch come to 1 (or those of
-            all ranks to their number). With 0 they are stand-ins, of which nothing counts.
-        most: The samples that the largest of the ranks' parts holds, where each rank has data of its own, and they differ.
+        share: The weight of a plain loss of them: their fraction of the samples, so that the shares of one batch sum to 1 (those of
+            all ranks to the number of ranks). Share 0: a zero-weight dummy batch.
+        most: The number of samples of the largest part among the ranks, if each rank has its own data, and the parts differ in size.
 
     Example:
         >>> import torch

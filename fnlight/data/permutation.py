@@ -1,4 +1,4 @@
-"""A permutation of the samples of an epoch, of which any part is there at once."""
+"""A permutation of the samples of an epoch, any slice of which is computed directly."""
 
 import math
 
@@ -11,7 +11,7 @@ _ROUNDS = 8
 
 
 def permutation(key: int, count: int) -> "Tensor | Permutation":
-    """A random order of samples, as a function of a key.
+    """Return a random order of samples, as a function of a key.
 
     Args:
         key: What `fold_in` gave.
@@ -29,7 +29,7 @@ def permutation(key: int, count: int) -> "Tensor | Permutation":
 
 @attrs.frozen(eq=False, repr=False)
 class Permutation:
-    """A permutation that is computed where it is looked at, so that it takes neither time nor memory to begin far behind.
+    """A permutation that is computed slice by slice, so that starting at a late position takes neither time nor memory.
 
     A number is a row and a column of a table that is about square. Each round moves the row by a random number that depends on the column
     alone, or the column by one that depends on the row; either can be taken back, so no two numbers meet. One that comes out beyond the last

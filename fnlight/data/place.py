@@ -1,4 +1,4 @@
-"""Where in an epoch a state stands, counted in the batches of the loader of today."""
+"""The position of a state in an epoch, counted in batches of the current loader."""
 
 from itertools import accumulate
 from typing import Any
@@ -15,7 +15,7 @@ from fnlight.state import Progress
 
 
 def placed(source: Source, progress: Progress, *, earlier: bool = False) -> Progress:
-    """The same place in an epoch, where batches may have another size now: `batch` follows from `epoch_samples`.
+    """Return the progress with `batch` computed from `epoch_samples`: the same position in an epoch, although the batch size may have changed.
 
     Only loaders whose batches can be counted in samples are looked at: a list, a `TensorLoader`, or a map-style ``DataLoader`` with
     a ``batch_size``. With others, and where the samples are not known, the count of batches is believed.
@@ -45,9 +45,9 @@ def placed(source: Source, progress: Progress, *, earlier: bool = False) -> Prog
     batch, samples = found
     if samples != done and not earlier:
         raise LoaderError(
-            f"the state stands {done} samples into epoch {progress.epoch}, within a batch of today's {type(source.loader).__name__}: its batches end "
-            f"after {samples} and {_next(source.loader, batch, samples)} samples, so batch_size differs from when the state was saved; give a size that "
-            'ends there, or go back to the earlier end with allow=("batch_size",): the samples between are then seen twice'
+            f"the state is {done} samples into epoch {progress.epoch}, within a batch of this {type(source.loader).__name__}: its batches end "
+            f"after {samples} and {_next(source.loader, batch, samples)} samples, so batch_size differs from when the state was saved; use "
+            f'batches that end at {done} samples, or continue from sample {samples} with allow=("batch_size",): the samples in between are then seen twice'
         )
     return attrs.evolve(progress, batch=batch, epoch_samples=samples, samples=progress.samples - (done - samples))
 

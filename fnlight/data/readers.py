@@ -1,4 +1,4 @@
-"""How each kind of loader is read: a reader says how long an epoch is and gives any part of one, as ``(batch, samples, last)``."""
+"""How each kind of loader is read: a reader knows the length of an epoch and yields any part of it, as ``(batch, samples, last)``."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which part of the data a rank reads, where several processes train together: its part of each batch, or each so-many-th batch."""
+"""Which part of the data a rank reads if several processes train together: a part of each batch, or every n-th batch."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -94,7 +94,7 @@ class Share:
 
 @attrs.frozen(eq=False, repr=False)
 class Sharded:
-    """A loader that gives every rank batches of its own; made by `sharded`.
+    """A loader that yields different batches on every rank; made by `sharded`.
 
     Args:
         loader: The user's loader.
@@ -112,7 +112,7 @@ class Sharded:
 
 
 def sharded(loader: Any) -> Sharded:
-    """Say that a loader gives every rank batches of its own, so that nothing is left out of them.
+    """Declare that a loader yields different batches on every rank, so that each rank trains on all of its batches.
 
     Without it the batches of a loader are those of all ranks, which costs an iterable that every rank reads them all. An epoch ends for all
     ranks where it ends for the first of them. Such data depends on the number of ranks.
@@ -131,7 +131,7 @@ def sharded(loader: Any) -> Sharded:
 
 
 def cut(batch: Any, start: int, stop: int, count: int) -> Any:
-    """Some samples of a batch: rows of every tensor and array, and entries of lists that hold one a sample.
+    """Take some samples of a batch: rows of every tensor and array, and entries of lists with one entry per sample.
 
     Args:
         batch: Any tree of tensors.
@@ -155,8 +155,8 @@ def cut(batch: Any, start: int, stop: int, count: int) -> Any:
         shape = getattr(node, "shape", None)  # tensors, and arrays of NumPy
         if shape is not None and len(shape) and shape[0] != count:
             raise StepError(
-                f"a batch of {count} samples cannot be parted: it holds a tensor of shape {list(shape)}, whose first dimension is not the samples; "
-                "leave out what parts it (microbatch, several ranks), or bring every tensor of the batch to shape [samples, ...] or [] in collate_fn"
+                f"a batch of {count} samples cannot be split: it has a tensor of shape {list(shape)}, whose first dimension is not {count}; "
+                "do not split batches (microbatch, several ranks), or give every tensor of the batch the shape [samples, ...] or [] in collate_fn"
             )
         if shape is not None:
             return node[start:stop] if len(shape) else node

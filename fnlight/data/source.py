@@ -1,4 +1,4 @@
-"""A loader as a function of (seed, epoch): the same batches for any number of workers, from any batch on."""
+"""A loader as a function of (seed, epoch): the same batches for any number of workers, starting at any batch."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,14 +25,14 @@ from fnlight.tensors import ORDER, RANK, fold_in
 
 
 def check_loader(loader: Any, what: str) -> None:
-    """Refuse what is not a loader.
+    """Raise if a value is not a loader.
 
     Args:
         loader: What was given.
         what: How the message calls it.
 
     Raises:
-        TypeError: If it is no iterable of batches; the message says what to pass instead.
+        TypeError: If it is not an iterable of batches; the message says what to pass instead.
 
     Example:
         >>> check_loader([torch.zeros(2)], "Loaders(train=...)")
@@ -52,12 +52,12 @@ def check_loader(loader: Any, what: str) -> None:
         or (callable(getattr(loader, "__getitem__", None)) and not isinstance(loader, Iterable))
     ):
         raise TypeError(
-            f"{says}the dataset {kind}; wrap it: DataLoader(dataset, batch_size=32), with batch_size=None if it gives batches already"
+            f"{says}the dataset {kind}; wrap it: DataLoader(dataset, batch_size=32), or with batch_size=None if it yields whole batches"
         )
     if isinstance(loader, Tensor | str | bytes):
-        raise TypeError(f"{says}{kind}; for one batch write [batch], for rows of a tensor fl.TensorLoader(tensor, batch_size=32)")
+        raise TypeError(f"{says}{kind}; for one batch write [batch], for the rows of a tensor fl.TensorLoader(tensor, batch_size=32)")
     if not isinstance(loader, Iterable):
-        hint = "; call it, if it makes a loader" if callable(loader) else ""
+        hint = "; call it if it returns a loader" if callable(loader) else ""
         raise TypeError(f"{says}{kind}{hint}")
 
 
@@ -295,8 +295,8 @@ def _counted(found: Iterator[Triple], samples: Callable[[Any], int]) -> Iterator
 
 def _reads_all(loader: Any) -> str:
     return (
-        f"every rank reads all batches of this {type(loader).__name__} and keeps its part of each, since nobody knows what is in them; that is right, "
-        "but reads everything as often as there are ranks: if it gives each rank data of its own, say so with fl.sharded(loader)"
+        f"every rank reads all batches of this {type(loader).__name__} and keeps its part of each, because its samples cannot be chosen by index; the "
+        "result is exact, but all data is read once per rank: if the loader yields different data on each rank, write fl.sharded(loader)"
     )
 
 
@@ -304,8 +304,8 @@ def _check_parts(batch: Any) -> None:
     parts = batch.values() if batch.__class__ is dict else batch if batch.__class__ is tuple else ()
     if any(part.__class__ is Part for part in parts):
         raise LoaderError(
-            "ranks would get uneven parts of loaders side by side, and nobody can say what a loss of several counts then; give each of them "
-            "a batch_size that is a multiple of the number of ranks, and drop_last=True"
+            "ranks would get uneven parts of loaders that are zipped, and the weight of a loss over several batches is then undefined; give each "
+            "loader a batch_size that is a multiple of the number of ranks, and drop_last=True"
         )
 
 
@@ -316,13 +316,13 @@ def _check_share(share: Share | None, loader: Any) -> None:
     ranks, kind = share.world.size, type(loader).__name__
     if size < ranks:
         raise LoaderError(
-            f"{ranks} ranks share each batch of this {kind}, but batch_size={size} is that of all of them together: some would have nothing to do; "
-            f"give a batch_size of at least {ranks}, use fewer processes, or fl.sharded(loader) if each rank has data of its own"
+            f"{ranks} ranks share each batch of this {kind}, but batch_size={size} is the global batch size, so some ranks would have no samples; "
+            f"use a batch_size of at least {ranks}, fewer processes, or fl.sharded(loader) if each rank has its own data"
         )
     if size % ranks:
         warn(
-            f"{ranks} ranks share each batch of batch_size={size}, so they get {size // ranks} or {size // ranks + 1} samples each: that is exact, but "
-            f"plain losses then travel with their weights, and some ranks wait; a multiple of {ranks} avoids both",
+            f"{ranks} ranks share each batch of batch_size={size}, so they get {size // ranks} or {size // ranks + 1} samples each: the result is exact, "
+            f"but the weights of plain losses must be communicated, and some ranks wait; a multiple of {ranks} avoids both",
             LoaderWarning,
         )
 
@@ -336,9 +336,7 @@ def _check_limit(limit: Any, length: int | None, loader: Any) -> None:
     if isinstance(limit, int):
         return
     if length is None:
-        raise LoaderError(
-            f"limit={limit} is a fraction, but this {type(loader).__name__} has no length to take it of; give a number of batches"
-        )
+        raise LoaderError(f"limit={limit} is a fraction, but this {type(loader).__name__} has no length; give a number of batches")
     if int(length * limit) == 0:
         raise LoaderError(f"limit={limit} of {length} batches leaves none; give at least {1 / length:.3g}, or a number of batches")
 
@@ -347,9 +345,9 @@ def _why_empty(loader: Any) -> str:
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
         samples = length_of(loader.dataset)
         if samples and loader.drop_last:
-            return f"its {samples} samples do not fill one of batch_size={loader.batch_size} and drop_last is True; make batches smaller"
-        return f"its dataset {type(loader.dataset).__name__} has {samples} samples; check where the data is read"
-    return "it yields nothing; check where the data is read"
+            return f"its {samples} samples do not fill a batch of batch_size={loader.batch_size}, and drop_last is True; use a smaller batch_size"
+        return f"its dataset {type(loader.dataset).__name__} has {samples} samples; check how the data is read"
+    return "it yields nothing; check how the data is read"
 
 
 def _reader_of(loader: Any, shuffle: bool, share: Share | None) -> Any:

@@ -1,4 +1,4 @@
-"""Batches cut out of tensors that lie in memory, on any device: no dataset, no workers, no collation."""
+"""Batches from tensors in memory, on any device: no dataset, no workers, no collation."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -20,15 +20,15 @@ _CHUNK = 64  # batches gathered at a time: one kernel a tensor for all of them, 
 
 @attrs.frozen(eq=False)
 class TensorLoader:
-    """A loader over tensors that lie in memory.
+    """A loader over tensors in memory.
 
-    Shuffled, it gives the very batches of ``DataLoader(TensorDataset(*tensors), batch_size, shuffle=True)`` in a run, without fetching and
+    Shuffled, it yields the same batches as ``DataLoader(TensorDataset(*tensors), batch_size, shuffle=True)`` in a run, without fetching and
     collating samples one by one: rows are gathered on the device that the tensors lie on, many batches at a time. Unshuffled batches are
     views of the tensors, so a step must not change them, as it must not change any batch.
 
     Args:
         tensors: A tensor, or any tree of tensors (tuple, dict, ...), all of shape [samples, ...]; a batch is the same tree of shape [batch_size, ...].
-        batch_size: Samples a batch.
+        batch_size: Samples per batch.
         shuffle: True takes another order in every epoch: in a run a function of (seed, epoch), outside drawn from torch's generator.
         drop_last: True leaves out a last batch that is smaller.
         device: Where the tensors are moved to, once; None leaves them where they are.
@@ -55,8 +55,8 @@ class TensorLoader:
         _check_rows(self.tensors)
         if len(self) == 0:
             raise LoaderError(
-                f"TensorLoader has no batch: its {self.num_samples} samples do not fill one of batch_size={self.batch_size}"
-                f"{' and drop_last is True' if self.drop_last else ''}; check where the data is read"
+                f"TensorLoader has no batch: its {self.num_samples} samples do not fill a batch of batch_size={self.batch_size}"
+                f"{' and drop_last is True' if self.drop_last else ''}; check how the data is read"
             )
         if self.device is not None:
             device = self.device
@@ -127,13 +127,13 @@ def _check_rows(tensors: Any) -> None:
         if not isinstance(leaf, Tensor) or not leaf.dim():
             what = f"a tensor of shape {list(leaf.shape)}" if isinstance(leaf, Tensor) else f"{type(leaf).__name__}: {leaf!r:.40}"
             raise TypeError(
-                f"TensorLoader takes tensors of shape [samples, ...], but {path or 'it'} is {what}; "
-                "turn it into a tensor with a row a sample, or use a DataLoader"
+                f"TensorLoader takes tensors of shape [samples, ...], but {path or 'its argument'} is {what}; "
+                "turn it into a tensor with one row per sample, or use a DataLoader"
             )
     sizes = {path: leaf.shape[0] for path, leaf in found}
     if len(set(sizes.values())) != 1:
         raise LoaderError(
-            f"TensorLoader takes tensors with one number of samples, but got {sizes or 'no tensor'}; a row is a sample in all of them"
+            f"TensorLoader takes tensors with the same number of samples, but got {sizes or 'no tensor'}; give each one row per sample"
         )
 
 

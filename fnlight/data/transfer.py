@@ -1,4 +1,4 @@
-"""Batches on their way to a device, without anybody waiting for them.
+"""Copies of batches to a device, without waiting for them.
 
 A copy overlaps with computation only if it is made from pinned memory and on a stream of its own. So on CUDA each batch goes through one of
 two sets of pinned buffers: while the device copies from one, the next batch is put into the other. The host reads the next batch while
@@ -21,7 +21,7 @@ from fnlight.tensors import leaves, map_nodes, spread_on
 
 
 def transferred(found: Iterator[Triple], device: torch.device) -> Iterator[Triple]:
-    """The batches of an epoch on a device.
+    """Move the batches of an epoch to a device.
 
     Args:
         found: Gives ``(batch, samples, last)``.
@@ -51,7 +51,7 @@ def transferred(found: Iterator[Triple], device: torch.device) -> Iterator[Tripl
 
 
 def moved(node: Any, device: torch.device, copy: Callable[[Tensor], Tensor] | None = None) -> Any:
-    """A tree on another device; what has a ``to`` of its own is moved by it.
+    """Move a tree to another device; objects with their own ``to`` are moved by it.
 
     Args:
         node: Any tree.
@@ -174,7 +174,7 @@ class Buffers:
 
 
 class Lane:
-    """The way of batches to one device, through two sets of buffers in turns.
+    """Copies batches to one device, through two sets of buffers that alternate.
 
     Args:
         streams: The streams of the device.

@@ -30,13 +30,13 @@ _ON_DEATH = 1  # PR_SET_PDEATHSIG of Linux's prctl: which signal comes when the 
 
 
 def owner(context: Any) -> int | None:
-    """Whose death the workers of a loader shall follow.
+    """Return the process whose death ends the workers of a loader.
 
     Args:
         context: The loader's ``multiprocessing_context``; None is the standard one.
 
     Returns:
-        The number of this process. None where a worker cannot follow it: on other systems than Linux; in a thread that may end before the
+        The id of this process. None where a worker cannot follow it: on other systems than Linux; in a thread that may end before the
         process does, for it is the thread that the system watches; where a server forks the workers.
 
     Example:
@@ -49,7 +49,7 @@ def owner(context: Any) -> int | None:
 
 
 def follow(parent: int | None) -> None:
-    """Let this process be killed as soon as its parent is dead, whatever either of them does at that moment.
+    """Let the system kill this process as soon as its parent is dead, whatever either of them does at that moment.
 
     Args:
         parent: What `owner` gave in the parent.

@@ -1,6 +1,6 @@
-"""`fit`, the standard composition of all other parts, and `FitConfig`, everything that it can be told.
+"""`fit`, the standard training loop composed of the other packages, and `FitConfig`, all of its options.
 
-Read `fit` first, then `compose`: the pipe that a configuration asks for, in its order.
+Read `fit` first, then `compose`, which builds the pipe for a configuration.
 """
 
 from fnlight.fit.compose import compose, settings, total_steps

@@ -1,4 +1,4 @@
-"""What a field of `FitConfig` may hold: converters let odd values through, and validators refuse them."""
+"""Converters and validators of the fields of `FitConfig`: converters pass wrong values on, and validators refuse them."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -56,9 +56,11 @@ def accumulate(_: Any, field: Any, value: Any) -> None:
     numbers = list(value.values()) if isinstance(value, Mapping) else [value]
     begins = list(value) if isinstance(value, Mapping) else [0]
     if not numbers or not all(type(v) is int and v >= 1 for v in numbers) or not all(type(k) is int and k >= 0 for k in begins):
-        raise ConfigError(f"FitConfig(accumulate=...) must be batches a step (>= 1), or epochs to such numbers, but got {value!r}")
+        raise ConfigError(
+            f"FitConfig(accumulate=...) must be a number of batches per step (>= 1), or a mapping of first epochs to such numbers, but got {value!r}"
+        )
     if 0 not in begins:
-        raise ConfigError(f"FitConfig(accumulate=...) as a mapping must say what holds from epoch 0 on, but got {dict(value)!r}")
+        raise ConfigError(f"FitConfig(accumulate=...) as a mapping must start at epoch 0, but got {dict(value)!r}; add 0: 1")
 
 
 def part(_: Any, field: Any, value: Any) -> None:
@@ -105,7 +107,7 @@ def is_text(value: Any) -> bool:
 
 
 def own(value: Any) -> Any:
-    return dict(value) if isinstance(value, Mapping) else value  # what the caller does with theirs later is nothing to a run
+    return dict(value) if isinstance(value, Mapping) else value  # later changes to the caller's mapping must not change a run
 
 
 def device(value: Any) -> Any:
@@ -122,7 +124,7 @@ def known_device(_: Any, field: Any, value: Any) -> None:
 
 def folder(_: Any, field: Any, value: Any) -> None:
     if value is not None and not (isinstance(value, str) and value):
-        raise ConfigError(f"FitConfig(dir=...) must be a directory or a URL, or None to write nothing, but got {value!r}")
+        raise ConfigError(f"FitConfig(dir=...) must be a directory, a URL, or None to write no files, but got {value!r}")
 
 
 def renames(_: Any, field: Any, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""`compose`: the pipe that a configuration asks for, in one place and in its order."""
+"""`compose`: the pipe for a configuration, with the order of all combinators in one place."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -23,25 +23,25 @@ from fnlight.state import Task
 from fnlight.step import apply, apply_in_backward, ema
 from fnlight.triggers import epochs, seconds
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}  # fp8 is a matter of layers, see fnlight.precision.fp8
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}  # fp8 replaces layers, see fnlight.precision.fp8
 TRUE = {"bf16-true": torch.bfloat16, "fp16-true": torch.float16, "fp64": torch.float64}
-_EVERY_TICK = seconds(0.1)  # how often the console is given numbers; it draws when it likes
+_EVERY_TICK = seconds(0.1)  # how often the console gets numbers; it decides itself when to draw
 
 
 def compose(task: Task, config: FitConfig, loaders: Any = None, signals: Signals | None = None) -> Pipe:
-    """The very pipe that `fit` runs; ``print`` shows it.
+    """The pipe that `fit` runs; ``print`` shows it.
 
     Args:
         task: Gives the `train_step`.
-        config: How.
+        config: The configuration.
         loaders: `Loaders`, or a training loader; without ``loaders.val`` nothing is evaluated.
-        signals: What listens for signals, if anything does; for `run` as well.
+        signals: The signal handlers, or None; pass the same ones to `run`.
 
     Returns:
-        A pipe, for `run`, or to be wrapped further.
+        A pipe. Give it to `run`, or wrap more combinators around it.
 
     Raises:
-        ConfigError: If the configuration needs what the loaders do not have.
+        ConfigError: If the configuration needs a loader that is missing.
 
     Example:
         >>> task = Task(torch.nn.Linear(1, 1), lambda model, batch: model(batch).mean())
@@ -96,19 +96,20 @@ def _check(task: Any, config: Any, signals: Any) -> None:
 
 
 def _averaged(task: Task, average: Combinator | None, whole: Combinator | None) -> list[Combinator | None]:
-    """Averages of weights and the graph of an update: in front of it, and so a part of it, where a step is one update."""
+    """Averaged weights and `compile`: where a step is one update, the average comes first and so is part of the graph."""
     one = not isinstance(task.train_step, Mapping) and not (isinstance(task.train_step, Pipe) and task.train_step.kind == "step")
     return [average, whole] if one else [whole, average]
 
 
 def _fitting(task: Task, parts: list[Combinator]) -> list[Combinator]:
-    """The combinators; where the task has a whole step already, those behind it."""
+    """The combinators; where the task's `train_step` is a whole step already, only those that wrap a step."""
     if not isinstance(task.train_step, Pipe) or task.train_step.kind != "step":
         return parts
     foreign = [str(part) for part in parts if part.takes != "step" and part.name not in ("grad", "apply")]
     if foreign:
         raise ConfigError(
-            f"the task's train_step is a whole step, {task.train_step}, so there is no place for {', '.join(foreign)} in it; leave that out of FitConfig"
+            f"the task's train_step is a whole step already, {task.train_step}, so FitConfig cannot add {', '.join(foreign)} inside of it; "
+            "leave that option out of FitConfig, or add the combinator to the step"
         )
     return [part for part in parts if part.takes == "step"]
 
@@ -116,14 +117,14 @@ def _fitting(task: Task, parts: list[Combinator]) -> list[Combinator]:
 def _evaluation(task: Task, config: FitConfig, loaders: Loaders, signals: Signals | None) -> Combinator | None:
     if loaders.val is None or config.eval_every is None:
         if config.eval_every not in (None, epochs(1)):
-            raise ConfigError(f"FitConfig(eval_every={config.eval_every!r}) needs data to evaluate on; give fl.Loaders(train=..., val=...)")
+            raise ConfigError(f"FitConfig(eval_every={config.eval_every!r}) needs validation data; give fl.Loaders(train=..., val=...)")
         return None
     weights, eval_step = "ema" if config.ema is not None else None, eval_step_of(task, config)
     return evaluate_every(loaders.val, config.eval_every, eval_step=eval_step, weights=weights, limit=config.limit_eval, signals=signals)
 
 
 def _skipping(config: FitConfig) -> list[Combinator]:
-    """What leaves out steps that are not finite; the scale of fp16 does so in any case."""
+    """The combinators that skip non-finite steps; the loss scale of fp16 always does."""
     skips = config.nonfinite == "skip"
     if config.precision == "fp16":
         return [loss_scale(max_consecutive=config.max_nonfinite) if skips and config.max_nonfinite else loss_scale()]
@@ -149,11 +150,11 @@ def _precision(config: FitConfig) -> Combinator | None:
 
 
 def eval_step_of(task: Task, config: FitConfig) -> Callable[[Any, Any], Any] | None:
-    """The task's `eval_step` in the precision of a run; None where it is taken as it is.
+    """The task's `eval_step` in the precision of a run; None where it is used unchanged.
 
     Args:
         task: Has the `eval_step`.
-        config: Its ``precision`` counts.
+        config: Its ``precision`` is used.
 
     Returns:
         ``(model, batch) -> metrics``, or None.
@@ -167,7 +168,7 @@ def eval_step_of(task: Task, config: FitConfig) -> Callable[[Any, Any], Any] | N
 
 
 def _looked_at(config: FitConfig) -> Callable[[Any], bool]:
-    """Where a loss must be known to be finite: wherever something is kept or shown that would hide that it is not."""
+    """When losses are checked to be finite: before every evaluation, checkpoint and log, so that none of them holds non-finite values."""
     whole: Any = epochs(1)
     if config.debug_bundle:
         whole = whole | EVERY
@@ -179,19 +180,19 @@ def _looked_at(config: FitConfig) -> Callable[[Any], bool]:
 
 
 def total_steps(config: FitConfig, loaders: Any) -> int:
-    """The optimizer steps at which a run ends at the latest, counted from step 0: what schedules want to know.
+    """The total number of optimizer steps of a run, counted from step 0, for schedules that need it.
 
-    Nothing is loaded, and neither argument is changed. ``fast_dev_run`` does not count: it tries a run, schedule and all.
+    No data is loaded, and neither argument is changed. ``fast_dev_run`` is ignored: it tries a run with its real schedule.
 
     Args:
-        config: Its ``max_epochs``, ``max_steps``, ``accumulate`` and ``limit_train`` count.
-        loaders: `Loaders`, or just a training loader; its length counts.
+        config: Its ``max_epochs``, ``max_steps``, ``accumulate`` and ``limit_train`` are used.
+        loaders: `Loaders`, or just a training loader; its length is used.
 
     Returns:
         The number of steps.
 
     Raises:
-        ConfigError: If it cannot be known: only a time or a rule bounds the run, or the loader has no length.
+        ConfigError: If it cannot be computed: only a time or a stop rule ends the run, or the loader has no length.
 
     Example:
         >>> config = FitConfig(max_epochs=3, accumulate=4)
@@ -201,13 +202,13 @@ def total_steps(config: FitConfig, loaders: Any) -> int:
     check_type("total_steps(config, ...)", config, FitConfig, "a FitConfig")
     found = known_steps(loaders_of(loaders), config)
     if found is None:
-        why = "its training loader has no length" if config.max_epochs is not None else "neither max_epochs nor max_steps bounds it"
-        raise ConfigError(f"the steps of this run cannot be counted beforehand: {why}; give FitConfig(max_steps=...)")
+        why = "its training loader has no length" if config.max_epochs is not None else "it has neither max_epochs nor max_steps"
+        raise ConfigError(f"the total number of steps of this run is unknown: {why}; give FitConfig(max_steps=...)")
     return found
 
 
 def known_steps(loaders: Loaders, config: FitConfig) -> int | None:
-    """Steps at which a run ends at the latest, if that is known before it starts.
+    """The total number of steps of a run, if it is known before the run starts.
 
     Args:
         loaders: As for `total_steps`.
@@ -229,7 +230,7 @@ def known_steps(loaders: Loaders, config: FitConfig) -> int | None:
 
 
 def loaders_of(given: Any) -> Loaders:
-    """What was given as `Loaders`; anything else is a training loader.
+    """Loaders as they are; anything else becomes the training loader of new ones.
 
     Args:
         given: `Loaders`, or a loader.
@@ -249,7 +250,7 @@ def train_source(loaders: Loaders, config: FitConfig) -> Source:
 
     Args:
         loaders: Hold the training loader.
-        config: Its ``limit_train`` and ``overfit_batches`` count.
+        config: Its ``limit_train`` and ``overfit_batches`` are used.
 
     Returns:
         A `Source`.
@@ -269,10 +270,10 @@ def train_source(loaders: Loaders, config: FitConfig) -> Source:
 
 
 def text_of(config: FitConfig) -> str | None:
-    """A configuration as JSON; None if it holds a function of the user's own, which has no text.
+    """A configuration as JSON; None if it holds a user's function, which cannot be written as text.
 
     Args:
-        config: Any.
+        config: Any configuration.
 
     Returns:
         The text, or None.
@@ -289,7 +290,7 @@ def text_of(config: FitConfig) -> str | None:
 
 @contextmanager
 def settings(config: FitConfig) -> Iterator[None]:
-    """Torch's modes as a configuration asks for them, put back afterwards.
+    """Set torch's modes as in a configuration, and restore them afterwards.
 
     Args:
         config: Its ``deterministic``, ``detect_anomaly`` and ``matmul_precision``.

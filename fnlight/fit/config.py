@@ -1,6 +1,6 @@
-"""`FitConfig`: everything `fit` can be told, checked before any work, and readable as JSON.
+"""`FitConfig`: all options of `fit`, checked before any work starts, and readable as JSON.
 
-Triggers, rules, retentions and sinks are written as their source text, see `fnlight.fit.parse`: a configuration from a stranger is data.
+Triggers, stop rules, retentions and sinks are written as their source text, see `fnlight.fit.parse`. Reading a configuration never runs code.
 """
 
 import json
@@ -22,27 +22,28 @@ _BOUNDS = ("max_epochs", "max_steps", "max_time", "stop", "fast_dev_run")
 
 @attrs.frozen(kw_only=True)
 class FitConfig:
-    """How `fit` trains; nothing is on that nobody asked for.
+    """How `fit` trains; optional features are off by default.
 
     Args:
-        max_epochs: Completed epochs in all at which training ends; a resumed run ends where the uninterrupted one does.
-        max_steps: Completed steps in all at which training ends.
-        max_time: Seconds of training in all (or a ``timedelta``) at which training ends.
-        min_epochs: `stop` is heeded only from this many epochs on.
-        min_steps: `stop` is heeded only from this many steps on.
-        stop: A stop rule, or any function of a state that gives None or False to continue, and a reason or True to stop.
-        accumulate: Batches a step, or a mapping from the epoch at which it starts to batches.
-        microbatch: Samples that are computed at a time at most, or ``"auto"``: whole batches until one does not fit into memory.
+        max_epochs: Total number of epochs, those before a resume included.
+        max_steps: Total number of optimizer steps, those before a resume included.
+        max_time: Total training time in seconds (or a ``timedelta``), that before a resume included.
+        min_epochs: `stop` is ignored until this many epochs are completed.
+        min_steps: `stop` is ignored until this many steps are completed.
+        stop: A stop rule, or any function of a state that returns None or False to continue, and a reason or True to stop.
+        accumulate: Batches per step, or a mapping of first epochs to batches per step.
+        microbatch: The largest number of samples computed at a time, or ``"auto"``: whole batches until one runs out of memory.
         recompute: Patterns of modules whose activations are computed again in the backward pass, see `fnlight.gradients.recompute`.
-        apply_in_backward: True updates each parameter as soon as its gradient is there, and frees it; see `fnlight.step.optimizer_in_backward`.
+        apply_in_backward: True updates each parameter as soon as its gradient is computed, and frees the gradient; see
+            `fnlight.step.optimizer_in_backward`.
         precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` (autocast; fp16 with a loss scale); ``"fp8"`` (bf16 with linear
             layers in fp8, see `fnlight.precision.fp8`); ``"bf16-true"``, ``"fp16-true"`` or ``"fp64"``
             (weights and batches are cast).
-        matmul_precision: ``"highest"``, ``"high"`` or ``"medium"``: what fp32 matrix products may be computed in while the run lasts; None
-            leaves torch's setting as it is.
+        matmul_precision: ``"highest"``, ``"high"`` or ``"medium"``: the precision of fp32 matrix products during the run; None leaves
+            torch's setting unchanged.
         clip_norm: The largest 2-norm of the gradients.
         clip_value: The largest absolute value of a gradient's entry.
-        ema: Decay of averaged weights; evaluations of the run then use them.
+        ema: Decay of averaged weights; the run then evaluates the average.
         eval_every: When ``loaders.val`` is evaluated.
         sanity_batches: Evaluation batches that are tried before training.
         dir: Where checkpoints and ``config.json`` go; None writes nothing.
@@ -62,29 +63,29 @@ class FitConfig:
         workers_ahead: True starts the workers of the next epoch before one ends, so that its first batch need not be waited for.
         limit_train: Batches an epoch at most (int), or a fraction of them (float).
         limit_eval: The same for evaluations.
-        fast_dev_run: True or n: one epoch of n batches of everything, no files.
-        overfit_batches: n: the same first n batches each epoch, unshuffled.
+        fast_dev_run: True or n: one epoch of n batches (True: one) of training and evaluation, without files.
+        overfit_batches: n trains on the same first n batches in each epoch, unshuffled.
         device: ``"auto"`` (the accelerator if there is one), or a device such as ``"cpu"``.
         deterministic: True lets torch use deterministic algorithms only.
-        detect_anomaly: True lets autograd name the operation that made a NaN, slowly.
-        donate: True trains on the very tensors of the state that is passed in.
-        gc: ``"auto"`` leaves the collection of garbage to Python; ``"managed"`` does it between steps, see `collect_garbage`.
-        compile: ``"trace"``, ``"step"``, ``"graph"`` or ``"model"``: how much of a step becomes one graph, see `fnlight.compile`; None: nothing.
+        detect_anomaly: True makes autograd name the operation that produced a NaN; this is slow.
+        donate: True trains in the tensors of the given state, without a copy; that state cannot be read afterwards.
+        gc: ``"auto"`` leaves garbage collection to Python; ``"managed"`` collects between steps, see `collect_garbage`.
+        compile: ``"trace"``, ``"step"``, ``"graph"`` or ``"model"``: how much of a step is compiled, see `fnlight.compile`; None compiles nothing.
         unroll: Updates in one call of a compiled step.
-        parallel: ``"auto"`` joins the processes that the environment names, if there are several, and trains data parallel, see
-            `fnlight.parallel`; None trains in this process, whoever else there is.
-        exact_ranks: True gives bitwise the same weights on 1, 2, 4 and 8 ranks, slowly, to tell a bug from rounding; see
+        parallel: ``"auto"`` trains data parallel where the environment names several processes (as ``torchrun`` does), see
+            `fnlight.parallel`; None trains in this process alone.
+        exact_ranks: True gives bit-identical weights on 1, 2, 4 and 8 ranks. It is slow, and tells a bug from rounding; see
             `fnlight.parallel.exact_ranks`.
-        signals: True ends the run after the step that is under way when SIGTERM, SIGUSR1 or Ctrl-C comes; see `fnlight.runtime.signals`.
-        signals_deadline: Seconds after a signal at which the process is ended, whatever it does; None waits as long as it takes.
+        signals: True ends the run after the current step on SIGTERM, SIGUSR1 or Ctrl-C; see `fnlight.runtime.signals`.
+        signals_deadline: Seconds after a signal until the process is killed; None sets no limit.
         profile_steps: ``(first, last)``: these steps are traced into ``DIR/traces``, see `fnlight.loop.profile`.
-        debug_bundle: True writes what is needed to repeat a failed step to ``DIR/bundles``; see `fnlight.nonfinite.bundle` for what it costs.
-        nonfinite: ``"raise"`` when a loss was NaN or infinite, ``"skip"`` steps whose loss or gradients were, go back to the last checkpoint
-            and on with other data (``"rollback"``, see `fnlight.nonfinite.rollback`), or ``"ignore"``.
-        max_nonfinite: How often in a row, with ``"skip"`` or ``"rollback"``, before the run fails; None is ten steps, or three times back.
+        debug_bundle: True writes what is needed to repeat a failed step to ``DIR/bundles``; see `fnlight.nonfinite.bundle` for its cost.
+        nonfinite: What to do about a NaN or infinite loss: ``"raise"``; ``"skip"`` the update (also for non-finite gradients);
+            ``"rollback"`` to the last checkpoint and continue with later data, see `fnlight.nonfinite.rollback`; or ``"ignore"``.
+        max_nonfinite: The run fails after this many skips or rollbacks in a row; None means ten skips, or three rollbacks.
 
     Raises:
-        ConfigError: If a field cannot mean anything, or two contradict each other.
+        ConfigError: If a field is invalid, or two fields contradict each other.
 
     Example:
         >>> config = FitConfig(max_epochs=3, clip_norm=1.0, stop=triggers.patience("val/loss", 3))
@@ -156,21 +157,19 @@ class FitConfig:
         for unit in ("epochs", "steps"):
             least, most = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
             if least and self.stop is None:
-                raise ConfigError(
-                    f"FitConfig(min_{unit}={least}) says from when on `stop` is heeded, but there is no stop; give one, or leave it out"
-                )
+                raise ConfigError(f"FitConfig(min_{unit}={least}) delays `stop`, but stop is None; give stop, or leave min_{unit} out")
             if most is not None and least > most:
-                raise ConfigError(f"FitConfig(min_{unit}={least}, max_{unit}={most}): the run would be over before `stop` is heeded")
+                raise ConfigError(
+                    f"FitConfig(min_{unit}={least}, max_{unit}={most}): the run would end before `stop` is asked; make min_{unit} smaller, or leave it out"
+                )
         self._check_files()
         if self.overfit_batches and self.limit_train is not None:
-            raise ConfigError("FitConfig(overfit_batches=..., limit_train=...) both say how many batches there are; give one of them")
+            raise ConfigError("FitConfig(overfit_batches=..., limit_train=...) both set the number of batches per epoch; give one of them")
         if not isinstance(self.keep, Retention):
             raise ConfigError(f"FitConfig(keep=...) must be a retention such as last(1) or best('val/loss', 3), but got {self.keep!r}")
 
         if self.exact_ranks and (self.microbatch is not None or self.compile is not None):
-            raise ConfigError(
-                "FitConfig(exact_ranks=True) computes batches in parts of its own, in no graph; leave microbatch and compile out"
-            )
+            raise ConfigError("FitConfig(exact_ranks=True) splits batches itself and cannot be compiled; leave microbatch and compile out")
         if self.unroll > 1 and self.compile in (None, "model"):
             raise ConfigError(
                 f"FitConfig(unroll={self.unroll}) puts several updates into one graph; give compile='step' or 'trace' as well"
@@ -179,10 +178,14 @@ class FitConfig:
     def _check_files(self) -> None:
         if self.resume and (self.dir is None or self.fast_dev_run):
             why = "fast_dev_run writes and reads no files" if self.fast_dev_run else "there is no dir"
-            raise ConfigError(f"FitConfig(resume=True) goes on from a checkpoint, but {why}; leave one of them out")
+            raise ConfigError(
+                f"FitConfig(resume=True) loads a checkpoint, but {why}; leave resume out{'' if self.fast_dev_run else ', or give dir'}"
+            )
         asked = [f"{name}={getattr(self, name)!r}" for name in ("allow", "rename") if getattr(self, name)]
         if asked and not self.resume:
-            raise ConfigError(f"FitConfig({asked[0]}) is about going on from a checkpoint, but resume is False; set it, or leave it out")
+            raise ConfigError(
+                f"FitConfig({asked[0]}) only matters for a resumed run, but resume is False; give resume=True, or leave it out"
+            )
         if self.dir is None:
             asked = [
                 n
@@ -190,33 +193,31 @@ class FitConfig:
                 if getattr(self, n) != default
             ]
             if asked:
-                raise ConfigError(
-                    f"FitConfig({asked[0]}={getattr(self, asked[0])!r}) is about checkpoints, but there is no dir to write them to; give dir"
-                )
+                raise ConfigError(f"FitConfig({asked[0]}={getattr(self, asked[0])!r}) is about checkpoints, but dir is None; give dir")
         if self.max_nonfinite is not None and self.nonfinite not in ("skip", "rollback"):
             raise ConfigError(
-                f"FitConfig(max_nonfinite={self.max_nonfinite}) bounds nonfinite='skip' and 'rollback', but it is {self.nonfinite!r}; "
-                "give one of them, or leave it out"
+                f"FitConfig(max_nonfinite={self.max_nonfinite}) limits nonfinite='skip' and 'rollback', but nonfinite is {self.nonfinite!r}; "
+                "give one of those two, or leave max_nonfinite out"
             )
         if self.nonfinite == "rollback" and (self.dir is None or self.debug_bundle):
-            what = "goes back to a checkpoint, but there is no dir; give dir"
-            also = "leaves behind the steps that debug_bundle=True would repeat; give one of them"
+            what = "loads a checkpoint, but dir is None; give dir"
+            also = "drops the steps that debug_bundle=True would repeat; give only one of them"
             raise ConfigError(f"FitConfig(nonfinite='rollback') {what if self.dir is None else also}")
         if self.profile_steps and self.dir is None:
-            raise ConfigError(f"FitConfig(profile_steps={self.profile_steps}) writes traces to dir, but there is none; give dir")
+            raise ConfigError(f"FitConfig(profile_steps={self.profile_steps}) writes traces to dir, but dir is None; give dir")
         if self.debug_bundle and self.dir is None:
-            raise ConfigError("FitConfig(debug_bundle=True) writes bundles to dir, but there is none; give dir")
+            raise ConfigError("FitConfig(debug_bundle=True) writes bundles to dir, but dir is None; give dir")
         if self.signals_deadline is not None and not self.signals:
             raise ConfigError(
-                "FitConfig(signals_deadline=...) bounds what follows a signal, but signals is False; give signals=True as well"
+                "FitConfig(signals_deadline=...) limits the time after a signal, but signals is False; give signals=True as well"
             )
         if (self.log_every != steps(50) or self.log_times) and not self.sinks:
             asked = "log_times=True" if self.log_times else f"log_every={self.log_every!r}"
-            raise ConfigError(f"FitConfig({asked}) is about sinks, but there are none; give sinks=fl.JSONL(path) or such")
+            raise ConfigError(f"FitConfig({asked}) is about sinks, but there are none; give one, such as sinks=fl.JSONL(path)")
 
     @property
     def bounds(self) -> StopRule:
-        """What ends the run: `stop` from the minima on, or one of the maxima."""
+        """The stop rule of the run: `stop` once ``min_epochs`` and ``min_steps`` are done, or one of ``max_epochs``, ``max_steps``, ``max_time``."""
         found: list[StopRule] = []
         if self.stop is not None:
             guards = [triggers.min_epochs(self.min_epochs)] if self.min_epochs else []
@@ -235,7 +236,7 @@ class FitConfig:
         """The configuration as JSON, default values left out.
 
         Raises:
-            ConfigError: If a field holds a function of yours, which has no text that could be read back.
+            ConfigError: If a field holds your own function, which cannot be written as text and read back.
         """
         out: dict[str, Any] = {}
         for field in attrs.fields(type(self)):
@@ -253,20 +254,20 @@ class FitConfig:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """A configuration from JSON; nothing in it is ever run as code.
+        """A configuration from JSON; reading it never runs code.
 
         Raises:
-            ConfigError: If it is no JSON object, or a field or a name in it is unknown.
+            ConfigError: If it is not a JSON object, or a field or a name in it is unknown.
         """
         try:
             given = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"a configuration must be JSON, but: {error}") from error
+            raise ConfigError(f"a configuration must be JSON, but it cannot be read: {error}") from error
         known = {field.name for field in attrs.fields(cls)}
         if not isinstance(given, dict) or not given.keys() <= known:
             unknown = sorted(given.keys() - known) if isinstance(given, dict) else type(given).__name__
             raise ConfigError(
-                f"a configuration must be a JSON object with fields of FitConfig, but got {unknown}; there are {sorted(known)}"
+                f"a configuration must be a JSON object with fields of FitConfig, but got {unknown}; the fields are {sorted(known)}"
             )
         for name in _TEXTS:
             if isinstance(given.get(name), str):

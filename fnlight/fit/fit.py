@@ -27,22 +27,22 @@ _TURN = threading.RLock()  # of the process; one that a thread has it may take a
 
 
 def fit(state: TrainState, loaders: Any, config: FitConfig) -> TrainState:
-    """Train a state on loaders as a configuration says, and return the state where it ended.
+    """Train a state on loaders with a configuration, and return the final state.
 
     One `fit` runs at a time in a process: one in another thread waits for it, with a warning. One within a sink or a rule runs at once.
 
     Args:
-        state: Where training stands; it is left as it was, unless ``config.donate``.
+        state: The state to start from; it is not changed, unless ``config.donate``.
         loaders: `Loaders`, or just a training loader.
-        config: How.
+        config: The configuration.
 
     Returns:
-        A state whose `stopped` says why the run ended and whose `history` prints as a table.
+        The final state. Its `stopped` says why the run ended, and its `history` prints as a table.
 
     Raises:
-        ConfigError: If state, loaders and configuration do not fit, before any work.
+        ConfigError: If state, loaders and configuration do not fit together; raised before any work starts.
         LoaderError: If a loader is missing or empty.
-        StepError: If a step function returns what it must not.
+        StepError: If a step function returns a value of the wrong kind.
 
     Example:
         >>> import torch
@@ -117,7 +117,7 @@ def _together(state: TrainState, config: FitConfig, train: Source) -> Iterator[t
 
 @contextmanager
 def _listening(config: FitConfig, place: Any) -> Iterator[Signals | None]:
-    """What listens for signals, if anything does; those of all ranks, where there are several."""
+    """The signal handlers, or None; with several ranks, a signal to one rank ends all of them."""
     with Signals(deadline=config.signals_deadline) if config.signals else nullcontext() as signals:
         if signals is not None and place is not None:
             signals.shared = True
@@ -135,20 +135,20 @@ def _dev_run(state: TrainState, config: FitConfig) -> FitConfig:
 
 
 def _resumed(state: TrainState, config: FitConfig, donate: bool) -> TrainState:
-    """The state to go on from; whatever it is, it may be donated."""
+    """The state to start from: the newest checkpoint's or the given one; it may be donated in either case."""
     place = state.store.place
     found = _kept(config.dir, config.resume and place is None) if config.dir is not None and (place is None or place.writes) else None
     if place is not None:
-        found = place.everyone.gather(found)[0]  # one of them looks, so that all go on from the same
+        found = place.everyone.gather(found)[0]  # one rank looks, so that all resume from the same checkpoint
     if found is not None and not config.resume:
         raise ConfigError(
-            f"{config.dir} holds a run already, up to {os.path.basename(found)}; go on from it with FitConfig(resume=True), or give another dir"
+            f"{config.dir} already holds a run, up to {os.path.basename(found)}; resume it with FitConfig(resume=True), or give another dir"
         )
     if found is not None:
         resumed = restore(found, state, allow=[each for each in config.allow if each not in ("batch_size", "data")], rename=config.rename)
         if resumed.seed != state.seed:
             warn(
-                f"the run in {config.dir} has seed {resumed.seed}, which decides its data order, but the state has {state.seed}; {resumed.seed} is used",
+                f"the run in {config.dir} has seed {resumed.seed}, which sets its data order, but the given state has {state.seed}; {resumed.seed} is used",
                 CheckpointWarning,
             )
         if resumed.stopped is None:
@@ -157,19 +157,19 @@ def _resumed(state: TrainState, config: FitConfig, donate: bool) -> TrainState:
     broken = checkpoints(config.dir) if config.dir is not None and (place is None or place.writes) else []
     if broken:
         raise BrokenCheckpointError(
-            f"none of the {len(broken)} checkpoints of {config.dir} is sound, so there is nothing to go on from, and starting afresh there would "
-            "overwrite them; look at fl.verify(path), restore them from a copy, or give another dir"
+            f"none of the {len(broken)} checkpoints in {config.dir} is valid, so the run cannot be resumed, and a new run there would overwrite "
+            "them; see what is wrong with fl.verify(path), restore them from a copy, or give another dir"
         )
     return state if donate else state.copy()
 
 
 def _kept(dir: str, once: bool) -> str | None:
-    """What there is to go on from; to be read once, it is the directory itself, in which `restore` looks for the newest sound checkpoint."""
+    """The newest valid checkpoint; with `once`, the directory itself: `restore` then finds the checkpoint and reads its files only once."""
     return (dir if checkpoints(dir) else None) if once else newest(dir)
 
 
 def _age(path: str) -> float:
-    """Seconds since a checkpoint was written; 0 in a remote store, which has a clock of its own, and where its writer died as it replaced it."""
+    """Seconds since a checkpoint was written; 0 in a remote store, whose clock differs, and where the file is missing."""
     written = os.path.join(path, STATE)
     return time.time() - os.path.getmtime(written) if os.path.exists(written) else 0.0
 
@@ -183,8 +183,8 @@ def _counted(state: TrainState, train: Source, config: FitConfig) -> TrainState:
     after = placed(train, before, earlier="batch_size" in config.allow)
     if after.samples != before.samples:
         warn(
-            f"the batches have another size than when the state was saved: the run goes back from sample {before.epoch_samples} of epoch "
-            f"{before.epoch} to {after.epoch_samples}, where one ends, and sees those between twice",
+            f"the batch size differs from that of the saved state: the run goes back from sample {before.epoch_samples} of epoch "
+            f"{before.epoch} to sample {after.epoch_samples}, where a batch of the new size ends, and trains on the samples between them twice",
             CheckpointWarning,
         )
     return state if after is before else attrs.evolve(state, progress=after)
@@ -192,7 +192,7 @@ def _counted(state: TrainState, train: Source, config: FitConfig) -> TrainState:
 
 def _placed(state: TrainState, config: FitConfig) -> TrainState:
     if config.device == "auto" and state.device.type != "cpu":
-        return state  # it was put there
+        return state  # the user moved it there
     device = default_device() if config.device == "auto" else existing(config.device)
     if device.type == state.device.type and device.index in (None, state.device.index):
         return state
@@ -200,13 +200,13 @@ def _placed(state: TrainState, config: FitConfig) -> TrainState:
 
 
 def _converted(state: TrainState, config: FitConfig) -> TrainState:
-    """This very state; where fp8 is asked for, its linear layers compute in it."""
+    """The same state; with ``precision="fp8"``, its linear layers are converted to fp8 in place."""
     if config.precision == "fp8":
         store = state.store
         store.module = to_fp8(store.module)
         if store.device.type != "cuda":
             raise ConfigError(
-                f"FitConfig(precision='fp8') needs a GPU, but the state is trained on {store.device}; leave device out, or take 'bf16'"
+                f"FitConfig(precision='fp8') needs a GPU, but the state is on {store.device}; train on a GPU, or give precision='bf16'"
             )
         for phase in store.phases.values():
             phase.module = store.module
@@ -217,7 +217,7 @@ def _write_config(config: FitConfig) -> None:
     if config.dir is None or "://" in config.dir:
         return
     text, path = text_of(config), os.path.join(config.dir, "config.json")
-    if text is None:  # what an earlier part of the run was told does not hold any more
+    if text is None:  # the file of an earlier part of the run would be wrong now
         with suppress(FileNotFoundError):
             os.remove(path)
         return

@@ -1,4 +1,4 @@
-"""`main`: a script's main function, with the exit code that schedulers expect."""
+"""`main`: run a script's main function, and exit with the code that cluster schedulers expect."""
 
 import signal
 import sys
@@ -11,13 +11,13 @@ from fnlight.state import TrainState
 
 
 def main(fn: Callable[[], Any]) -> NoReturn:
-    """Run a script's main function and leave with an exit code that says how it ended.
+    """Run a script's main function, and exit with a code that says how it ended.
 
-    The code is 143 after SIGTERM, 130 after Ctrl-C, and 128 and the number of the signal after others: where a state that `fn`
-    returned was stopped by a signal, or an evaluation or prediction was. Otherwise it is 0, or 1 after an exception, as always.
+    If a signal stopped the returned state, an evaluation or a prediction, the code is 128 plus the number of the signal: 143 for SIGTERM,
+    130 for Ctrl-C. Otherwise it is 0, or 1 after an exception, as usual.
 
     Args:
-        fn: Takes nothing; gives a state, or several in a list or a mapping. An integer is an exit code; anything else means nothing.
+        fn: Takes no arguments. It returns a state, or several in a list or a mapping. An integer is an exit code; other values are ignored.
 
     Raises:
         SystemExit: Always, unless `fn` raises something else.

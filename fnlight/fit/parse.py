@@ -1,6 +1,6 @@
-"""Triggers, rules, retentions and sinks from their source text, such as ``"steps(50) | at_end"``.
+"""Triggers, stop rules, retentions and sinks from their source text, such as ``"steps(50) | at_end"``.
 
-The parser knows their names only: a text from a stranger is data.
+The parser accepts their names only, so reading a text never runs code.
 """
 
 import ast
@@ -20,7 +20,7 @@ _NAMES: Mapping[str, Any] = {
 
 
 def parse(text: str) -> Any:
-    """Read the source text of a trigger, rule, retention or sink; names that fnlight does not know are refused.
+    """Read the source text of a trigger, stop rule, retention or sink; unknown names are refused.
 
     Args:
         text: Such as ``"steps(50) | at_end"``.
@@ -29,7 +29,7 @@ def parse(text: str) -> Any:
         The value.
 
     Raises:
-        ConfigError: If it is anything else than known names, called with plain values and joined with ``|``, ``&``, ``~``.
+        ConfigError: If the text holds anything but known names, called with plain values and joined with ``|``, ``&`` and ``~``.
 
     Example:
         >>> parse("steps(50) | at_end")
@@ -52,7 +52,7 @@ def _read(node: ast.expr, text: str) -> Any:
         return _NAMES[node.id]
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _NAMES:
         return _call(node, node.func.id, text)
-    raise ConfigError(f"cannot read {ast.unparse(node):.60} in {text:.80}; known are {', '.join(_NAMES)}")
+    raise ConfigError(f"cannot read {ast.unparse(node):.60} in {text:.80}; the known names are {', '.join(_NAMES)}")
 
 
 def _call(node: ast.Call, name: str, text: str) -> Any:
@@ -69,24 +69,24 @@ def written(name: str, value: Any) -> str:
 
     Args:
         name: The field of the configuration that holds it.
-        value: A trigger, rule, retention or sink.
+        value: A trigger, stop rule, retention or sink.
 
     Returns:
         Its text.
 
     Raises:
-        ConfigError: If it is, or holds, a function of the user's.
+        ConfigError: If it is, or holds, a user's function.
 
     Example:
         >>> written("log_every", triggers.steps(50))
         'steps(50)'
     """
     text = repr(value)
-    wrong = f"FitConfig({name}={text:.80}) has no text that could be read back: it is, or holds, a function of your own"
+    wrong = f"FitConfig({name}={text:.80}) cannot be written as text: it is, or holds, your own function"
     try:
         found = parse(text)
     except ConfigError as error:
         raise ConfigError(wrong) from error
-    if found != value:  # a function of the user's that has the name of one of fnlight's
+    if found != value:  # a user's function with the name of one of fnlight's
         raise ConfigError(wrong)
     return text

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before the first step of a run."""
+"""The checks before the first step of a run."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,23 +12,24 @@ from fnlight.fit.compose import TRUE, eval_step_of, known_steps
 from fnlight.fit.config import FitConfig
 from fnlight.loop import evaluate
 from fnlight.optim import Optim, ends, monitored
-from fnlight.pipe import Pipe
+from fnlight.pipe import Pipe, check_monitors
 from fnlight.precision import casts
 from fnlight.runtime import Signals
 from fnlight.state import TrainState
 
-_ALL_BUT_NOTHING = 1e-3  # a factor of the learning rate below which nobody means to train on
+_ALL_BUT_NOTHING = 1e-3  # below this factor of the learning rate, training on is almost surely a mistake
+_RECORDED = "for 'val/...', give fl.Loaders(train=..., val=...) and leave FitConfig(eval_every=...) set; 'train/...' is always recorded"
 
 
 def preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pipe, signals: Signals | None = None) -> None:
-    """Refuse, or warn of, what can be known to be wrong before the first step.
+    """Check everything that can be checked before the first step: raise an error, or warn.
 
     Args:
-        state: Where the run is to go on from.
-        loaders: What it is to read.
-        config: How.
-        step: The pipe that it is to run.
-        signals: What listens; when a signal comes, the evaluation that is tried is given up.
+        state: The state that the run starts from.
+        loaders: The loaders of the run.
+        config: The configuration of the run.
+        step: The pipe of the run.
+        signals: The signal handlers, or None; a signal ends the trial evaluation.
 
     Raises:
         CheckpointError: If the state holds what cannot be saved, and is to be.
@@ -44,11 +45,12 @@ def preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pipe
         >>> config = FitConfig(max_steps=1, progress=False)
         >>> preflight(TrainState.create(task), Loaders(train=[1]), config, compose(task, config))
     """
+    check_monitors(state, step.combinators, advice=_RECORDED)
     _check_precision(state, config, step)
     for name, optim in state.store.optims.items():
         if (
             getattr(state.task.train_step[name] if name in step.phases else None, "every", None) is None
-        ):  # else nobody knows how often it is due
+        ):  # with a trigger, the number of its updates is unknown
             _check_ends(optim, loaders, config)
     if config.dir is not None:
         writable(config.dir)
@@ -57,8 +59,8 @@ def preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pipe
         _check_resumes(loaders.train)
     if state.store.params and not state.store.module.training:
         warn(
-            "the model is in eval mode: dropout is off and BatchNorm does not learn its statistics; if that is not meant, call model.train() "
-            "before fl.Task(model, ...)",
+            "the model is in eval mode: dropout is off, and BatchNorm does not update its statistics; if this is not intended, call "
+            "model.train() before fl.Task(model, ...)",
             TaskWarning,
         )
     asked = [name for c in step.combinators for name in c.requires if name.startswith("val/")]
@@ -67,7 +69,7 @@ def preflight(state: TrainState, loaders: Loaders, config: FitConfig, step: Pipe
     wanted = list(dict.fromkeys((*asked, *watched)))
     unseen = [name for name in wanted if not any(name in record.metrics for record in state.history)]
     evaluates = loaders.val is not None and config.eval_every is not None
-    if asked and evaluates:  # a schedule that has nothing to watch yet holds its factor: a part of a run may end before
+    if asked and evaluates:  # not for schedules: one that has no value yet keeps its factor, and a short run may end before the first
         _check_reachable(config, asked)
     if evaluates and (config.sanity_batches or unseen):
         batches = config.sanity_batches or 1
@@ -90,20 +92,20 @@ def _check_resumes(loader: Any) -> None:
 
 def _check_precision(state: TrainState, config: FitConfig, step: Pipe) -> None:
     if config.precision in TRUE:
-        step.adopt(state)  # which casts the state, for the evaluation before the first step
+        step.adopt(state)  # this casts the state, for the evaluation before the first step
     elif held := casts(state.store.memory):
         dtype = held[0]["dtype"]
-        wrong = f"the state was trained with weights in {dtype}, but FitConfig(precision={config.precision!r}) computes otherwise"
-        raise ConfigError(f"{wrong}; give the precision that it had, or convert it with fl.to_dtype(state, torch.float32)")
+        wrong = f"the state was trained with weights in {dtype}, but FitConfig(precision={config.precision!r}) needs float32 weights"
+        raise ConfigError(f"{wrong}; give the precision of the earlier run, or convert the state with fl.to_dtype(state, torch.float32)")
 
 
 def _check_again(loader: Any) -> None:
-    """Refuse, before a batch is tried, what would lack it in the evaluation."""
+    """Refuse an iterator: the batches of the trial evaluation would be missing in the first real one."""
     for name, each in loader.items() if isinstance(loader, Mapping) else (("val", loader),):
         if isinstance(each, Iterator):
             raise LoaderError(
-                f"the loader {name!r} is an iterator ({type(each).__name__}), which can be gone over only once, but an evaluation is tried before the "
-                "first step; pass an iterable that begins anew each time, such as a DataLoader or a list"
+                f"the loader {name!r} is an iterator ({type(each).__name__}), which can be iterated only once, but fit also tries an evaluation "
+                "before the first step; pass an iterable that can be iterated again, such as a DataLoader or a list"
             )
 
 
@@ -113,24 +115,24 @@ def _check_reachable(config: FitConfig, wanted: list[str]) -> None:
         if most is not None and 0 < most < first:
             raise ConfigError(
                 f"{wanted[0]!r} is monitored, but the first evaluation would be after {first} {unit} (eval_every={config.eval_every!r}) "
-                f"and the run ends after {most}: it could never fire; evaluate earlier"
+                f"and the run ends after {most}, so it would never have a value; give an earlier eval_every"
             )
 
 
 def _check_ends(optim: Optim, loaders: Loaders, config: FitConfig) -> None:
-    """A schedule that ends before the run does would train on with a learning rate of nothing, or fail in the middle."""
+    """A schedule that is shorter than the run would continue with a learning rate near zero, or fail during the run."""
     known = {"step": known_steps(loaders, config), "epoch": config.max_epochs}.get(optim.interval)
     if known is None or config.fast_dev_run:
         return
-    last = (known - 1) // optim.frequency  # what the last update is given
+    last = (known - 1) // optim.frequency  # the argument of the schedule at the last update
     for key, schedule, total, holds in ends(optim):
-        what = f"the schedule of {key!r}, {schedule}, ends at {optim.interval} {total * optim.frequency}, but the run goes on to {known}"
+        what = f"the schedule of {key!r}, {schedule}, ends at {optim.interval} {total * optim.frequency}, but the run has {known}"
         if last > total and not holds:
             raise ConfigError(
-                f"{what}, and there it would fail; make it longer, as in total_steps=fl.total_steps(config, loaders), or the run shorter"
+                f"{what}, so it would raise an error during the run; make it longer, as in total_steps=fl.total_steps(config, loaders), or the run shorter"
             )
         if last > total and holds and key == "lr" and schedule(total) < _ALL_BUT_NOTHING:
             warn(
-                f"{what}: it holds its last factor, {schedule(total):g}, and next to nothing is learned from there on; make it longer, as in total=fl.total_steps(config, loaders)",
+                f"{what}: it keeps its last factor, {schedule(total):g}, so almost nothing is learned after that; make it longer, as in total=fl.total_steps(config, loaders)",
                 OptimizerWarning,
             )

@@ -1,6 +1,6 @@
-"""The loop: `run`, `evaluate` and `predict`, and the combinators that act once in a while, such as `evaluate_every` and `checkpoint_every`.
+"""The loop: `run`, `evaluate` and `predict`, and the combinators that act on a trigger, such as `evaluate_every` and `checkpoint_every`.
 
-Read `run` first: its docstring has the order of a tick.
+Read `run` first: its module docstring has the order of a tick.
 """
 
 from fnlight.loop.epoch_means import epoch_means

@@ -31,7 +31,7 @@ def epoch_means() -> Combinator:
     """Add the exact means of the training metrics over each epoch to the history, as ``train/loss`` and so on.
 
     Returns:
-        A combinator from `Step` to `Step`; an epoch that is resumed half-way still gets its exact mean.
+        A combinator from `Step` to `Step`; an epoch that is resumed in the middle still gets its exact mean.
 
     Example:
         >>> print(epoch_means())
@@ -43,7 +43,7 @@ def epoch_means() -> Combinator:
             before, epoch = state.progress, state.progress.epoch
             state, metrics = step(state, batch)
             tally: Tally = state.store.memory["epoch_means"]
-            if state.store.step.back == state.version:  # what the step gave counts nowhere, nor does an epoch whose end is left out
+            if state.store.step.back == state.version:  # after a rollback, neither this step counts nor an epoch whose end was dropped
                 if state.progress.epoch != epoch:
                     tally.clear()
                 return state, metrics

@@ -1,4 +1,4 @@
-"""Evaluation: every batch of a loader once, in eval mode and without gradients, leaving the state as it was."""
+"""Evaluation: every batch of a loader once, in eval mode and without gradients; the state is not changed."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -30,22 +30,22 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate a state on a loader: a plain metric counts with the samples of its batch, so a mean over a batch becomes the exact mean over the data.
 
-    Where a state is placed on several ranks, all of them call it, each batch is evaluated by one of them, and all get the result of one process.
+    For a state on several ranks, all ranks must call it. Each batch is evaluated by one rank, and all get the result of a single process.
 
     Args:
-        state: Where training stands; it is left as it was, see `inference`.
+        state: The state to evaluate; it is not changed, see `inference`.
         loader: A loader, or a mapping of named loaders, whose metrics are then called ``NAME/metric``.
-        eval_step: ``(model, batch) -> metrics``; None takes the task's.
-        weights: The memory whose averaged weights are used, such as ``"ema"``; None takes the parameters (of a schedule-free
-            optimizer: the averaged ones).
-        limit: Batches at most (int), or a fraction of them (float).
-        signals: What listens; when a signal comes, the evaluation ends without a result.
+        eval_step: ``(model, batch) -> metrics``; None uses the task's.
+        weights: The name of the averaged weights to use, such as ``"ema"``; None uses the parameters (for a schedule-free optimizer, the
+            averaged ones).
+        limit: The largest number of batches (int), or a fraction of them (float).
+        signals: The signal handlers, or None; a signal ends the evaluation without a result.
 
     Returns:
         Names to floats.
 
     Raises:
-        ConfigError: If there is no `eval_step`, or no memory of that name.
+        ConfigError: If there is no `eval_step`, or no averaged weights of that name.
         Interrupted: If a signal came.
         StepError: If `eval_step` returns no metrics.
 
@@ -71,9 +71,9 @@ def sources_of(loader: Any, device: torch.device, limit: int | float | None = No
 
     Args:
         loader: A loader, or a mapping of named loaders.
-        device: Where batches are moved to.
-        limit: Batches at most (int), or a fraction of them (float).
-        place: How the state lies on several ranks; each then has its share of the batches.
+        device: The device that batches are moved to.
+        limit: The largest number of batches (int), or a fraction of them (float).
+        place: The placement of the state on several ranks; each rank then gets its share of the batches.
 
     Returns:
         Names to sources; a single loader has the name ``""``.
@@ -90,17 +90,17 @@ def sources_of(loader: Any, device: torch.device, limit: int | float | None = No
 def evaluate_sources(
     state: TrainState, sources: Mapping[str, Source], fn: EvalStep, weights: str | None, signals: Signals | None = None
 ) -> dict[str, Any]:
-    """Evaluate on prepared sources; the global generators are the caller's to put back.
+    """Evaluate on prepared sources; the caller must restore the global generators.
 
     Args:
-        state: Where training stands.
-        sources: What `sources_of` gave.
+        state: The state to evaluate.
+        sources: The result of `sources_of`.
         fn: ``(model, batch) -> metrics``.
-        weights: The memory whose averaged weights are used; None takes the parameters.
-        signals: What listens; None where nobody does.
+        weights: The name of the averaged weights to use; None uses the parameters.
+        signals: The signal handlers, or None.
 
     Returns:
-        Names to floats, and to media where there are any.
+        Names to floats, and to media if there are any.
 
     Raises:
         Interrupted: If a signal came.
@@ -179,7 +179,7 @@ def _check_metrics(metrics: Any, objects: Mapping[str, Any], before: Mapping[str
 
 
 def step_of(state: TrainState, name: str, given: Any) -> Any:
-    """The function that was given, or else the task's.
+    """The given function, or else that of the task.
 
     Args:
         state: Gives the task.
@@ -191,7 +191,7 @@ def step_of(state: TrainState, name: str, given: Any) -> Any:
 
     Raises:
         ConfigError: If there is neither.
-        TypeError: If it is no function, or the state is none.
+        TypeError: If it is not a function, or the state is not a `TrainState`.
 
     Example:
         >>> from fnlight.state import Task
@@ -209,18 +209,18 @@ def step_of(state: TrainState, name: str, given: Any) -> Any:
 
 @contextmanager
 def inference(store: Store, weights: str | None = None, *, owned: bool = False) -> Iterator[nn.Module]:
-    """The live module in eval mode, without gradients and with averaged weights if asked; everything is put back afterwards.
+    """The live module in eval mode, without gradients, with averaged weights if named; everything is restored afterwards.
 
     Everything: weights, the modes of all modules, and buffers that a forward writes to, replaces or fills. Within one evaluation a buffer keeps
     what the batches before have written, as in a plain loop. Modes change through `eval()` and `train()`, both of which a model may override.
 
     Args:
         store: Holds the module.
-        weights: The memory whose averaged weights are used; None takes the parameters.
-        owned: True for a module that is the caller's own copy: its buffers are left as the forward leaves them.
+        weights: The name of the averaged weights to use; None uses the parameters.
+        owned: True for a module that is the caller's own copy: its buffers are not restored.
 
     Raises:
-        ConfigError: If there is no memory of that name.
+        ConfigError: If there are no averaged weights of that name.
 
     Example:
         >>> store = Store(nn.Dropout(), type("No", (), {"optimizer": None})(), {})
@@ -230,7 +230,7 @@ def inference(store: Store, weights: str | None = None, *, owned: bool = False) 
         >>> store.module.training
         True
     """
-    store.free_gradients()  # there is room for what is evaluated
+    store.free_gradients()  # more free memory for the evaluation
     module, modes = store.module, [(m, m.training) for m in store.module.modules()]
     average = weights_to_use(store.optims.values(), module) if weights is None else average_of(store, weights)
     targets = named_tensors(module) if average else {}
@@ -308,7 +308,7 @@ def _is_writable(tensor: Tensor) -> bool:
 
 
 def _put(target: Tensor, value: Tensor) -> None:
-    """Let a tensor have the memory of another one; where torch keeps the address of a part, its values."""
+    """Make a tensor share the data of another one; for a sharded tensor, whose address torch keeps, copy the values."""
     if is_sharded(target):
         with torch.no_grad():
             local(target).copy_(local(value))
@@ -333,7 +333,7 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def average_of(store: Store, weights: str | None) -> dict[str, Tensor]:
-    """The averaged weights of a name: a tree of tensors by parameter name, or one that holds such a tree as ``"weights"``.
+    """The averaged weights of a name in `memory`: tensors by parameter name, or a dict that holds them as ``"weights"``.
 
     Args:
         store: Holds the memory.
@@ -343,7 +343,7 @@ def average_of(store: Store, weights: str | None) -> dict[str, Tensor]:
         Names to tensors, live; empty where the parameters are to be used.
 
     Raises:
-        ConfigError: If there is no memory of that name.
+        ConfigError: If there are no averaged weights of that name.
 
     Example:
         >>> store = Store(nn.Linear(1, 1), type("No", (), {"optimizer": None})(), {"swa": {"count": 0, "weights": {}}})
@@ -359,7 +359,7 @@ def average_of(store: Store, weights: str | None) -> dict[str, Tensor]:
     }
     if weights not in found:
         raise ConfigError(
-            f"weights={weights!r} asks for averaged weights, but the state's memory holds {sorted(found) or 'none'}; train with fl.ema(decay)"
+            f"weights={weights!r} names averaged weights, but the state has {sorted(found) or 'none'}; train with fl.ema(decay) or FitConfig(ema=...)"
         )
     return found[weights]
 

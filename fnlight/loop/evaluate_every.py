@@ -1,4 +1,4 @@
-"""Evaluation during training: when it is due, and its metrics in the history."""
+"""Evaluation during training, on a trigger; its metrics go to the history."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,18 +27,18 @@ def evaluate_every(
     limit: int | float | None = None,
     signals: Signals | None = None,
 ) -> Combinator:
-    """Evaluate when it is due, and add the metrics to the history as ``val/loss`` and so on.
+    """Evaluate when a trigger fires, and add the metrics to the history as ``val/loss`` and so on.
 
-    An evaluation that did not end, because of a signal or an error, leaves no record; a run that goes on begins with it.
+    An evaluation that was interrupted by a signal or an error leaves no record; a resumed run starts with it.
 
     Args:
         loader: A loader, or a mapping of named loaders (then ``val/NAME/loss``).
-        every: When it is due.
-        name: What stands before the metrics' names; unique in a pipe.
-        eval_step: ``(model, batch) -> metrics``; None takes the task's.
-        weights: The memory whose averaged weights are evaluated, such as ``"ema"``; None takes the parameters.
-        limit: Batches at most (int), or a fraction of them (float).
-        signals: What listens; when a signal comes, the evaluation is put off.
+        every: When to evaluate.
+        name: The prefix of the metrics' names; unique in a pipe.
+        eval_step: ``(model, batch) -> metrics``; None uses the task's.
+        weights: The name of the averaged weights to evaluate, such as ``"ema"``; None uses the parameters.
+        limit: The largest number of batches (int), or a fraction of them (float).
+        signals: The signal handlers, or None; a signal defers the evaluation to the resumed run.
 
     Returns:
         A combinator from `Step` to `Step`.
@@ -61,7 +61,7 @@ def evaluate_every(
         except Interrupted:
             return state
         except LoaderError as error:
-            error.add_note(f"in the evaluation {name!r}, behind step {state.progress.step}")
+            error.add_note(f"in the evaluation {name!r}, after step {state.progress.step}")
             raise
         tree["owed"] = False
         media = {f"{name}/{k}": v for k, v in found.items() if isinstance(v, MEDIA)}
@@ -90,7 +90,7 @@ def evaluate_every(
     def finish(before: TrainState, state: TrainState) -> TrainState:
         at = state.progress
         if signals is not None and signals.received is not None and state.stopped == signals.received:
-            return state  # the training is not at its end
+            return state  # the training continues in a resumed run
         here = state.history and state.history[-1].step == at.step and any(k.startswith(f"{name}/") for k in state.history[-1].metrics)
         return evaluated_now(state) if not here and due(Tick(at, at, end=True)) else state
 
@@ -103,18 +103,18 @@ def evaluate_every(
 
 @attrs.frozen(eq=False, repr=False)
 class _Opened:
-    """The loaders of an evaluation as one run reads them, kept from one evaluation to the next with the workers that persist."""
+    """The loaders of an evaluation in one run, kept between evaluations together with their persistent workers."""
 
     device: torch.device
     place: Any
     sources: Mapping[str, Source]
 
     def close(self, error: BaseException | None) -> None:
-        """Nothing waits: workers end with the loaders that hold them."""
+        """Nothing to do: workers end with their loaders."""
 
 
 def _opened(state: TrainState, key: str, loader: Any, limit: int | float | None) -> Mapping[str, Source]:
-    """The sources that the store's run has opened; opened now if it has none, or if the state has moved since."""
+    """The sources of the current run; created if there are none, or if the state has moved to another device."""
     store = state.store
     found = store.run.resources.get(key)
     if found is None or found.device != store.device or found.place is not store.place:
@@ -124,7 +124,7 @@ def _opened(state: TrainState, key: str, loader: Any, limit: int | float | None)
 
 
 def _check(name: Any, eval_step: Any, weights: Any, signals: Any) -> None:
-    check_type("evaluate_every(name=...)", name, str, "what stands before the metrics' names")
+    check_type("evaluate_every(name=...)", name, str, "the prefix of the metrics' names")
     check_type("evaluate_every(eval_step=...)", eval_step, Callable | None, "a function of model and batch, or None for the task's")
     check_type("evaluate_every(weights=...)", weights, str | None, 'the name of averaged weights, such as "ema", or None')
     check_type("evaluate_every(signals=...)", signals, Signals | None, A_SIGNALS)

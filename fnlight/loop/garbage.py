@@ -1,4 +1,4 @@
-"""Garbage collection between steps: when it is due, and over what the run has made, not over all that was there before."""
+"""Garbage collection between steps, over the objects of the run only, not over those that existed before it."""
 
 import gc
 from collections.abc import Callable, Mapping
@@ -10,15 +10,15 @@ from fnlight.pipe import Combinator
 from fnlight.state import TrainState
 from fnlight.triggers import Tick, condition, epochs, steps
 
-_SELDOM = 100_000  # objects after which Python still collects by itself: a step that makes very many is not left alone with them
+_SELDOM = 100_000  # allocations after which Python still collects by itself, for steps that create very many objects
 
 
 def collect_garbage(every: Callable[[Tick], bool] = steps(100) | epochs(1)) -> Combinator:
-    """Collect garbage when it is due rather than in the middle of any step, and leave out what was there before the run.
+    """Collect garbage on a trigger instead of in the middle of a step, and skip the objects that existed before the run.
 
-    While a run lasts, objects that are older than it are frozen: they are not gone over, and cycles among them are freed after the run only.
-    Between two ticks Python collects by itself only where very many objects were made. At the end, however it comes, all is as it was.
-    Values do not change by it.
+    During a run, older objects are frozen: they are not scanned, and cycles among them are freed only after the run. Between two
+    collections Python collects by itself only if very many objects were created. At the end of the run, also after an error, the former
+    settings are restored. The results of training do not change.
 
     Args:
         every: When garbage is collected.
@@ -51,7 +51,7 @@ def collect_garbage(every: Callable[[Tick], bool] = steps(100) | epochs(1)) -> C
 
 @attrs.frozen(repr=False)
 class _Kept:
-    """How Python collected before a run; None and False where a run around this one has seen to it."""
+    """The settings of garbage collection before a run; None and False if an outer run has already changed them."""
 
     thresholds: tuple[int, int, int] | None
     froze: bool
@@ -62,14 +62,14 @@ class _Kept:
         if before[0] == _SELDOM:
             return cls(None, False)
         gc.collect()
-        froze = gc.get_freeze_count() == 0  # what somebody else has frozen could not be told from what is frozen here
+        froze = gc.get_freeze_count() == 0  # objects frozen by other code could not be told from those frozen here
         if froze:
             gc.freeze()
         gc.set_threshold(max(before[0], _SELDOM) if before[0] else 0, *before[1:])  # 0 means never
         return cls(before, froze)
 
     def close(self, error: BaseException | None) -> None:  # noqa: ARG002  # what every resource of a run takes
-        """Put it back."""
+        """Restore the settings."""
         if self.froze:
             gc.unfreeze()
         if self.thresholds is not None:

@@ -1,4 +1,4 @@
-"""Records for sinks: training metrics when they are due, and every evaluation."""
+"""Records for sinks: training metrics on a trigger, and every evaluation."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,17 +15,17 @@ from fnlight.triggers import Tick, condition, steps
 
 
 def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "log", wall_time: bool = False) -> Combinator:
-    """Send records to sinks: training metrics when they are due, as exact means since the last time, and every evaluation at once.
+    """Send records to sinks: training metrics on a trigger, as exact means since the last record, and every evaluation at once.
 
     After a signal, the run that resumes sends what was not sent. Training metrics are called ``train/loss`` and so on, with ``lr`` beside
     them (``lr/NAME`` where there are several groups); means over an epoch ``train_epoch/loss``. A sink that fails is warned of once, with a
     `FaultWarning`, and training continues; ``state.memory["failed_sinks"]`` says what it missed.
 
     Args:
-        *sinks: Any functions of a `Record`.
-        every: When the training metrics are due.
-        name: Where the window lies in the memory; unique in a pipe.
-        wall_time: True adds what the time since the last record went to: ``samples/s``, and the shares ``time/step``, ``time/data`` and so on.
+        *sinks: Functions of a `Record`.
+        every: When training metrics are sent.
+        name: The key of the pending metrics in ``state.memory``; unique in a pipe.
+        wall_time: True adds where the time since the last record was spent: ``samples/s``, and the shares ``time/step``, ``time/data`` and so on.
 
     Returns:
         A combinator from `Step` to `Step`.
@@ -66,7 +66,9 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
         def logged(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
             before, old = state.progress, state.history
             state, metrics = step(state, batch)
-            if state.store.step.back == state.version:  # what the step gave counts nowhere, and the history of then is no news
+            if (
+                state.store.step.back == state.version
+            ):  # after a rollback, this step does not count, and the older history is not sent again
                 return state, metrics
             state.store.memory[name].add(state.progress.step, metrics)
             due = is_due(Tick(before, state.progress))
@@ -105,12 +107,12 @@ def log_to(*sinks: Any, every: Callable[[Tick], bool] = steps(50), name: str = "
 
 @attrs.frozen(eq=False, repr=False)
 class _Told:
-    """The sinks whose failure one run has warned of."""
+    """The sinks that a run has already warned of."""
 
     sinks: set[str] = attrs.field(factory=set)
 
     def close(self, error: BaseException | None) -> None:
-        """Nothing is open."""
+        """Nothing to close."""
 
 
 def _evaluations(state: TrainState, owed: bool = False) -> list[dict[str, Any]]:
@@ -125,7 +127,7 @@ def _taken(state: TrainState, key: str) -> tuple[bool, dict[str, Any]]:
 
 
 def news(state: Any, old: tuple[Record, ...]) -> dict[str, Any]:
-    """What a tick added to the history, and the media of its evaluation.
+    """The metrics that a tick added to the history, and the media of its evaluation.
 
     Args:
         state: The state after the tick.

@@ -1,4 +1,4 @@
-"""Prediction: every batch of a loader once, in eval mode and without gradients, leaving the state as it was."""
+"""Prediction: every batch of a loader once, in eval mode and without gradients; the state is not changed."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -28,25 +28,25 @@ def predict(
     donate: bool = False,
     signals: Signals | None = None,
 ) -> Iterator[Any]:
-    """Predict on a loader, one batch at a time: a generator that holds no more than the batch it works on.
+    """Predict on a loader, one batch at a time: a generator that holds only the current batch.
 
-    Where a state is placed on ranks, rank 1 of 4 gets the outputs of the second batch, the sixth and so on; `collect` brings them together.
+    For a state on several ranks, rank 1 of 4 gets the outputs of the second batch, the sixth and so on; `collect` gathers all of them.
 
     Args:
-        state: Where training stands; it is left as it was, see `inference`, and may train on while predictions are read.
-        loader: A loader; call it once for each of several.
-        predict_step: ``(model, batch) -> output``; None takes the task's.
-        weights: The memory whose averaged weights are used; None takes the parameters (a schedule-free optimizer's: the averaged ones).
-        limit: Batches at most (int), or a fraction of them (float).
-        donate: True works on the state's own module rather than on a copy; do not train on it meanwhile. Buffers that a forward writes to are
-            then put back after each batch rather than kept until the last one.
-        signals: What listens; when a signal comes, `Interrupted` is raised in place of the next output.
+        state: The state to predict with; it is not changed (see `inference`), and can be trained further while predictions are read.
+        loader: One loader; for several, call `predict` for each.
+        predict_step: ``(model, batch) -> output``; None uses the task's.
+        weights: The name of the averaged weights to use; None uses the parameters (for a schedule-free optimizer, the averaged ones).
+        limit: The largest number of batches (int), or a fraction of them (float).
+        donate: True uses the state's own module instead of a copy; do not train the state at the same time. Buffers that a forward pass
+            writes to are then restored after each batch; with a copy, their values are kept until the last batch.
+        signals: The signal handlers, or None; after a signal, `Interrupted` is raised instead of the next output.
 
     Returns:
         An iterator of outputs, in the order of the loader.
 
     Raises:
-        ConfigError: If there is no `predict_step`, no memory of that name, or signals are to end one of several ranks.
+        ConfigError: If there is no `predict_step`, no averaged weights of that name, or `signals` is given with several ranks.
         Interrupted: If a signal came, once the outputs are read.
 
     Example:
@@ -61,7 +61,9 @@ def predict(
     fn = step_of(state, "predict_step", predict_step)
     check_type("predict(signals=...)", signals, Signals | None, A_SIGNALS)
     if signals is not None and state.store.place is not None:
-        raise ConfigError("predict(signals=...) is for one process: of several, one that ends would let the others wait; leave it out")
+        raise ConfigError(
+            "predict(signals=...) works in one process only: a rank that ends early would leave the others waiting; leave it out"
+        )
     check_type("predict(weights=...)", weights, str | None, 'the name of averaged weights, such as "ema", or None')
     store, place = state.live, state.store.place
     owned = not donate or bool(
@@ -81,11 +83,11 @@ def predict(
 
 @attrs.frozen(eq=False, repr=False)
 class Outputs:
-    """What `predict` gives: an iterator of the outputs of this process.
+    """The result of `predict`: an iterator of the outputs of this process.
 
     Args:
         found: The outputs, in the order of the loader.
-        world: The ranks of which each has its share; None where this process is alone.
+        world: The ranks that share the batches; None in a single process.
 
     Example:
         >>> list(Outputs(iter([1, 2])))
@@ -104,7 +106,7 @@ class Outputs:
         return next(self.found)
 
     def close(self) -> None:
-        """Let go of the loader, and of its workers."""
+        """Release the loader and its workers."""
         getattr(self.found, "close", lambda: None)()
 
 
@@ -139,13 +141,13 @@ def _predictions(
 
 
 def collect(outputs: Iterable[Any]) -> list[Any]:
-    """All outputs of `predict` as a list, on the CPU; where several ranks have a share each, on all of them and in the order of the loader.
+    """All outputs of `predict` as a list, on the CPU; with several ranks, every rank gets all outputs in the order of the loader.
 
     Args:
-        outputs: What `predict` gave.
+        outputs: The result of `predict`.
 
     Returns:
-        One entry a batch.
+        One entry per batch.
 
     Example:
         >>> import torch
@@ -154,6 +156,6 @@ def collect(outputs: Iterable[Any]) -> list[Any]:
     """
     check_type("collect(outputs)", outputs, Iterable, "what predict(...) gave")
     mine, world = [map_tensors(lambda t: t.cpu(), out) for out in outputs], outputs.world if isinstance(outputs, Outputs) else None
-    with nullcontext() if world is None else world.waiting("behind a prediction"):
+    with nullcontext() if world is None else world.waiting("after a prediction"):
         turns = zip_longest(*([mine] if world is None else world.gather(mine)), fillvalue=_NOTHING)
     return [out for turn in turns for out in turn if out is not _NOTHING]

@@ -1,4 +1,4 @@
-"""What a step does, operation by operation: traces of chosen steps, written by torch's profiler."""
+"""Traces of chosen steps, operation by operation, written by torch's profiler."""
 
 import os
 import socket
@@ -26,26 +26,26 @@ def profile(
     memory: bool = False,
     name: str = "profile",
 ) -> Combinator:
-    """Write a trace of chosen steps; all others cost a comparison.
+    """Write a trace of chosen steps; other steps only cost a comparison.
 
-    A trace is a file ``DIR/HOST_PID.STEP.pt.trace.json`` in Chrome's format, for https://ui.perfetto.dev and ``chrome://tracing``; so called,
-    it is also what TensorBoard's profiler plugin looks for in its log directory. Steps that follow each other are one trace, named by the
-    last of them. What stands in front of this combinator in the pipe is traced.
+    A trace is a file ``DIR/HOST_PID.STEP.pt.trace.json`` in Chrome's format, for https://ui.perfetto.dev and ``chrome://tracing``.
+    TensorBoard's profiler plugin also finds files of this name in its log directory. Consecutive steps share one trace, named after the last
+    step. The combinators before this one in the pipe are traced.
 
     Args:
-        dir: Where the traces go; it is made when the first one is written.
-        steps: Which steps: a range of their numbers, counted from 1 as `progress.step` counts them, such as ``range(100, 103)``; or a
-            trigger, such as ``epochs(1)``, of which the step that makes it fire is traced.
-        shapes: True notes the shapes of inputs.
-        stacks: True notes where in the source an operation was called, slowly.
-        memory: True notes what is allocated and freed.
-        name: Its own name in a pipe, where it occurs twice.
+        dir: The directory of the traces; it is created when the first one is written.
+        steps: Which steps: a range of their numbers, counted from 1 like `progress.step`, such as ``range(100, 103)``; or a trigger, such as
+            ``epochs(1)``, which traces each step at which it fires.
+        shapes: True records the shapes of inputs.
+        stacks: True records the source line of each operation; this is slow.
+        memory: True records allocations.
+        name: Its name in a pipe; give one if `profile` occurs twice.
 
     Returns:
         A combinator from `Step` to `Step`.
 
     Raises:
-        ConfigError: If `steps` is neither, or holds no step; or the directory is a URL.
+        ConfigError: If `steps` is neither, or has no step; or the directory is a URL.
 
     Example:
         >>> print(profile("traces", range(10, 12)))
@@ -85,7 +85,7 @@ def profile(
 
 
 def _chosen(steps: Any) -> Callable[[TrainState, Any], bool]:
-    """Whether the step that comes next is one to be traced."""
+    """A function that says whether the next step is traced."""
     if isinstance(steps, range):
         if not len(steps) or min(steps) < 1:
             raise ConfigError(f"profile(..., steps={steps}) names no steps: they are counted from 1, as in range(100, 103)")
@@ -110,7 +110,7 @@ def _recorded(step: Any, state: TrainState, batch: Any, recorder: "Recorder") ->
 
 
 def _alone(step: Any, state: TrainState, batch: Any, recorder: "Recorder") -> Any:
-    """Where no run would close it, every step is a trace of its own."""
+    """Without a run that closes the recorder, every step gets its own trace."""
     try:
         found = _recorded(step, state, batch, recorder)
     except BaseException as error:
@@ -122,11 +122,11 @@ def _alone(step: Any, state: TrainState, batch: Any, recorder: "Recorder") -> An
 
 @attrs.define(eq=False, repr=False)
 class Recorder:
-    """What records traces; it lies in the resources of a run, which close it however the run ends.
+    """Records traces. It is one of the resources of a run, which closes it also after an error.
 
     Args:
-        dir: Where traces go.
-        options: What ``torch.profiler.profile`` takes.
+        dir: The directory of the traces.
+        options: Arguments of ``torch.profiler.profile``.
 
     Example:
         >>> Recorder("traces", {}).close(None)  # nothing was recorded: no file
@@ -140,7 +140,7 @@ class Recorder:
     last: int | None = attrs.field(default=None, init=False)
 
     def begin(self) -> None:
-        """Record from here on; nothing happens where it does already.
+        """Start recording, unless it is recording already.
 
         Raises:
             ConfigError: If another profiler is recording.
@@ -148,18 +148,18 @@ class Recorder:
         if self.profiler is not None:
             return
         if is_profiling():
-            raise ConfigError("profile() cannot record while another profiler of torch does; leave one of them out")
+            raise ConfigError("profile() cannot record while another torch profiler is recording; leave one of them out")
         self.profiler, self.last = torch.profiler.profile(**self.options), None
         self.profiler.start()
 
     def close(self, error: BaseException | None) -> None:
-        """Stop, and write what was recorded; after an error, a trace that cannot be written does not hide it."""
+        """Stop, and write the trace; after an error in the run, a trace that cannot be written is ignored."""
         found, self.profiler = self.profiler, None
         if found is None:
             return
         found.stop()
         if self.last is None:
-            return  # the first step did not come to its end
+            return  # the first step did not finish
         name = f"{socket.gethostname()}_{os.getpid()}.{self.last}.pt.trace.json"
         with suppress(OSError, RuntimeError) if error is not None else nullcontext():
             os.makedirs(self.dir, exist_ok=True)

@@ -1,9 +1,10 @@
-"""The loop: `run`, and the combinators that act once in a while.
+"""The loop: `run`.
 
-A tick has one order, which `pipe` enforces: **update** (`apply`, `ema`), **schedule** (the learning rate of the next update follows
-from completed work and history), **evaluate** (`evaluate_every`), **history** (`fnlight.loop.epoch_means`), **log** (`log_to`),
-**save** (`checkpoint_every`), **stop** (`stop_when`). A checkpoint therefore holds the state with its evaluation, and knows what was logged.
-After the last step of a run the same order is gone through once more with a tick whose ``end`` is True.
+A tick is one optimizer step plus the evaluation, logging, saving and stopping that follow it. Its order is fixed, and `pipe` enforces it:
+**update** (`apply`, `ema`), **schedule** (the learning rate of the next update is computed from completed work and history), **evaluate**
+(`evaluate_every`), **history** (`fnlight.loop.epoch_means`), **log** (`log_to`), **save** (`checkpoint_every`), **stop** (`stop_when`).
+A checkpoint therefore holds the state with its evaluation, and knows what was logged. After the last step of a run, the same order is
+repeated once with a tick whose ``end`` is True.
 """
 
 import time
@@ -38,20 +39,20 @@ def run(
 
     Args:
         step: A pipe, or any `Step`.
-        state: Where training stands; it is copied, unless `donate` is True.
+        state: The state to start from; it is copied, unless `donate` is True.
         loader: A loader, an iterable of batches, or a `Source`.
-        donate: True trains on the very tensors of `state`.
-        limit: Batches an epoch at most (int), or a fraction of them (float).
-        shuffle: False takes the data in its own order.
-        signals: What listens; when a signal comes, the run ends after the step that is under way.
-        clock: Gives seconds; for ``progress.seconds``.
+        donate: True trains in the tensors of `state`, without a copy; `state` cannot be read afterwards.
+        limit: The largest number of batches per epoch (int), or a fraction of them (float).
+        shuffle: False keeps the order of the data.
+        signals: The signal handlers, or None; a signal ends the run after the current step.
+        clock: Returns seconds; for ``progress.seconds``.
 
     Yields:
-        ``(state, metrics)`` after every step. The last state has `stopped`; without a stop rule there is no last one. When a signal
-        comes between two steps, the state of the last step comes once more, with `stopped`.
+        ``(state, metrics)`` after every step. The last state has `stopped`; without a stop rule the run does not end. If a signal
+        comes between two steps, the state of the last step is yielded again, with `stopped`.
 
     Returns:
-        The last state, as the value of the generator.
+        The last state, as the return value of the generator.
 
     Example:
         >>> from fnlight.triggers import max_steps
@@ -82,7 +83,7 @@ def run(
         )  # fmt: skip
         if signals is None:
             return found
-        # a loader that keeps its own place would not know it any more if it were left in the middle of a batch
+        # a loader that keeps its own position must not be interrupted in the middle of a batch: it would lose its position
         return signals.between(found) if loader.keeps_position else signals.until(found)
 
     return _run(whole, state, items, signals=signals, clock=clock)

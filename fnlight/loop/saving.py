@@ -1,7 +1,7 @@
-"""When a run is saved: `checkpoint_every`, and what a run holds in order to save while training goes on.
+"""When a run is saved: `checkpoint_every`, and the `Saver` that writes checkpoints while training continues.
 
-A save in the background has two parts. The tensors are copied into host buffers, for which the step waits; then a thread writes the buffers,
-makes them durable and deletes what need not be kept. One save is under way at a time: when the next is due, the step waits for it.
+A save in the background has two parts. The tensors are copied into host buffers, and the step waits for that; then a thread writes the
+buffers to disk and deletes checkpoints that are not kept. There is one save at a time: when the next is due, the step waits for it.
 """
 
 import os
@@ -53,27 +53,27 @@ def checkpoint_every(
     finite: bool = True,
     name: str = "checkpoint_every",
 ) -> Combinator:
-    """Save a checkpoint when it is due, and the last state of a run always; then delete what need not be kept.
+    """Save a checkpoint on a trigger, and always the last state of a run; then delete the checkpoints that are not kept.
 
-    In a run the directory is locked. An error of a save in the background is raised at the next step, or when the run ends.
-    Before a save, the trainable parameters are looked at: NaN or infinity is an error, and the checkpoints that are there stay.
+    The directory is locked during a run. An error of a save in the background is raised at the next step, or when the run ends.
+    Before a save, the trainable parameters are checked: NaN or infinity is an error, and the existing checkpoints are kept.
 
     Args:
         dir: The run's directory; checkpoints go to ``DIR/checkpoints/step-00000500``.
-        every: When one is due; None saves the last state of a run only.
-        keep: Which of this run's checkpoints stay: `last`, `best`, `every`, joined with ``|``; the newest always does.
-        permanent: When one is due that is never deleted; `keep` is about the others. None makes no such one.
-        background: True writes while training goes on, for the price of one copy of the state in host memory.
-        on_exception: True saves the last completed step, where its tensors are sound, when an exception ends the run.
-        initial: True saves the state before the first step, too, if the directory holds no checkpoint: one to go back to.
-        finite: False saves parameters that are NaN or infinite, too, and deletes older checkpoints as ever.
-        name: Where the list of checkpoints lies in the memory; unique in a pipe.
+        every: When to save; None saves only the last state of a run.
+        keep: Which of this run's checkpoints are kept: `last`, `best`, `every`, joined with ``|``; the newest is always kept.
+        permanent: When to save a checkpoint that is never deleted; `keep` applies to the others. None saves none.
+        background: True writes while training continues; it needs one copy of the state in host memory.
+        on_exception: True saves the last completed step, if its tensors are still valid, when an exception ends the run.
+        initial: True also saves the state before the first step, if the directory has no checkpoint, so that `rollback` always finds one.
+        finite: False also saves parameters that are NaN or infinite, and then deletes older checkpoints as usual.
+        name: The key of the list of checkpoints in ``state.memory``; unique in a pipe.
 
     Returns:
         A combinator from `Step` to `Step`.
 
     Raises:
-        ConfigError: If `keep` is no retention.
+        ConfigError: If `keep` is not a retention.
 
     Example:
         >>> from fnlight.triggers import steps
@@ -99,8 +99,7 @@ def checkpoint_every(
         return checkpointed
 
     def start(state: TrainState) -> TrainState:
-        saver = Saver(dir=path, key=name, keep=keep, background=background, on_exception=on_exception, finite=finite)
-        return _open(state, saver, initial)
+        return _open(state, Saver(dir=path, key=name, keep=keep, background=background, on_exception=on_exception, finite=finite), initial)
 
     def finish(before: TrainState, state: TrainState) -> TrainState:
         return _saver(state, path, name, keep=keep, finite=finite).finish(state)
@@ -122,12 +121,12 @@ def _check(dir: Any, keep: Any) -> None:
 
 
 def _saver(state: TrainState, path: str, name: str, *, keep: Retention, finite: bool) -> "Saver":
-    """The saver of the run; without a run, one that saves in the foreground, because nothing would wait for it."""
+    """The saver of the run; outside of a run, one that saves in the foreground, since no run would wait for it."""
     return state.store.run.resources.get(name) or Saver(dir=path, key=name, keep=keep, background=False, on_exception=False, finite=finite)
 
 
 def _open(state: TrainState, saver: "Saver", initial: bool) -> TrainState:
-    """Begin a run; the lock comes first, so that nobody else's files are touched."""
+    """Begin a run; the lock comes first, so that the files of another run are never touched."""
     resources, lock, place = state.store.run.resources, name_of(saver.dir), state.store.place
     if place is None or place.writes:
         if lock not in resources:  # `fit` has it already
@@ -138,7 +137,7 @@ def _open(state: TrainState, saver: "Saver", initial: bool) -> TrainState:
     first = initial and not checkpoints(saver.dir)
     if place is not None:
         tree = state.store.memory[saver.key]
-        tree.update(place.everyone.gather(tree)[0])  # what is there is known to the rank that writes
+        tree.update(place.everyone.gather(tree)[0])  # only the rank that writes knows the files
         first = place.everyone.gather(first)[0]
     if first:
         saver.save(state, wait=True)
@@ -152,13 +151,13 @@ def _label(path: str, every: Any, keep: Retention, permanent: Any, **options: bo
 
 
 class Saver:
-    """What a run holds in order to save: host buffers, and at most one save under way. It lies in the store's resources.
+    """Saves the checkpoints of a run: host buffers, and at most one save at a time. It is one of the run's resources.
 
     Args:
         dir: The run's directory.
-        key: Where the list of checkpoints lies in the memory.
-        keep: Which of them stay.
-        background: Whether files are written while training goes on.
+        key: The key of the list of checkpoints in ``state.memory``.
+        keep: Which of them are kept.
+        background: Whether files are written while training continues.
         on_exception: Whether the last completed step is saved when an exception ends the run.
         finite: Whether only finite parameters are saved.
 
@@ -171,13 +170,13 @@ class Saver:
         self.dir, self.key, self.keep, self.finite = dir, key, keep, finite
         self.background, self.on_exception = background, on_exception
         self.thread, self.buffers = Background(), Buffers()
-        self.left: tuple[int, ...] = ()  # steps whose checkpoints could not be deleted; it is tried again
-        self.untold: tuple[str, ...] = ()  # why, to be said in the thread that trains
-        self.ranks: Any = None  # all of them, in a group that is used for saving alone
+        self.left: tuple[int, ...] = ()  # steps whose checkpoints could not be deleted; tried again later
+        self.untold: tuple[str, ...] = ()  # the reasons, for a warning in the training thread
+        self.ranks: Any = None  # all ranks, in a process group used for saving only
         self.last: TrainState | None = None  # after the last completed step
 
     def tidy(self, state: TrainState) -> None:
-        """Before a run: delete what the one before did not come to, and forget what has been deleted by others."""
+        """Before a run: delete what the run before could not delete any more, and forget checkpoints that were deleted by others."""
         sweep(self.dir)
         tree = state.store.memory[self.key]
         stay = staying(tree["saved"], self.keep, state.history)
@@ -188,22 +187,22 @@ class Saver:
         self._tell()
 
     def watch(self, state: TrainState) -> None:
-        """After every step: raise what a save has failed with, and remember the state."""
+        """After every step: raise the error of a failed save, and remember the state."""
         if self.thread.error is not None:
             self.settle()
         self.last = state
 
     def idle(self, before: Progress, state: TrainState) -> bool:
-        """Whether no save is under way, on any rank: they agree on it where they agree on the time, which stands still in between."""
+        """Whether no rank is saving. Ranks agree on it only at the steps where they agree on the time; between those, the time is constant."""
         place = state.store.place
         if place is None:
             return self.thread.idle
         return before.seconds != state.progress.seconds and not place.everyone.all_reduce_max([not self.thread.idle])[0]
 
     def save(self, state: TrainState, forever: bool = False, wait: bool = False, together: bool = True) -> None:
-        """Save a state, after the save that may be under way; in the background, return as soon as its tensors are copied.
+        """Save a state, after waiting for the previous save; in the background, return as soon as its tensors are copied.
 
-        Where several ranks train together, all of them call it, and one writes; unless one saves what it can, `together` being False.
+        With several ranks, all must call it, and one writes; with `together` False, a single rank saves on its own.
         """
         self._let_end(state)
         with state.store.wall_time.taken("save"):
@@ -226,17 +225,17 @@ class Saver:
             lock.look()
 
     def _let_end(self, state: TrainState) -> None:
-        """Wait for the save before, which is time of the run."""
+        """Wait for the previous save, and count the time as ``stall``."""
         with state.store.wall_time.taken("stall"):
             self.settle()
 
     def settle(self) -> None:
-        """Wait for the save that is under way; raise what it failed with."""
+        """Wait for the current save; raise its error if it failed."""
         self.thread.wait()
         self._tell()
 
     def finish(self, state: TrainState) -> TrainState:
-        """Make the last state of a run durable, and give it back; if it is saved already, it only learns why the run ended."""
+        """Save the last state of a run and return it; if it is saved already, only add why the run ended."""
         self._let_end(state)
         if _is_listed(state.store.memory[self.key], state.progress):
             with state.store.wall_time.taken("save"):
@@ -245,11 +244,11 @@ class Saver:
         else:
             self.save(state, wait=True)
         if state.store.place is not None:
-            state.store.place.everyone.gather(None)  # once it is there, it is there for all ranks
+            state.store.place.everyone.gather(None)  # the other ranks wait until it is written
         return state
 
     def close(self, error: BaseException | None) -> None:
-        """At the end of a run, however it ended: nothing is left half done, and no error is swallowed."""
+        """At the end of a run, also after an error: finish the current save, and raise its error or add it to the run's error."""
         state, self.last = self.last, None
         try:
             self.settle()
@@ -258,7 +257,7 @@ class Saver:
         except Exception as failure:
             if error is None or isinstance(error, GeneratorExit):
                 raise
-            error.add_note(f"A save failed, too: {failure}")
+            error.add_note(f"A save also failed: {failure}")
         finally:
             self.buffers.clear()
             if self.ranks is not None:
@@ -266,16 +265,18 @@ class Saver:
                 self.ranks = None
 
     def _rescue(self, state: TrainState, error: BaseException) -> None:
-        """Save the last completed step if nothing has touched its tensors since; the error says what became of it."""
+        """Save the last completed step if its tensors were not changed since; a note on the error says whether it was saved."""
         tree, step = state.store.memory[self.key], state.progress.step
         if isinstance(error, GeneratorExit | CheckpointError) or _is_listed(tree, state.progress):
             return
-        doubt = "each rank holds parts of it only" if any(map(is_sharded, state.store.params)) else _doubt(state)
+        doubt = "each rank holds only parts of it" if any(map(is_sharded, state.store.params)) else _doubt(state)
         if doubt is None:
             self.save(state, wait=True, together=False)
             error.add_note(f"The state of step {step}, the last one that was completed, is saved in {step_path(self.dir, step)}.")
         else:
-            error.add_note(f"The state of step {step}, the last one that was completed, was not saved: {doubt}. Older checkpoints stand.")
+            error.add_note(
+                f"The state of step {step}, the last one that was completed, was not saved: {doubt}. Older checkpoints are still there."
+            )
 
     def _prepared(self, state: TrainState, forever: bool, staged: bool, together: bool) -> Callable[[], None] | None:
         """What writes this version of the state, and then deletes what need not stay; None where another rank does."""
@@ -298,7 +299,7 @@ class Saver:
         return writing
 
     def _together(self, path: str, body: Any, parts: Parts, gone: list[int], place: Any, staged: bool) -> Callable[[], None]:
-        """What writes the own parts, and waits for those of the others, in a group of its own where training goes on meanwhile."""
+        """A function that writes this rank's parts, then waits for the other ranks; in the background, with a process group of its own."""
         ranks, filled = place.everyone, _nothing
         if staged:
             if self.ranks is None:
@@ -330,15 +331,15 @@ def _nothing() -> None:
 
 
 def _is_listed(tree: Mapping[str, Any], at: Progress) -> bool:
-    """Say whether this very state is saved; one that has skipped an update since is another one of the same step."""
+    """Whether this state is saved; after a skipped update, the state of the same step is a different one."""
     return at.step in (*tree["saved"][-1:], *tree.get("permanent", ())[-1:]) and at.skipped == tree.get("skipped", 0)
 
 
 def _enlist(tree: dict[str, Any], at: Progress, forever: bool, keep: Retention, history: Iterable[Any]) -> list[int]:
-    """Put a step on the list of checkpoints; also which others need not stay once it is durable.
+    """Add a step to the list of checkpoints; return the steps that can be deleted once it is written.
 
-    Those are struck off at the next save only: a run that is killed before they are deleted finds them on its list and deletes them.
-    The list is a function of steps and history alone, so it does not depend on how fast the disk is.
+    Those are removed from the list at the next save only: if a run is killed before it deletes them, the resumed run finds and deletes them.
+    The list is a function of steps and history, so it does not depend on the speed of the disk.
     """
     step, tree["skipped"] = at.step, at.skipped
     forever = forever or step in tree.get("permanent", ())
@@ -352,7 +353,7 @@ def _enlist(tree: dict[str, Any], at: Progress, forever: bool, keep: Retention, 
 
 
 def _doubt(state: TrainState) -> str | None:
-    """Why a state may not be what a run without a failure would have had; None if there is no reason."""
+    """Why a state may differ from that of a run without the failure; None if it cannot."""
     store = state.store
     if store.version != state.version:
         return "the step that failed may have changed its tensors"
@@ -362,13 +363,13 @@ def _doubt(state: TrainState) -> str | None:
 
 
 def _broken(state: TrainState) -> list[str]:
-    """The trainable parameters that are NaN or infinite; all parameters where none is trained by gradients."""
+    """The trainable parameters that are NaN or infinite; all parameters are checked if none is trainable."""
     named = state.store.named
     return not_finite({name: p for name, p in named.items() if p.requires_grad} or named)
 
 
 def _check_finite(state: TrainState, dir: str, together: bool) -> None:
-    """Refuse to let NaN take the place of a checkpoint that is sound; all ranks know of what one of them has found."""
+    """Raise on all ranks, before a save, if a parameter is NaN or infinite on any of them: it must not replace a valid checkpoint."""
     bad, place, at = _broken(state), state.store.place, state.progress
     if place is not None and together:
         bad = list(dict.fromkeys(name for names in place.everyone.gather(bad) for name in names))
@@ -377,7 +378,7 @@ def _check_finite(state: TrainState, dir: str, together: bool) -> None:
     older = checkpoints(dir)
     raise NonFiniteError(
         f"after step {at.step} (epoch {at.epoch}, batch {at.batch}) these parameters are NaN or infinite: {listed(bad)}; they were not saved, and "
-        f"{f'the newest checkpoint stays {older[-1][1]}' if older else 'there is no checkpoint yet'}. If every loss until then was finite, the "
-        "gradients of this step were not, as those of sqrt at 0; look into its batch, lower the learning rate, or leave such steps out with "
-        'skip_nonfinite() (FitConfig(nonfinite="skip"))'
+        f"{f'the newest checkpoint is still {older[-1][1]}' if older else 'there is no checkpoint yet'}. If every loss until then was finite, the "
+        "gradients of this step were not, as those of sqrt at 0; look at its batch, lower the learning rate, or skip such steps with "
+        'skip_nonfinite() (with fit: FitConfig(nonfinite="skip"))'
     )

@@ -1,4 +1,4 @@
-"""Stop rules, asked after every step."""
+"""Stop rules, checked after every step."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,12 +12,12 @@ from fnlight.triggers import StopRule, reason_of
 
 
 def stop_when(*rules: Callable[[TrainState], str | bool | None], name: str = "stop_when") -> Combinator:
-    """Stop a run when a rule gives a reason; asked after every step, and before the first one.
+    """Stop a run when a stop rule gives a reason; checked after every step, and before the first one.
 
     Args:
-        *rules: Stop rules: functions of the state that give None or False to continue, and a reason or True to stop. The first reason counts;
-            that of True is the name of the rule.
-        name: Its own name in a pipe, where it occurs twice, as beside the one of `fnlight.fit.compose`.
+        *rules: Stop rules: functions of the state that return None or False to continue, and a reason or True to stop. The first reason is
+            used; that of True is the name of the rule.
+        name: Its name in a pipe; give one if `stop_when` occurs twice, as in addition to that of `fnlight.fit.compose`.
 
     Returns:
         A combinator from `Step` to `Step` that sets ``state.stopped``.
@@ -45,7 +45,7 @@ def stop_when(*rules: Callable[[TrainState], str | bool | None], name: str = "st
 
     def start(state: TrainState) -> TrainState:
         run = state.store.run
-        if known is not None:  # a step of several updates takes no more than these
+        if known is not None:  # so that a step of several updates does not exceed it
             run.until = known if run.until is None else min(known, run.until)
         return asked(state)
 

@@ -1,6 +1,6 @@
-"""Metrics as monoids: values that merge exactly over batches, micro-batches and ranks, and a tally that merges them late.
+"""Metrics as monoids: values that merge exactly over batches, micro-batches and ranks, and a `Tally` that merges them when they are read.
 
-A mean of means is wrong when batches differ in size; ``Mean(total, weight)`` is not. A plain
+A mean of means is wrong if batches differ in size; ``Mean(total, weight)`` is not. A plain
 scalar counts with the samples of its batch.
 """
 

@@ -1,4 +1,4 @@
-"""Metrics of a step that may not count, because its update was left out."""
+"""Metrics of a step whose update may be skipped, so that they must not count."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _NEUTRAL: Mapping[type, Mapping[str, float]] = {
 
 
 def uncounted(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of a step as neutral elements: their names are there, and no mean, sum or extreme changes.
+    """The metrics of a step as neutral elements: the names are kept, and no mean, sum, maximum or minimum changes.
 
     Args:
         metrics: Names to values.

@@ -1,4 +1,4 @@
-"""Metrics of two batches, or of two steps, as those of both."""
+"""Merge the metrics of two batches, or of two steps."""
 
 from collections.abc import Mapping, Sequence
 from functools import reduce
@@ -12,7 +12,7 @@ from fnlight.metrics.wide import wide
 
 
 def join_metrics(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of two batches, or of two steps, as those of both: a plain number counts once, see `per_sample`.
+    """Merge the metrics of two batches, or of two steps: a plain number counts as a mean of weight 1, see `per_sample`.
 
     Args:
         a: Names to values.

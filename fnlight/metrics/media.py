@@ -1,4 +1,4 @@
-"""Values that sinks show: pictures, histograms, figures and text. Where many come, the last one counts."""
+"""Values that sinks show: images, histograms, figures and text. Of several, the last one is kept."""
 
 from typing import Any
 

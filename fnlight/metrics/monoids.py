@@ -13,7 +13,7 @@ from fnlight.metrics.wide import alike
 
 @attrs.frozen(eq=False)  # tensors do not compare to one bool
 class Mean:
-    """A mean that is exact over uneven parts: a sum and what to divide it by.
+    """A mean that is exact over uneven parts: a sum and its weight.
 
     Args:
         total: The sum, a scalar tensor, shape [], or a number.
@@ -202,7 +202,7 @@ class Last:
 
 @attrs.frozen(eq=False)
 class Cat:
-    """All parts, concatenated, for what is no mean of parts (AUC, F1, correlation); for `eval_step`.
+    """All parts, concatenated, for metrics that are not means of parts (AUC, F1, correlation); for `eval_step`.
 
     Args:
         values: A tensor or a tuple of tensors with samples in the first dimension, shape [N, ...].

@@ -1,4 +1,4 @@
-"""Tallies of several ranks as one: what each has is brought together when somebody reads, in the order of the ranks."""
+"""Tallies of several ranks as one: they are gathered when they are read, in the order of the ranks."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass

@@ -1,4 +1,4 @@
-"""Metrics of many steps, merged late: one list append a step, one copy from the device when somebody reads."""
+"""Metrics of many steps, merged late: one list append per step, and one copy from the device when they are read."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -33,11 +33,11 @@ _STACK = 256  # pending steps after which their scalars are stacked on the devic
 
 @attrs.define(eq=False, repr=False)
 class Tally:
-    """Metrics of many steps, kept where they are and merged only when somebody reads.
+    """Metrics of many steps, kept on their device and merged only when they are read.
 
-    Adding is one list append. Reading brings everything pending to the host in one copy and adds it up in float64, one
-    step after the other, so that the result does not depend on when or how often somebody read.
-    Names with a slash, such as ``gen/loss``, belong to a phase: those of one phase come together, or are left out together.
+    Adding is one list append. Reading copies everything pending to the host at once and adds it up in float64, one step after the other, so
+    the result does not depend on when or how often it is read.
+    Names with a slash, such as ``gen/loss``, belong to a phase: a step has all names of a phase, or none of them.
 
     Args:
         totals: Per name the kind of monoid and its merged fields on the host.
@@ -151,7 +151,7 @@ class Tally:
             if kind is None:
                 self._keep(name, found[name])
             else:
-                columns[name] = _columns(name, kind, steps, found[name], counts)
+                columns[name] = _columns(name, kind, steps, values=found[name], counts=counts)
         self._stacked.append((block, columns))
 
     def _keep(self, name: str, values: list[Any]) -> None:

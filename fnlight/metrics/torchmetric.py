@@ -33,7 +33,7 @@ def parted(metrics: Any) -> tuple[Any, dict[str, Any]]:
     """The metrics of a batch without those of torchmetrics, and those.
 
     Args:
-        metrics: What an `eval_step` returned; a ``MetricCollection`` may stand alone, and has the name "" then.
+        metrics: What an `eval_step` returned; a ``MetricCollection`` may be returned alone; its name is then "".
 
     Returns:
         Names to values, twice.
@@ -49,7 +49,7 @@ def parted(metrics: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def updates(metrics: Mapping[str, Any]) -> int:
-    """How often the metric that was updated most was updated since it was reset.
+    """The largest number of updates of a metric since its reset.
 
     Args:
         metrics: Names to metrics of torchmetrics.
@@ -69,7 +69,7 @@ def updates(metrics: Mapping[str, Any]) -> int:
         if not count:
             raise StepError(
                 f"eval_step returned the torchmetrics {type(metrics[name]).__name__} {name!r} without an update of it; call its .update(...) first, "
-                "and return the very object that was updated"
+                "and return the same object that was updated"
             )
     return max(counts.values(), default=0)
 
@@ -91,7 +91,7 @@ def states_of(metrics: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]
 
 
 def put_states(metrics: Mapping[str, Any], states: Mapping[str, Any]) -> None:
-    """Let metrics have the states that `states_of` gave.
+    """Write the states that `states_of` returned into metrics.
 
     Args:
         metrics: Names to metrics of torchmetrics.
@@ -104,21 +104,21 @@ def put_states(metrics: Mapping[str, Any], states: Mapping[str, Any]) -> None:
         for part, each in _all(metric).items():
             for attribute, value in states[name][part].items():
                 setattr(each, attribute, value)
-            each._computed = None  # what was computed of other states
+            each._computed = None  # a cached result of other states
 
 
 def read_torchmetrics(metrics: Mapping[str, Any], gather: Callable[[Any], list[Any]] | None = None) -> dict[str, float]:
-    """Read metrics at the end of an evaluation, over all ranks where there are several, and reset them.
+    """Compute metrics at the end of an evaluation, over all ranks if there are several, and reset them.
 
     Args:
         metrics: Names to metrics of torchmetrics; a rank without a batch has none.
-        gather: Brings together what ranks have; None where this process is alone.
+        gather: Collects the values of all ranks; None in a single process.
 
     Returns:
-        Names to floats; of a collection, or of a metric that comes to a dict, ``NAME/key``.
+        Names to floats; of a collection, or of a metric that computes a dict, ``NAME/key``.
 
     Raises:
-        StepError: If a metric comes to something else than numbers.
+        StepError: If a metric computes something other than numbers.
 
     Example:
         >>> read_torchmetrics({})
@@ -140,7 +140,7 @@ def _computed(metrics: Mapping[str, Any]) -> dict[str, float]:
         parts = list(_all(metric).values())
         asked = [part.distributed_available_fn for part in parts]
         for part in parts:
-            part.distributed_available_fn = _alone  # what ranks have is brought together by fnlight, or they would count twice
+            part.distributed_available_fn = _alone  # fnlight merges the states of ranks; otherwise they would count twice
         try:
             value = metric.compute()
         finally:
@@ -174,12 +174,12 @@ def _is_collection(value: Any) -> bool:
 
 
 def _all(metric: Any) -> dict[str, Any]:
-    """A metric, and those that it holds, by their paths in it; a collection is none itself."""
+    """A metric and the metrics inside it, by path; a collection itself is not a metric."""
     return {path: each for path, each in metric.named_modules() if is_torchmetric(each) and not _is_collection(each)}
 
 
 def _merged(metric: Any, ranks: list[Any]) -> dict[str, dict[str, Any]]:
-    """The states of all ranks as those of one, each reduced as its metric says; None means that `compute` takes one row a rank."""
+    """Merge the states of all ranks, each with the reduction of its metric; with the reduction None, `compute` gets one row per rank."""
     return {
         part: {state: _reduced(each._reductions[state], [rank[part][state] for rank in ranks]) for state in ranks[0][part]}
         for part, each in _all(metric).items()

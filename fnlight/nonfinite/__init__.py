@@ -1,4 +1,4 @@
-"""What to do about a NaN or infinite loss: find it, skip the step, go back to a checkpoint, or keep a bundle that repeats the failed step.
+"""Handling of NaN and infinite losses: raise an error, skip the step, roll back to a checkpoint, or write a bundle that repeats the failed step.
 
 Read `check_finite` first.
 """

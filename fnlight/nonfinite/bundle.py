@@ -1,11 +1,11 @@
-"""What is needed to repeat a failed step elsewhere: the state before it, its batch and its key, as files that are only data.
+"""Debug bundles: the state before a failed step, its batch and its key, as files without code, to repeat the step elsewhere.
 
 ::
 
     runs/a/bundles/step-00000007/
-      state/                 the state before the step, a checkpoint as any other
+      state/                 the state before the step, a normal checkpoint
       batch.safetensors      the tensors of the batches
-      bundle.json            the batches' structure, the error, the place in the data, the pipe and the configuration
+      bundle.json            the structure of the batches, the error, the position in the data, and the configuration
 """
 
 import dataclasses
@@ -39,18 +39,18 @@ _BATCH, _JSON, _STATE, _FORMAT = "batch.safetensors", "bundle.json", "state", 1
 
 
 def debug_bundle(dir: str | os.PathLike[str], every: Callable[[Tick], bool] = EVERY, *, config: str | None = None) -> Combinator:
-    """Write what is needed to repeat a step that raises, or whose loss is found not to be finite; ``fnlight replay`` repeats it.
+    """Write a bundle to repeat a step that raises an error or has a non-finite loss; ``fnlight replay`` repeats the step.
 
-    It keeps a copy of the state, made anew at every n-th step, and the batches since then: the memory of a second state and n batches,
-    and the time of one copy in n steps. When a step fails, those since the copy are trained again until one fails.
+    It keeps a copy of the state, made every n steps, and the batches since then. This needs the memory of a second state and n batches, and
+    the time of one copy per n steps. When a step fails, the steps since the copy are trained again until one fails.
 
     Args:
         dir: The run's directory on this machine; bundles go to ``DIR/bundles/step-00000007``.
-        every: When the copy is replaced by a new one; `check_finite` must look as often, with the same trigger.
+        every: When the copy is replaced by a new one; give `check_finite` the same trigger.
         config: The configuration as JSON, for ``fnlight replay``.
 
     Returns:
-        A combinator from `Step` to `Step`; it stands behind all that changes tensors, and behind `check_finite`.
+        A combinator from `Step` to `Step`; put it after all combinators that change tensors, and after `check_finite`.
 
     Raises:
         ConfigError: If the directory is a URL; at the start of a run, if several processes train together.
@@ -88,8 +88,8 @@ def debug_bundle(dir: str | os.PathLike[str], every: Callable[[Tick], bool] = EV
 def _begin(state: TrainState) -> TrainState:
     if state.store.place is not None:
         raise ConfigError(
-            "debug_bundle works in one process: a rank that fails alone cannot repeat steps in which all take part; leave it out, and look for "
-            "the failure in one process, on the same global batches"
+            "debug_bundle works in one process only: a rank that fails alone cannot repeat steps that need all ranks; leave it out, and repeat "
+            "the failure in one process, with the same global batches"
         )
     state.store.run.resources[_KEY] = _Window()
     return state
@@ -97,7 +97,7 @@ def _begin(state: TrainState) -> TrainState:
 
 @attrs.define(eq=False, repr=False)
 class _Window:
-    """A copy of a state, and the history and the item of each step since then; it is among the resources of the store that is trained."""
+    """A copy of a state, and the history and the item of each step since then; one of the resources of the run."""
 
     start: TrainState | None = None
     entries: list[tuple[History, Item]] = attrs.field(factory=list)
@@ -113,24 +113,24 @@ class _Window:
         self.start, self.entries, self.version = None, [], -1
 
     def close(self, error: BaseException | None) -> None:  # noqa: ARG002  # what every resource of a run takes
-        """At the end of a run, let the copy go."""
+        """At the end of a run, free the copy."""
         self.clear()
 
 
 def _written(window: _Window, step: Any, error: Exception, dir: str, config: str | None) -> str:
-    """Write the bundle of a failure; what to tell about it."""
+    """Write the bundle of a failure; return the note for the error."""
     try:
         state, item, again = _first_failure(window, step, error)
         path = _write(state, item, error, again=again, dir=dir, config=config)
     except Exception as problem:  # noqa: BLE001  # the first error is the one that matters
         return f"no debug bundle could be written: {type(problem).__name__}: {problem}"
     if not again:
-        return f"the step did not fail when it was repeated; what it began with is in {path}"
+        return f"the step did not fail when it was repeated; the state before it and its batch are in {path}"
     return f"the state before step {state.progress.step + 1} and its batch are in {path}; repeat it with: fnlight replay {path} --task module:task"
 
 
 def _first_failure(window: _Window, step: Any, error: Exception) -> tuple[TrainState, Item, bool]:
-    """Train the steps of a window again up to the first that fails as the error says: the state before it, its item, and whether it was found."""
+    """Repeat the steps of a window until one fails like the error: the state before it, its item, and whether it failed the same way."""
     state = window.start
     assert state is not None
     before, item = state, window.entries[-1][1]
@@ -143,10 +143,10 @@ def _first_failure(window: _Window, step: Any, error: Exception) -> tuple[TrainS
 
 
 def _taken(step: Any, state: TrainState, item: Item, finite: bool) -> tuple[Exception | None, TrainState | None, Mapping[str, Any]]:
-    """Take one step: how it failed, or else what it gave."""
+    """Run one step: its error, or its results."""
     try:
         after, metrics = step(state, item)
-    except Exception as error:  # noqa: BLE001  # whatever it is, it is what was looked for
+    except Exception as error:  # noqa: BLE001  # any error is the result
         return error, None, {}
     losses = {
         name: value for name, value in metrics.items() if name == "loss" or name.endswith("/loss")
@@ -196,7 +196,7 @@ def _collect(tensors: dict[str, Tensor]) -> Callable[[str, Tensor], str]:
 
 
 def _plain(tree: Any, place: list[int], classes: list[Any]) -> Any:
-    """A batch as dicts, lists, tuples and leaves; what else it is made of is noted with its place and the name of its class."""
+    """A batch as dicts, lists, tuples and leaves; other classes are listed in `classes` by place and name."""
     kind = type(tree)
     if isinstance(tree, Mapping):
         return {key: _plain(value, [*place, i], classes) for i, (key, value) in enumerate(tree.items())}
@@ -213,7 +213,7 @@ def _plain(tree: Any, place: list[int], classes: list[Any]) -> Any:
 
 
 def _fields(kind: type) -> list[str] | None:
-    """The names of the fields of a record: a dataclass, an attrs class or a named tuple; None if it is none."""
+    """The field names of a dataclass, an attrs class or a named tuple; None for other classes."""
     if dataclasses.is_dataclass(kind):
         return [field.name for field in dataclasses.fields(kind)]
     if attrs.has(kind):
@@ -225,15 +225,15 @@ def _fields(kind: type) -> list[str] | None:
 
 @attrs.frozen(eq=False)
 class Bundle:
-    """What `load_bundle` read.
+    """The result of `load_bundle`.
 
     Args:
         state: The state before the step.
-        item: The batches of the step, and where in the data they stand; None if they could not be written.
-        error: The name of the class of the error, and what it said.
-        key: The key of the step.
-        repeated: Whether the step failed again when it was repeated in the process in which it had failed.
-        config: The configuration as JSON; None where there was none, or it held functions.
+        item: The batches of the step and their position in the data; None if they could not be written.
+        error: The name of the class of the error, and its message.
+        key: The random key of the step.
+        repeated: Whether the step failed again when it was repeated in the same process.
+        config: The configuration as JSON; None if there was none, or if it held functions.
         lacks: Why the batches could not be written; None if they were.
 
     Example:
@@ -250,38 +250,38 @@ class Bundle:
     lacks: str | None
 
     def replay(self, step: Any, item: Item | None = None) -> tuple[Exception | None, TrainState | None, Mapping[str, Any]]:
-        """Take the step again, on a copy.
+        """Repeat the step on a copy of the state.
 
         Args:
-            step: A pipe as the run's.
-            item: What it is taken on, if the bundle holds no batches.
+            step: A pipe like that of the run.
+            item: The batches, if the bundle holds none.
 
         Returns:
-            How it failed, or None; the state after it, if it got so far; and its metrics.
+            Its error, or None; the state after it, if there is one; and its metrics.
         """
         given = self.item if self.item is not None else item
         if given is None:
             raise ConfigError(
-                f"the bundle holds no batches ({self.lacks}); give the item, which `fnlight.batches(loader, bundle.state)` gives"
+                f"the bundle holds no batches ({self.lacks}); give item=..., the first item of `fnlight.batches(loader, bundle.state)`"
             )
         return _taken(pure(step), self.state, given, self.error[0] == "NonFiniteError")
 
 
 def load_bundle(path: str | os.PathLike[str], task: Task, types: Mapping[str, Any] | None = None) -> Bundle:
-    """Read a debug bundle; nothing in it is run, and no name in it is imported.
+    """Read a debug bundle; reading runs no code from it, and imports nothing by name.
 
     Args:
         path: The bundle's directory.
-        task: The model and functions that were trained.
-        types: Names to dataclasses, attrs classes and named tuples that batches are made of.
+        task: The task of the run.
+        types: Names to the dataclasses, attrs classes and named tuples that occur in batches.
 
     Returns:
         The bundle.
 
     Raises:
-        CheckpointError: If there is none, or its state is of another task.
+        CheckpointError: If there is no bundle, or its state is of another task.
         BrokenCheckpointError: If it is damaged.
-        ConfigError: If the batches are made of a class that is not among `types`.
+        ConfigError: If a batch contains a class that is not among `types`.
 
     Example:
         >>> load_bundle("no/such/bundle", Task(torch.nn.Linear(1, 1), max))
@@ -314,7 +314,7 @@ def load_bundle(path: str | os.PathLike[str], task: Task, types: Mapping[str, An
         )
     except ConfigError:
         raise
-    except Exception as error:  # the safetensors library raises its own class, and damage comes in all kinds
+    except Exception as error:  # safetensors raises its own class, and damage can cause any error
         raise BrokenCheckpointError(f"the debug bundle {folder.path} is broken: {error!r:.200}") from error
 
 
@@ -323,7 +323,7 @@ def _to(tree: Any, device: torch.device) -> Any:
 
 
 def _rebuilt(tree: Any, place: tuple[int, ...], names: Mapping[tuple[int, ...], str], types: Mapping[str, Any]) -> Any:
-    """The inverse of `_plain`: classes are taken from those given, and made without calling them."""
+    """The inverse of `_plain`: classes come from the given ones, and are built without calling them."""
     if isinstance(tree, dict):
         tree = {key: _rebuilt(value, (*place, i), names, types) for i, (key, value) in enumerate(tree.items())}
     elif isinstance(tree, list | tuple):
@@ -336,7 +336,7 @@ def _rebuilt(tree: Any, place: tuple[int, ...], names: Mapping[tuple[int, ...], 
     kind = types.get(name)
     if not isinstance(kind, type) or _fields(kind) != list(tree):
         raise ConfigError(
-            f"the batch is made of {name}({', '.join(tree)}), but no such class is known; name the module that holds it, or give it in types="
+            f"the batch contains {name}({', '.join(tree)}), but no such class is known; name the module that holds it, or give it in types="
         )
     if issubclass(kind, tuple):
         return tuple.__new__(kind, tree.values())

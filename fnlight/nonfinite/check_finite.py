@@ -1,7 +1,4 @@
-"""Combinators that look at the metrics of every step: exact means over an epoch, and losses that are no numbers.
-
-Both put off their work: a step appends to a list, and what was put off is done where it is due.
-"""
+"""Detection of non-finite losses: a step appends its loss to a list, and the list is checked when a trigger fires."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,19 +18,19 @@ Metrics = Mapping[str, Any]
 
 
 Place = tuple[int, int, int] | tuple[int, int, int, str]
-"""A step, its epoch, the batches of the epoch up to it, and what was noted where it is not the loss."""
+"""A step, its epoch, the batches of the epoch up to it, and the name of the value if it is not the loss."""
 
-_STACK = 256  # losses after which they become one tensor: bounded memory without a host sync
+_STACK = 256  # number of losses that are stacked into one tensor: bounded memory without a host sync
 
 
 def check_finite(every: Callable[[Tick], bool] = steps(50)) -> Combinator:
-    """Raise when a loss was NaN or infinite; looked at when it is due, so that no step waits for the device.
+    """Raise an error if a loss was NaN or infinite; losses are checked on a trigger, so other steps do not wait for the device.
 
     Args:
-        every: When it is due; make it fire wherever a checkpoint is saved, so that none is saved after the fact.
+        every: When losses are checked; it should fire whenever a checkpoint is saved, so that no bad state is saved.
 
     Returns:
-        A combinator from `Step` to `Step`, whose error names the first such step.
+        A combinator from `Step` to `Step`; its error names the first step with a non-finite loss.
 
     Example:
         >>> print(check_finite(every=steps(10)))
@@ -67,7 +64,7 @@ def check_finite(every: Callable[[Tick], bool] = steps(50)) -> Combinator:
 
 
 def no_losses() -> dict[str, Any]:
-    """Memory in which `note` keeps losses until `first_bad` looks at them.
+    """An empty list of losses: `note` adds to it, and `first_bad` checks it.
 
     Returns:
         A tree that can be saved.
@@ -80,13 +77,13 @@ def no_losses() -> dict[str, Any]:
 
 
 def note(tree: dict[str, Any], place: tuple[int, int, int], metrics: Metrics, alone: bool = True) -> None:
-    """Keep the loss of a step, and the norm of its gradients where a stage has computed it.
+    """Add the loss of a step to the list, and the norm of its gradients if a stage computed it, without copying them from the device.
 
     Args:
-        tree: What `no_losses` gave; changed in place.
+        tree: The result of `no_losses`; changed in place.
         place: The step, its epoch, and the batches of the epoch up to it.
-        metrics: Of the step; the loss is ``loss``, or the sum of ``NAME/loss`` where several optimizers take turns.
-        alone: Whether this process computes the whole loss; where it is False, a `Mean` of weight 0 may be the part of one rank.
+        metrics: The metrics of the step; the loss is ``loss``, or with several optimizers the sum of ``NAME/loss``.
+        alone: Whether this process computes the whole loss; if False, a `Mean` of weight 0 can be the part of one rank.
 
     Raises:
         StepError: If there is no loss among them.
@@ -108,13 +105,13 @@ def note(tree: dict[str, Any], place: tuple[int, int, int], metrics: Metrics, al
 
 
 def first_bad(tree: Mapping[str, Any]) -> Place | None:
-    """Where the first of the noted losses and norms is that was NaN or infinite; here the host waits for the device.
+    """The place of the first loss or norm that was NaN or infinite; this call waits for the device.
 
     Args:
-        tree: What `note` was given.
+        tree: The list that `note` added to.
 
     Returns:
-        The place as it was noted; None if all are finite.
+        The ``place`` given to `note`; None if all losses are finite.
 
     Example:
         >>> first_bad({"losses": [torch.tensor(1.0)], "chunks": [], "places": [(1, 0, 1)]}) is None
@@ -133,12 +130,12 @@ def _number(loss: Any, whole: bool) -> Any:
 
 
 def _loss_of_phases(metrics: Metrics) -> Any:
-    """The losses of the phases that had their turn, added up: a sum is finite where all of its terms are."""
+    """The sum of the losses of all phases of the step: it is finite if all of them are."""
     losses = [value.total if value.__class__ is Mean else value for name, value in metrics.items() if name.endswith("/loss")]
     if not losses and any("/" not in name for name in metrics):
         raise StepError(
-            f"check_finite watches the loss, but the step gives no metric called 'loss', only {list(metrics)}; let it give one, or leave "
-            'check_finite out (FitConfig(nonfinite="ignore"))'
+            f"check_finite checks the loss, but the step gives no metric called 'loss', only {list(metrics)}; return one, or leave "
+            'check_finite out (with fit: FitConfig(nonfinite="ignore"))'
         )
     return sum(losses, 0.0)
 
@@ -166,8 +163,9 @@ def _says(state: TrainState, place: Place) -> str:
     found = listed(not_finite(state.store.named)) or "none of the parameters"
     return (
         f"{said(place, f'; noticed at step {at.step}')}; "
-        f"by now NaN or infinite: {found}. Lower the learning rate, clip with clip_norm, look into that batch, leave such steps out with "
-        'FitConfig(nonfinite="skip"), go back to a checkpoint with "rollback", or allow them with "ignore"'
+        f"by now NaN or infinite: {found}. Lower the learning rate, clip with clip_norm, or look at that batch. To skip such steps, use "
+        'skip_nonfinite() (with fit: FitConfig(nonfinite="skip")); to go back to a checkpoint, use rollback (nonfinite="rollback"); to allow '
+        'them, leave check_finite out (nonfinite="ignore")'
     )
 
 

@@ -1,4 +1,4 @@
-"""Back to the last checkpoint where a loss is no number, and on from there with other data and other random numbers."""
+"""Rollback: after a non-finite loss, go back to the last checkpoint and continue with later data and other random numbers."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -18,26 +18,26 @@ from fnlight.triggers import Tick, condition, steps
 
 
 def rollback(dir: str | os.PathLike[str], every: Callable[[Tick], bool] = steps(50), max_consecutive: int = 3) -> Combinator:
-    """Go back to the last checkpoint when a loss was NaN or infinite, and go on with other data.
+    """Go back to the last checkpoint if a loss was NaN or infinite, and continue with later data.
 
-    Losses and parameters are looked at when it is due, so no step waits for the device. When one is not finite, parameters, optimizer,
-    memory, history and step count become those of the newest sound checkpoint, in the memory where they are. The place in the data stays where
-    it is: the batches since that checkpoint are left out, and `progress.skipped` counts their steps, as it does for other steps that are
-    left out; so the random numbers are others, too. All of this is a function of the checkpoint and of the place in the data: a run that
-    is killed at any instant and resumed goes back at the same step, and ends bitwise where it would have.
+    Losses and parameters are checked on a trigger, so other steps do not wait for the device. If one is not finite, parameters, optimizer
+    state, memory, history and step count are restored in place from the newest valid checkpoint. The position in the data does not go back:
+    the batches since that checkpoint are skipped, and `progress.skipped` counts their steps, so the random numbers are different, too. All
+    of this is a function of the checkpoint and the position in the data: a run that is killed at any time and resumed rolls back at the same
+    step, and ends with bit-identical weights.
 
-    Of several ranks all go back, whichever has found something, to a checkpoint that all of them must be able to read.
+    With several ranks, all roll back if one finds a non-finite value, to a checkpoint that all of them must be able to read.
 
-    Each time there is a `FaultWarning`, and the metrics of that step count in no mean. ``state.memory["rollback"]`` counts how often it happened in all (``total``), and in a row to one
-    checkpoint (``row``).
+    Each rollback gives a `FaultWarning`, and the metrics of that step are left out of all means. ``state.memory["rollback"]`` counts all
+    rollbacks (``total``), and those in a row to the same checkpoint (``row``).
 
     Args:
-        dir: The run's directory, the one that `checkpoint_every` in the same pipe saves to.
-        every: When it is due; make it fire wherever a checkpoint is saved, so that none is saved after the fact.
-        max_consecutive: WallTime in a row, at least 1, that one goes back to one and the same checkpoint; then training fails.
+        dir: The run's directory, the same as for `checkpoint_every` in the same pipe.
+        every: When losses and parameters are checked; it should fire whenever a checkpoint is saved, so that no bad state is saved.
+        max_consecutive: The largest number of rollbacks in a row to the same checkpoint, at least 1; after that, training fails.
 
     Returns:
-        A combinator from `Step` to `Step`. Where the first checkpoint may come too late, give ``checkpoint_every(..., initial=True)``.
+        A combinator from `Step` to `Step`. If the first checkpoint may come too late, give ``checkpoint_every(..., initial=True)``.
 
     Raises:
         ConfigError: If the number is below 1, or nothing in the pipe saves a checkpoint.
@@ -47,8 +47,8 @@ def rollback(dir: str | os.PathLike[str], every: Callable[[Tick], bool] = steps(
         rollback('runs/a', every=steps(10), max_consecutive=3)
 
     References:
-        Chowdhery et al., "PaLM: Scaling language modeling with pathways" (2022), section 5.1: training goes on from a checkpoint before the
-        trouble, without the batches around it.
+        Chowdhery et al., "PaLM: Scaling language modeling with pathways" (2022), section 5.1: training resumes from a checkpoint before the
+        spike, without the batches around it.
     """
     check_type("rollback(dir)", dir, str | os.PathLike, "a str or os.PathLike")
     path, due = os.fspath(dir), condition(every, "rollback(every=...)")
@@ -79,7 +79,7 @@ def rollback(dir: str | os.PathLike[str], every: Callable[[Tick], bool] = steps(
 
 
 def _first(place: Any, found: Any) -> Any:
-    """What the first of all ranks has found, if one has; where this process is alone, what it has."""
+    """The first result of all ranks that is not None; in a single process, its own result."""
     ranks = [found] if place is None else place.everyone.gather(found)
     return next((each for each in ranks if each is not None), None)
 
@@ -87,14 +87,14 @@ def _first(place: Any, found: Any) -> Any:
 def _validate(combinators: tuple[Combinator, ...]) -> str | None:
     names = [c.name for c in combinators]
     if "checkpoint_every" not in names:
-        return "rollback goes back to a checkpoint, but nothing in this pipe saves any; add checkpoint_every(dir) with the same directory"
+        return "rollback loads a checkpoint, but nothing in this pipe saves any; add checkpoint_every(dir) with the same directory"
     if "debug_bundle" in names:
-        return "debug_bundle repeats the steps since a copy of its own, which rollback may leave behind; leave one of them out"
+        return "debug_bundle repeats the steps since its last copy of the state, but rollback may drop those steps; leave one of them out"
     return None
 
 
 def _trouble(state: TrainState, place: Place | None) -> str | None:
-    """What is not finite: a loss since the last look, or else a parameter; None if nothing is."""
+    """A text about the first non-finite value since the last check, or about non-finite parameters; None if all are finite."""
     if place is not None:
         return said(place)
     bad = not_finite({name: p for name, p in state.store.named.items() if p.requires_grad})
@@ -109,31 +109,31 @@ def _back(state: TrainState, dir: str, trouble: str, most: int) -> TrainState:
     found = _first(store.place, newest(dir) if store.place is None or store.place.writes else None)
     if found is None:
         raise NonFiniteError(
-            f"{trouble}, and {dir} holds no sound checkpoint to go back to; save the first one earlier, as with checkpoint_every(..., initial=True)"
+            f"{trouble}, and {dir} holds no valid checkpoint to go back to; save the first one earlier, as with checkpoint_every(..., initial=True)"
         )
     counts = {key: store.memory["rollback"][key] for key in ("to", "row", "total")}
     try:
         after = refill(found, state)
     except CheckpointError as error:
-        raise NonFiniteError(f"{trouble}, and checkpoint {found} could not be gone back to: {error}") from error
+        raise NonFiniteError(f"{trouble}, and checkpoint {found} could not be restored: {error}") from error
     to = after.progress.step
     row = counts["row"] + 1 if counts["to"] == to else 1
     if row > most:
         raise NonFiniteError(
-            f"{trouble}; it is the {row}. time in a row after checkpoint {found}, and max_consecutive={most}; look into the data from there on, "
-            "lower the learning rate, or clip"
+            f"{trouble}; it is the {row}. time in a row after checkpoint {found}, and max_consecutive={most}; look at the data after that "
+            "checkpoint, lower the learning rate, or clip gradients"
         )
     store.step.back = after.version
     store.memory["rollback"] = {**no_losses(), "to": to, "row": row, "total": counts["total"] + 1}
     if store.owner is not None:
         store.owner.adopt(after)
     warn(
-        f"{trouble}: back to {found}; the data of the {now.step - to} steps since then is left out ({row} of at most {most} times in a row)",
+        f"{trouble}: back to {found}; the data of the {now.step - to} steps since then is skipped ({row} of at most {most} times in a row)",
         FaultWarning,
     )
     return attrs.evolve(after, progress=_here(after.progress, now), stopped=state.stopped)
 
 
 def _here(then: Progress, now: Progress) -> Progress:
-    """The completed updates of then at the place in the data of now; what lies between was left out."""
+    """The completed updates of `then` at the position in the data of `now`; the steps between them count as skipped."""
     return attrs.evolve(now, step=then.step, updates=then.updates, skipped=now.skipped + now.step - then.step)

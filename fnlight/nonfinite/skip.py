@@ -1,4 +1,4 @@
-"""Updates that are better left out: steps whose gradients are no numbers, and steps whose loss leaps; decided on the device."""
+"""Skipped updates: steps with non-finite gradients, and steps whose loss is a spike; decided on the device."""
 
 from typing import Any
 
@@ -15,17 +15,17 @@ from fnlight.tensors import foreach_norm, stored_values
 
 
 def skip_nonfinite(max_consecutive: int | None = 10) -> Combinator:
-    """Leave out the update where a loss or a gradient is NaN or infinite, without the host waiting to know.
+    """Skip the update if a loss or a gradient is NaN or infinite, without a host sync.
 
-    The step counts, as one that changed nothing: no parameter, no optimizer memory, no buffer, no mean of a metric. The metrics gain
+    A skipped step counts, but changes no parameter, no optimizer state, no buffer and no mean of a metric. The metrics get an additional
     ``skipped``. Fused optimizers mask the update on the device; for others the host waits, see `fnlight.optim.step_where`. A gradient whose
-    2-norm is beyond fp32, about 1e19, counts as infinite.
+    2-norm is too large for fp32, about 1e19, counts as infinite.
 
     Args:
-        max_consecutive: Steps left out in a row after which training fails, looked at every so many steps; None never fails.
+        max_consecutive: Training fails after this many skipped steps in a row; this is checked every so many steps. None never fails.
 
     Returns:
-        A combinator from `GradFn` to `GradFn`; it stands in front of whatever changes gradients, which could hide them.
+        A combinator from `GradFn` to `GradFn`; put it before all combinators that change gradients, which could hide non-finite values.
 
     Raises:
         ConfigError: If the number is below 1.
@@ -68,15 +68,15 @@ def skip_nonfinite(max_consecutive: int | None = 10) -> Combinator:
 
 
 def skip_spikes(sigma: float = 6.0, window: int = 100, max_consecutive: int | None = 10) -> Combinator:
-    """Leave out the update where the loss is far above its rolling mean, without the host waiting to know.
+    """Skip the update if the loss is far above its rolling mean, without a host sync.
 
-    A loss is a spike if it is more than `sigma` standard deviations above the mean of the last `window` losses that were none. Nothing is
-    one before the window is full. The step counts, as one that changed nothing; its metrics are true, and gain ``spikes``.
+    A loss is a spike if it is more than `sigma` standard deviations above the mean of the last `window` losses that were not spikes. Until
+    the window is full, no loss is a spike. A skipped step counts, but changes nothing; its metrics are kept, with an additional ``spikes``.
 
     Args:
         sigma: Standard deviations above the mean, above 0.
-        window: Losses that the mean and the deviation are taken over, at least 2.
-        max_consecutive: Spikes in a row after which training fails, for then the loss has moved for good; None never fails.
+        window: Number of losses for the mean and the deviation, at least 2.
+        max_consecutive: Training fails after this many spikes in a row, because the loss then stays high; None never fails.
 
     Returns:
         A combinator from `GradFn` to `GradFn`.
@@ -105,8 +105,8 @@ def skip_spikes(sigma: float = 6.0, window: int = 100, max_consecutive: int | No
 
     def blame() -> str:
         return (
-            f"the loss was more than {sigma:g} standard deviations above its mean for {max_consecutive} steps in a row: it has moved for good; "
-            "look into the data and the learning rate there, or give a larger sigma"
+            f"the loss was more than {sigma:g} standard deviations above its mean for {max_consecutive} steps in a row, so this is not a short spike; "
+            "look at the data and the learning rate there, or give a larger sigma"
         )
 
     def wrap(grad_fn: GradFn) -> GradFn:
@@ -130,10 +130,10 @@ def skip_spikes(sigma: float = 6.0, window: int = 100, max_consecutive: int | No
 
 
 def _enters(tree: dict[str, Any], loss: Tensor, sigma: float) -> Tensor:
-    """Say whether a loss is a spike, and enter it into the window if it is none."""
+    """Whether a loss is a spike; if it is not, it is added to the window."""
     losses = tree["losses"]
-    std, mean = torch.std_mean(losses)  # NaN, which nothing is above, until the window is full
-    spike = loss > mean + sigma * torch.maximum(std, 1e-5 * mean.abs())  # losses that are all the same differ by rounding
+    std, mean = torch.std_mean(losses)  # NaN until the window is full, and no comparison with NaN is True
+    spike = loss > mean + sigma * torch.maximum(std, 1e-5 * mean.abs())  # equal losses may differ by rounding
     enters = ~spike & torch.isfinite(loss)
     place = tree["entered"] % len(losses)
     losses.scatter_(0, place, torch.where(enters, loss, losses.gather(0, place)))
@@ -147,7 +147,7 @@ def _counts(store: Store) -> dict[str, Any]:
 
 
 def _left_out(found: Gradients, ok: Tensor, tree: dict[str, Any], buffers: Any, name: str) -> Gradients:
-    """The gradients with word that the update is left out unless `ok`; counted, and with the buffers of before."""
+    """The gradients, marked so that the update is skipped unless `ok`; the skip is counted and the buffers are restored."""
     if tree["buffers"] is None:
         tree["buffers"] = buffers.changing()
     buffers.put_back(ok)
@@ -160,7 +160,7 @@ def _left_out(found: Gradients, ok: Tensor, tree: dict[str, Any], buffers: Any, 
 
 
 def _look(tree: dict[str, Any], most: int | None, says: Any) -> None:
-    """Every so many calls, see whether too many in a row were left out; the only place where the host waits."""
+    """Every `most` calls, check whether too many updates in a row were skipped; only here the host waits."""
     if most is not None and tree["calls"] % most == 0 and int(tree["worst"]) >= most:
         raise NonFiniteError(says())
 
@@ -169,15 +169,15 @@ def _blame(store: Store, tree: dict[str, Any]) -> str:
     bad = [name for name, wrong in zip(store.named, tree["bad"].tolist(), strict=True) if wrong]
     listed = ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
     return (
-        f"{int(tree['worst'])} steps in a row were left out, for their loss or gradients were NaN or infinite; the last time those of: "
-        f"{listed or 'none, only the loss'}; look into the data, lower the learning rate, or clip"
+        f"{int(tree['worst'])} steps in a row were skipped because their loss or gradients were NaN or infinite; in the last one, gradients of: "
+        f"{listed or 'none, only the loss'}; look at the data, lower the learning rate, or clip gradients"
     )
 
 
 def _finite_each(store: StoreView, found: Gradients, loss: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether the 2-norm of each parameter's gradient is finite, shape [params], in the order of the model; one that is missing is.
+    """Whether the 2-norm of each parameter's gradient is finite, shape [params], in the order of the model; True for missing gradients.
 
-    And whether all of them are, and the loss: shape [].
+    Also whether all of them and the loss are finite, shape [].
     """
     places = [i for i, p in enumerate(store.named.values()) if p.requires_grad]
     given = [(i, stored_values(v) if v.is_sparse else v) for i, v in zip(places, found.values, strict=True) if v is not None]
@@ -197,7 +197,7 @@ def _first(combinators: tuple[Combinator, ...]) -> str | None:
         if c.name == "skip_nonfinite":
             return None
         if c.takes == c.gives == "grad" and c.name not in ("microbatch", "loss_scale", "skip_spikes"):
-            return f"{c} stands in front of skip_nonfinite and may hide what is not finite; move skip_nonfinite in front of {c}"
+            return f"{c} comes before skip_nonfinite and may hide non-finite gradients; move skip_nonfinite before {c}"
     return None
 
 

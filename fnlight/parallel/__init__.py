@@ -1,7 +1,7 @@
-"""Beyond one process: a placement says how a state lies on several processes, given to ``TrainState.create(task, place=...)``.
+"""Training on several processes: a placement, given to ``TrainState.create(task, place=...)``, says how a state is distributed over the ranks.
 
-The processes are started by others: torchrun, SLURM, Ray. `join` brings them together, `ddp` gives every rank the whole model,
-`fsdp` a part of it. `xla` puts a state on XLA's device, or spreads it over several of them.
+torchrun, SLURM or Ray start the processes. `join` makes the process group, `ddp` gives every rank the whole model, `fsdp` gives it a shard.
+`xla` puts a state on XLA's device, or shards it over several XLA devices.
 
 Example:
     >>> import torch, fnlight as fl

@@ -1,4 +1,4 @@
-"""A state that was made by one process, on several ranks for as long as a run lasts."""
+"""Attach a placement to a state that was created without one, for the duration of a run, and detach it afterwards."""
 
 from typing import Any
 
@@ -8,17 +8,17 @@ from fnlight.state import TrainState
 
 
 def placed_on(state: TrainState, place: Any) -> TrainState:
-    """Let a state lie on several ranks, in place; only a placement that keeps whole tensors can be given later.
+    """Attach a placement to a state, in place; only placements that keep whole tensors on every rank can be attached later.
 
     Args:
-        state: Made by every rank, before any of them has trained it further.
-        place: Such as ``ddp()``.
+        state: Created on every rank, and not trained on any of them since.
+        place: A placement, such as ``ddp()``.
 
     Returns:
         The same state.
 
     Raises:
-        ParallelError: If the placement has to come before the optimizer.
+        ParallelError: If the placement shards parameters, which must happen before the optimizer is built.
 
     Example:
         >>> import fnlight as fl, torch
@@ -28,7 +28,7 @@ def placed_on(state: TrainState, place: Any) -> TrainState:
     """
     if place.cuts:
         raise ParallelError(
-            f"{place} cuts up parameters, which must be done before their optimizer is built; give it to fl.TrainState.create(task, place=...)"
+            f"{place} shards parameters, which must be done before the optimizer is built; give it to fl.TrainState.create(task, place=...)"
         )
     store, found = state.store, place.place(state.live.module)
     for each in (store, *store.phases.values()):
@@ -37,13 +37,13 @@ def placed_on(state: TrainState, place: Any) -> TrainState:
 
 
 def alone(state: TrainState) -> TrainState:
-    """A state that is this process's own again, in place, once all ranks have come to the end of a run.
+    """Detach a state from its placement, in place, after all ranks have finished a run.
 
     Args:
         state: The last state of a run; all ranks call this.
 
     Returns:
-        The same state, with the metrics of all ranks where an epoch is under way.
+        The same state; if an epoch is unfinished, its metrics are those of all ranks.
 
     Example:
         >>> import fnlight as fl, torch

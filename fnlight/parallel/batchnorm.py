@@ -1,4 +1,4 @@
-"""BatchNorm over the samples of all ranks: torch's own on accelerators, and the same on the CPU, where torch has none."""
+"""BatchNorm over the samples of all ranks: torch's ``SyncBatchNorm`` on accelerators, and the same on the CPU, where torch has none."""
 
 from typing import Any
 
@@ -10,15 +10,15 @@ from fnlight.tensors import BATCH_NORMS, BatchNorm
 
 
 class SyncedNorm(BatchNorm):
-    """BatchNorm whose statistics are those of all ranks' samples while it trains, on every device; made by `sync_batchnorm`.
+    """BatchNorm that computes its training statistics over the samples of all ranks, on every device; made by `sync_batchnorm`.
 
     Args:
         num_features: Channels, the second dimension of the input.
         **options: Those of ``torch.nn.BatchNorm1d``.
 
     Attributes:
-        counts_samples: Whether samples of this rank count; False while one stands in for none, see `fnlight.data.Part`.
-        alike: How many ranks have the same samples, as those of tensor parallel do.
+        counts_samples: Whether samples of this rank count; False for a zero-weight dummy batch, see `fnlight.data.Part`.
+        alike: How many ranks have the same samples, as with tensor parallel.
 
     Example:
         >>> SyncedNorm(2)(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).round().tolist()  # alone it is BatchNorm
@@ -46,7 +46,8 @@ class SyncedNorm(BatchNorm):
         total, count = _total(torch.cat([wide.sum(over), here]) * self.counts_samples).split([x.shape[1], 1])
         if float(count.detach()) <= self.alike:
             raise ValueError(
-                f"BatchNorm needs more than one value a channel to train, but all ranks together have no more; here: {list(x.shape)}"
+                f"BatchNorm needs more than one value per channel in training, but all ranks together have only one; this rank's input has shape "
+                f"{list(x.shape)}; make the batches larger"
             )
         mean = total / count
         apart = wide - mean.view(shape)
@@ -58,10 +59,10 @@ class SyncedNorm(BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
-            raise ValueError(f"BatchNorm takes [samples, channels, ...], but got shape {list(input.shape)}")
+            raise ValueError(f"BatchNorm takes an input of shape [samples, channels, ...], but got {list(input.shape)}")
 
     def _track(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
-        """Keep running statistics, the variance without bias."""
+        """Update the running statistics, with the unbiased variance."""
         if not self.track_running_stats or self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)
@@ -71,7 +72,7 @@ class SyncedNorm(BatchNorm):
 
 
 class _Total(torch.autograd.Function):
-    """The sum over all ranks, each of which gets the gradients of all: torch's function of that kind is deprecated."""
+    """A differentiable all-reduce sum: each rank gets the summed gradients of all ranks. Torch's own is deprecated."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor) -> Tensor:  # noqa: ARG004  # of the contract
@@ -92,16 +93,16 @@ def _total(part: Tensor) -> Tensor:
 
 
 def sync_batchnorm(module: nn.Module) -> nn.Module:
-    """Let every BatchNorm of a module see the samples of all ranks, in place; parameters, buffers and hooks stay what they are.
+    """Make every BatchNorm of a module use the samples of all ranks, in place; parameters, buffers and hooks are unchanged.
 
-    `fnlight.parallel.ddp(sync_batchnorm=True)` does so with the model of a state. Call it on a model that is to be cut by `fnlight.parallel.fsdp`,
-    before its task is made.
+    `fnlight.parallel.ddp(sync_batchnorm=True)` does this for the model of a state. For `fnlight.parallel.fsdp`, call this function on the model
+    before the task is created.
 
     Args:
         module: Any module, or a BatchNorm itself.
 
     Returns:
-        The same module. Where it lies on an accelerator, torch's own ``SyncBatchNorm`` does the work.
+        The same module. On an accelerator it uses torch's own ``SyncBatchNorm``.
 
     Example:
         >>> type(sync_batchnorm(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))[1]).__name__
@@ -120,14 +121,14 @@ def _on_cpu(module: nn.Module) -> bool:
 
 
 def meet(module: nn.Module, alike: int = 1) -> None:
-    """Prepare every BatchNorm that sees the samples of all ranks for those that there are; on the CPU one of torch's becomes a `SyncedNorm`.
+    """Set up every synchronized BatchNorm for the ranks of this run; on the CPU torch's ``SyncBatchNorm`` becomes a `SyncedNorm`.
 
     Args:
         module: Any module, which is changed.
         alike: How many ranks have the same samples.
 
     Raises:
-        ParallelError: If one of torch's on the CPU is for a group of ranks.
+        ParallelError: If a ``SyncBatchNorm`` on the CPU is for a subgroup of the ranks.
 
     Example:
         >>> norm = nn.SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm1d(1))
@@ -139,8 +140,8 @@ def meet(module: nn.Module, alike: int = 1) -> None:
         if isinstance(each, nn.SyncBatchNorm) and _on_cpu(each):
             if each.process_group not in (None, distributed.group.WORLD):
                 raise ParallelError(
-                    f"{name!r} is a SyncBatchNorm for a group of ranks, which torch does not have on CPUs, and fnlight only over all ranks: give the "
-                    "model its BatchNorm, and fl.parallel.ddp(sync_batchnorm=True)"
+                    f"{name!r} is a SyncBatchNorm for a subgroup of the ranks; on CPUs torch has no SyncBatchNorm, and fnlight's works only over all "
+                    "ranks; use a plain BatchNorm in the model and fl.parallel.ddp(sync_batchnorm=True)"
                 )
             each.__class__ = SyncedNorm  # it has the same fields
         if isinstance(each, SyncedNorm):
@@ -148,7 +149,7 @@ def meet(module: nn.Module, alike: int = 1) -> None:
 
 
 def is_synced(module: nn.Module) -> bool:
-    """Whether there is a BatchNorm in a module that sees the samples of all ranks.
+    """Whether a module contains a BatchNorm that is synchronized over ranks.
 
     Args:
         module: Any module.

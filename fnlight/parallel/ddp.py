@@ -1,4 +1,4 @@
-"""Data parallel: every rank holds the whole model, and gradients are averaged by torch's ``DistributedDataParallel`` as they come."""
+"""Data parallel: every rank holds the whole model, and torch's ``DistributedDataParallel`` averages gradients during the backward pass."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -33,26 +33,26 @@ def ddp(
     comm_hook: Any = None,
     sync_batchnorm: bool = False,
 ) -> "Replicated":
-    """Every rank holds the whole model; gradients are brought together while the backward pass goes on.
+    """Every rank holds the whole model; gradients are averaged over ranks during the backward pass.
 
     The options are those of ``torch.nn.parallel.DistributedDataParallel``.
 
     Args:
-        bucket_cap_mb: Megabytes of gradients that travel together; None takes torch's 25.
-        find_unused_parameters: True looks in every step for parameters that the loss does not depend on.
-        gradient_as_bucket_view: True lets gradients lie in the buckets that travel, which saves a copy.
+        bucket_cap_mb: Megabytes of gradients that are sent in one bucket; None takes torch's 25.
+        find_unused_parameters: True searches in every step for parameters that the loss does not depend on.
+        gradient_as_bucket_view: True makes gradients views of the buckets, which saves a copy.
         static_graph: True promises that every step uses the same parameters in the same way.
-        broadcast_buffers: True gives all ranks the buffers of rank 0 before each step, such as the statistics of BatchNorm.
-        comm_hook: How a bucket travels: ``"bf16"`` or ``"fp16"`` halves what is sent; or a hook of torch, which takes a state (None) and a bucket
-            and gives the mean.
-        sync_batchnorm: True lets BatchNorm take its statistics over the samples of all ranks, as on one process, for two more messages a layer
-            and direction.
+        broadcast_buffers: True sends the buffers of rank 0, such as the statistics of BatchNorm, to all ranks before each step.
+        comm_hook: How a bucket is sent: ``"bf16"`` or ``"fp16"`` halves the traffic; or a hook of torch, which takes a state (None) and a bucket
+            and returns the mean.
+        sync_batchnorm: True makes BatchNorm compute its statistics over the samples of all ranks, as on one process. It costs two more
+            messages per layer in the forward and in the backward pass.
 
     Returns:
         A placement.
 
     Raises:
-        ConfigError: If an option makes no sense.
+        ConfigError: If an option is not valid.
 
     Example:
         >>> ddp(bucket_cap_mb=10)
@@ -74,12 +74,12 @@ def ddp(
 
 @attrs.frozen(eq=False, repr=False)
 class Replicated:
-    """The placement that `ddp` gives; what its methods are for stands in `Placement`.
+    """The placement that `ddp` returns; `Placement` documents its methods.
 
     Args:
         options: What ``DistributedDataParallel`` is given.
-        comm_hook: How a bucket travels; None as it is.
-        sync_batchnorm: Whether BatchNorm sees the samples of all ranks.
+        comm_hook: How a bucket is sent; None sends it unchanged.
+        sync_batchnorm: Whether BatchNorm uses the samples of all ranks.
 
     Example:
         >>> Replicated({}).place(nn.Linear(1, 1)) is None  # alone there is nothing to do
@@ -112,25 +112,27 @@ class Replicated:
 
     @property
     def lockstep(self) -> bool:
-        """Whether a forward pass is one of all ranks."""
+        """Whether all ranks must make the same number of forward passes."""
         return self.sync_batchnorm
 
     @property
     def cuts(self) -> bool:
-        """Whether parameters are cut up."""
+        """Whether parameters are sharded."""
         return False
 
     def place(self, module: nn.Module) -> "Replicated | None":
-        """All ranks get the tensors of rank 0; None where this process is alone."""
+        """Send the tensors of rank 0 to all ranks; None where this process is alone."""
         here, named = self.world, named_world(os.environ)
         if here.size == 1 and named.size > 1:
             raise ParallelError(
-                f"this process is rank {named.rank} of {named.size}, but has not joined the others; write `with fl.parallel.join():` around "
-                "what makes and trains the state, or leave place= out and let fit do both"
+                f"this process is rank {named.rank} of {named.size}, but has not joined the other ranks; write `with fl.parallel.join():` around "
+                "the code that creates and trains the state, or leave place= out: fit then joins and places it"
             )
         devices = {p.device for p in module.parameters()}
         if here.size > 1 and len(devices) > 1:
-            raise ParallelError(f"ddp takes a model on one device a rank, but this one lies on {sorted(map(str, devices))}; move it to one")
+            raise ParallelError(
+                f"ddp needs the model on one device per rank, but it is on {sorted(map(str, devices))}; move it to one of them"
+            )
         if here.size == 1:
             return None
         if self.sync_batchnorm:
@@ -141,12 +143,12 @@ class Replicated:
         return attrs.evolve(self, sync_batchnorm=is_synced(module))
 
     def sync(self, store: Any) -> None:
-        """Buffers, which each rank has changed by itself, as rank 0 has them."""
+        """Send the buffers of rank 0 to all ranks, which have changed theirs independently."""
         for buffer in store.module.buffers():
             distributed.broadcast(buffer, 0)
 
     def begin(self, store: Any, last: bool) -> None:
-        """Before each batch: gradients travel after the last one only."""
+        """Called before each batch: gradients are sent only after the last one."""
         bound: _Bound | None = store.bound
         held = [id(p) for p in store.params]
         if bound is None or bound.held != held:
@@ -159,8 +161,8 @@ class Replicated:
             remove_reducer_hooks(store.bound.ddp)
         if store.optim.create_graph:
             raise ParallelError(
-                f"{type(store.optim.optimizer).__name__} takes gradients of gradients, which ranks do not bring together; train in one process, "
-                "or take another optimizer"
+                f"{type(store.optim.optimizer).__name__} needs gradients of gradients, which cannot be averaged over ranks; train in one process, "
+                "or use another optimizer"
             )
         wrapped = DistributedDataParallel(_Loss(store.module), init_sync=False, **_of_torch(self.options))
         if self.comm_hook is not None:
@@ -175,7 +177,7 @@ class Replicated:
         return out if rest.metrics is None else (out, rest.metrics)
 
     def finish(self, store: Any, found: Gradients) -> Gradients:
-        """After a group: all has come together, if every parameter had its gradient."""
+        """Called after the last batch: gradients are averaged, if every parameter had one."""
         options = self.options
         if any(v is None for v in found.values) and not (options["find_unused_parameters"] or options["static_graph"]):
             raise StepError(_unused(store, found))
@@ -202,7 +204,7 @@ class Replicated:
         return flag
 
     def apart(self, store: Any, done: Callable[[], bool]) -> Apart | None:
-        """Ranks hold the whole model, so each may compute alone: torch's wrapper is left out until they come together."""
+        """Each rank holds the whole model, so each may compute alone: torch's wrapper is not used until the gradients are averaged."""
         if self.sync_batchnorm:
             return None
         if store.bound is not None:
@@ -220,7 +222,7 @@ class Replicated:
         return int(held)
 
     def rest(self, module: nn.Module) -> None:
-        """Nothing comes together."""
+        """Nothing to do: parameters are never gathered."""
 
     def copy(self, module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         """An independent module."""
@@ -237,21 +239,21 @@ class Replicated:
 
 @attrs.frozen(eq=False, repr=False)
 class _Rest:
-    """What a loss function gave besides the tensor to go backward from; no container, so that torch looks for no tensors in it."""
+    """What a loss function returned besides the loss tensor; not a container, so that torch does not search it for tensors."""
 
     out: Any
     metrics: Any
 
 
 class _Bound(NamedTuple):
-    """What a store keeps: torch's wrapper, and the parameters that it was made for."""
+    """What a store holds: torch's wrapper, and the parameters that it was made for."""
 
     ddp: DistributedDataParallel
     held: list[int]
 
 
 class _Loss(nn.Module):
-    """A module whose forward pass is a loss function of the live one: what torch wraps, so that hooks and buckets are its own."""
+    """A module whose forward pass calls the loss function on the live model; torch wraps it, so that hooks and buckets are torch's own."""
 
     def __init__(self, model: nn.Module) -> None:
         nn.Module.__init__(self)
@@ -265,7 +267,7 @@ class _Loss(nn.Module):
 
 
 def _halved(dtype: torch.dtype, bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """The mean of a bucket over ranks, sent in sixteen bits; torch's own hook for it knows NCCL only."""
+    """The mean of a bucket over ranks, sent in 16 bits; torch's own hook works with NCCL only."""
     whole = bucket.buffer()
     sent = whole.to(dtype).div_(distributed.get_world_size())
     travelling: Any = distributed.all_reduce(sent, async_op=True)
@@ -273,7 +275,7 @@ def _halved(dtype: torch.dtype, bucket: distributed.GradBucket) -> torch.futures
 
 
 def _of_torch(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options under the names of the installed torch, which warns of old ones; those that are its defaults are left out."""
+    """The options under the names of the installed torch, which warns of old names; options at their default are left out."""
     given, known = dict(options), signature(DistributedDataParallel.__init__).parameters
     if "forward_sync_buffers" in known:
         given["forward_sync_buffers"] = given.pop("broadcast_buffers", True)
@@ -285,6 +287,6 @@ def _unused(store: Any, found: Gradients) -> str:
     names = [name for name, p in store.named.items() if id(p) in missing]
     return (
         f"the loss does not depend on {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}, so the ranks would wait for "
-        "these gradients, or train with different ones; leave them out of the model, freeze them (requires_grad=False), or give "
-        "fl.parallel.ddp(find_unused_parameters=True), which costs a look at the graph in every step"
+        "these gradients, or train with different ones; remove these parameters from the model, freeze them (requires_grad=False), or use "
+        "fl.parallel.ddp(find_unused_parameters=True), which searches the graph in every step"
     )

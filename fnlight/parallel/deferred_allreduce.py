@@ -1,4 +1,4 @@
-"""Ranks that compute apart and come together afterwards, so that a step which did not fit on one of them can be repeated by all."""
+"""Average gradients after the backward pass instead of during it, so that all ranks can repeat a step that ran out of memory on one of them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,16 +10,16 @@ from torch import Tensor, distributed
 from fnlight.parallel.world import World
 from fnlight.protocols import Gradients
 
-_BUCKET = 25 * 2**20  # bytes of gradients that travel together: what torch takes
+_BUCKET = 25 * 2**20  # bytes of gradients that are sent together: torch's default
 
 
 @attrs.frozen(eq=False, repr=False)
 class Apart:
-    """The placement of one attempt at a group of batches: nothing travels until this rank has all of its gradients, and `done` agrees.
+    """The placement for one attempt at a group of batches: nothing is sent until this rank has all of its gradients and `done` returns True.
 
     Args:
-        whole: The placement that it stands for, by which every rank holds the whole model.
-        done: Called once this rank has its gradients; False leaves them as they are, for the attempt was in vain.
+        whole: The placement that it replaces, in which every rank holds the whole model.
+        done: Called after this rank has its gradients; False leaves them as they are, because the attempt failed.
 
     Example:
         >>> from types import SimpleNamespace
@@ -39,14 +39,14 @@ class Apart:
         return self.whole.world
 
     def begin(self, store: Any, last: bool) -> None:
-        """Nothing travels during the backward pass."""
+        """Nothing is sent during the backward pass."""
 
     def loss(self, store: Any, fn: Any, batch: Any) -> Any:
         """Call a loss function on the live module."""
         return fn(store.module, batch)
 
     def finish(self, store: Any, found: Gradients) -> Gradients:
-        """Bring the gradients of all ranks together, once all of them have theirs."""
+        """Average the gradients over ranks after all of them have theirs."""
         if not self.done():
             self._vain.append(True)
             return found
@@ -61,7 +61,7 @@ class Apart:
         return found._replace(values=values)
 
     def mean_weight(self, found: Gradients) -> Any:
-        """The mean over ranks of the weight; 1 where the attempt was in vain."""
+        """The mean over ranks of the weight; 1 if the attempt failed."""
         return 1.0 if self._vain else self.whole.mean_weight(found)
 
 

@@ -1,4 +1,4 @@
-"""Gradients that do not depend on the number of ranks, bitwise: canonical parts of a batch, added up in one fixed tree."""
+"""Gradients that are bit-identical for any number of ranks: a batch has fixed parts, whose gradients are summed in one fixed tree."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,22 +15,22 @@ from fnlight.tensors import fold_in
 
 
 def exact_ranks(n: int | Mapping[int, int] = 1, *, parts: int = 8) -> Combinator:
-    """Make a step whose gradients are bitwise the same on 1, 2, 4, ... ranks: to tell a bug from rounding.
+    """Make gradients bit-identical on 1, 2, 4, ... ranks: to tell a bug from rounding.
 
-    Every batch is computed in so many parts, each with random numbers of its own, and their gradients are added in pairs, and the pairs in pairs,
-    whoever has computed them. It costs that many small forward and backward passes in the place of a large one, one more copy of the gradients for
-    each level of the tree, and all gradients travel to all ranks at the end of a step, where nothing overlaps with them. What couples the
-    samples of a batch, as BatchNorm does, sees those of its part.
+    Every batch is computed in `parts` parts, each with its own random numbers. Their gradients are summed in a fixed binary tree, whichever rank
+    has computed them. It costs `parts` small forward and backward passes instead of a large one, and one more copy of the gradients for
+    each level of the tree. All gradients are sent to all ranks at the end of a step, without overlap. A layer that couples the
+    samples of a batch, such as BatchNorm, sees only the samples of its part.
 
     Args:
-        n: Batches a step, as for `accumulate`, in whose place it stands.
+        n: Batches per step, as for `accumulate`, which it replaces.
         parts: Parts of a batch, a power of two; the number of ranks must divide it.
 
     Returns:
-        A combinator from `GradFn` (of one batch) to `GradFn` (of a group); it stands directly behind `grad`.
+        A combinator from `GradFn` (of one batch) to `GradFn` (of a group); it comes directly after `grad`.
 
     Raises:
-        ConfigError: If `parts` is no power of two.
+        ConfigError: If `parts` is not a power of two.
 
     Example:
         >>> print(exact_ranks(4))
@@ -45,8 +45,8 @@ def exact_ranks(n: int | Mapping[int, int] = 1, *, parts: int = 8) -> Combinator
             rank, size = (0, 1) if store.place is None else (store.place.world.rank, store.place.world.size)
             if parts % size or (store.place is not None and store.place.lockstep):
                 raise ParallelError(
-                    f"exact_ranks(parts={parts}) takes ranks that divide the parts, and compute each for itself, but there are {size} ranks "
-                    f"under {store.place}; give a larger power of two, or train on 1, 2, 4, ... ranks with fl.parallel.ddp()"
+                    f"exact_ranks(parts={parts}) needs fl.parallel.ddp() and a number of ranks that divides parts, but there are {size} ranks "
+                    f"under {store.place}; use a larger power of two for parts, or train on 1, 2, 4, ... ranks with fl.parallel.ddp()"
                 )
             total, metrics = None, None
             for m, batch in enumerate(batches):
@@ -63,14 +63,14 @@ def exact_ranks(n: int | Mapping[int, int] = 1, *, parts: int = 8) -> Combinator
 
 
 def _of_batch(grad_fn: GradFn, store: StoreView, batch: Any, key: int, mine: int, rank: int, size: int) -> tuple[Tensor, dict[str, Any]]:
-    """The gradients of all ranks' parts of a batch, with loss and weight behind them, in one flat tensor; and this rank's metrics."""
+    """The gradients of all ranks' parts of a batch, followed by loss and weight, in one flat tensor; and this rank's metrics."""
     batch, share = (batch.batch, batch.share) if batch.__class__ is Part else (batch, 1.0)
     here = num_samples(batch) if share else 0
     count = round(here * size / share) if share else 0
     start, leaves, metrics = count * rank // size, list[Tensor](), None
     for i in range(rank * mine, (rank + 1) * mine):
         a, b = (count * j // (mine * size) for j in (i, i + 1))
-        # without samples the first one stands in, so that there are gradients to be zero, and metrics to be empty
+        # a part without samples computes a zero-weight dummy batch of the first sample: its gradients are zero, its metrics empty
         part = Part(cut(batch, a - start, b - start, here), (b - a) / count) if b > a else Part(cut(batch, 0, 1, num_samples(batch)), 0.0)
         if store.place is not None:
             store.place.begin(store, last=False)
@@ -89,7 +89,7 @@ def _of_batch(grad_fn: GradFn, store: StoreView, batch: Any, key: int, mine: int
 
 
 def _tree(values: list[Tensor]) -> Tensor:
-    """The sum of a power of two of tensors, in pairs, and the pairs in pairs."""
+    """The sum of 2**k tensors, added in a binary tree."""
     while len(values) > 1:
         values = [a + b for a, b in zip(values[::2], values[1::2], strict=True)]
     return values[0]

@@ -1,4 +1,4 @@
-"""Sharded: every rank holds a part of each parameter, of its gradient and of its optimizer memory; torch's ``fully_shard`` does it."""
+"""Sharded: every rank holds a shard of each parameter, of its gradient and of its optimizer state; torch's ``fully_shard`` does the work."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,29 +31,29 @@ def fsdp(
     methods: Sequence[str] = (),
     broadcast_buffers: bool = True,
 ) -> "Sharded":
-    """Every rank holds a part of each parameter, and brings the whole together just before it computes with it.
+    """Every rank holds a shard of each parameter, and gathers the whole parameter just before it computes with it.
 
-    The model is cut first, and its optimizer is built of the parts; so gradients, optimizer memory and averages of weights are parts, too.
+    The model is sharded first, and its optimizer is built from the shards; so gradients, optimizer state and weight averages are sharded, too.
 
     Args:
-        mesh: Which ranks share what: a ``DeviceMesh``, or names to sizes such as ``{"data": 2, "tensor": 2}``; None takes all ranks as one
-            row. Of two data dimensions the first replicates, as in `hsdp`. The dimension ``tensor`` is for `tensor_parallel`.
-        policy: Which modules come together on their own, the rest as one: classes, or a function of name and module; None takes the blocks in
-            each ``nn.ModuleList``.
+        mesh: Which ranks share what: a ``DeviceMesh``, or names to sizes such as ``{"data": 2, "tensor": 2}``; None is one data dimension of
+            all ranks. Of two data dimensions the first replicates, as in `hsdp`. The dimension ``tensor`` is for `tensor_parallel`.
+        policy: Which modules are gathered on their own; the rest is gathered as one: classes, or a function of name and module; None takes the
+            blocks in each ``nn.ModuleList``.
         mixed_precision: The dtype of what is computed and sent, ``"bf16"`` or ``"fp16"``, with gradients summed in fp32; or a
             ``MixedPrecisionPolicy`` of torch.
-        offload: True keeps parts on the CPU; or an ``OffloadPolicy`` of torch.
-        reshard: ``reshard_after_forward`` of torch: True frees what came together after the forward pass, False keeps it until the backward
-            pass is over, a number keeps it among so many ranks; None frees all but the outermost module.
-        tensor_parallel: Names of modules, ``*`` in them standing for any part, to styles of ``torch.distributed.tensor.parallel``.
+        offload: True keeps shards on the CPU; or an ``OffloadPolicy`` of torch.
+        reshard: ``reshard_after_forward`` of torch: True frees gathered parameters after the forward pass, False keeps them until the backward
+            pass is over, a number keeps them sharded among that many ranks; None frees all but those of the outermost module.
+        tensor_parallel: Names of modules, in which ``*`` matches any part, to styles of ``torch.distributed.tensor.parallel``.
         methods: Names of methods of the model that a loss function calls besides the model itself.
-        broadcast_buffers: True gives all ranks the buffers of the first before each batch, such as the statistics of BatchNorm.
+        broadcast_buffers: True sends the buffers of rank 0, such as the statistics of BatchNorm, to all ranks before each batch.
 
     Returns:
         A placement.
 
     Raises:
-        ConfigError: If an option makes no sense.
+        ConfigError: If an option is not valid.
 
     Example:
         >>> fsdp(mixed_precision="bf16")
@@ -68,18 +68,18 @@ def fsdp(
 
 
 def hsdp(mesh: MeshLike = None, **options: Any) -> "Sharded":
-    """Groups of ranks that hold the whole model among them; gradients are averaged within a group, then between groups.
+    """Shard the model within each group of ranks, and replicate it between groups; gradients are averaged within a group, then between groups.
 
     Args:
-        mesh: Names to sizes, such as ``{"replicate": 2, "shard": 4}``, or a ``DeviceMesh``; None makes one group of each machine.
+        mesh: Names to sizes, such as ``{"replicate": 2, "shard": 4}``, or a ``DeviceMesh``; None makes each machine one group.
         **options: Those of `fsdp`.
 
     Returns:
         A placement.
 
     Raises:
-        ConfigError: If an option makes no sense.
-        ParallelError: If no mesh is given, and nobody says how many processes a machine has.
+        ConfigError: If an option is not valid.
+        ParallelError: If no mesh is given, and the environment does not say how many processes each machine has.
 
     Example:
         >>> hsdp({"replicate": 2, "shard": 4})
@@ -89,7 +89,7 @@ def hsdp(mesh: MeshLike = None, **options: Any) -> "Sharded":
         here, each = named_world(os.environ), os.environ.get("LOCAL_WORLD_SIZE", "")
         if not each.isdecimal() or here.size % max(int(each), 1):
             raise ParallelError(
-                f"hsdp() makes a group of each machine, but LOCAL_WORLD_SIZE={each!r} does not say how many of {here.size} processes each has; "
+                f"hsdp() makes each machine one group, but LOCAL_WORLD_SIZE={each!r} does not say how many of the {here.size} processes each has; "
                 'give the mesh, as in hsdp({"replicate": 2, "shard": 4})'
             )
         mesh = {"replicate": here.size // int(each), "shard": int(each)}
@@ -98,18 +98,18 @@ def hsdp(mesh: MeshLike = None, **options: Any) -> "Sharded":
 
 @attrs.frozen(eq=False, repr=False)
 class Sharded:
-    """The placement that `fsdp` gives; what its methods are for stands in `Placement`.
+    """The placement that `fsdp` returns; `Placement` documents its methods.
 
     Args:
         mesh: A mesh, or how to make one.
-        policy: Which modules come together on their own.
-        mixed_precision: The dtype of what is computed.
-        offload: Whether parts lie on the CPU.
-        reshard: When what came together is freed.
+        policy: Which modules are gathered on their own.
+        mixed_precision: The dtype of computation and communication.
+        offload: Whether shards are kept on the CPU.
+        reshard: When gathered parameters are freed.
         tensor_parallel: Names of modules to styles.
         methods: Methods that a loss function calls.
-        broadcast_buffers: Whether all ranks get the buffers of the first.
-        world: The ranks that have data of their own; known once a module is placed.
+        broadcast_buffers: Whether all ranks get the buffers of rank 0.
+        world: The ranks that have their own data; known after a module is placed.
 
     Example:
         >>> fsdp().place(nn.Linear(1, 1)) is None  # alone there is nothing to do
@@ -146,37 +146,37 @@ class Sharded:
 
     @property
     def lockstep(self) -> bool:
-        """Whether a forward pass is one of all ranks."""
+        """Whether all ranks must make the same number of forward passes."""
         return True
 
     @property
     def cuts(self) -> bool:
-        """Whether parameters are cut up."""
+        """Whether parameters are sharded."""
         return True
 
     def place(self, module: nn.Module) -> "Sharded | None":
-        """Cut a module into parts; None where this process is alone."""
+        """Shard a module; None where this process is alone."""
         if not isinstance(module, nn.Module):
             raise ParallelError(
-                f"a placement cuts a model before its optimizer is built, but got a {type(module).__name__}; give it to "
-                "fl.TrainState.create(task, place=...), and fill that state with fl.restore(path, like=state)"
+                f"this placement shards a model before its optimizer is built, but got a {type(module).__name__}; give it to "
+                "fl.TrainState.create(task, place=...), and load a checkpoint into that state with fl.restore(path, like=state)"
             )
         here, named = world(), named_world(os.environ)
         if here.size == 1 and named.size > 1:
             raise ParallelError(
-                f"this process is rank {named.rank} of {named.size}, but has not joined the others; write `with fl.parallel.join():` around "
-                "what makes and trains the state"
+                f"this process is rank {named.rank} of {named.size}, but has not joined the other ranks; write `with fl.parallel.join():` around "
+                "the code that creates and trains the state"
             )
         if not (distributed.is_available() and distributed.is_initialized()):
             _refuse_alone(self)
             return None
         cut = [name for name, p in module.named_parameters() if is_sharded(p)]
         if cut:
-            raise ParallelError(f"the model is cut already, e.g. {cut[0]}; give fl.Task the plain model, and let the placement cut it")
+            raise ParallelError(f"the model is sharded already, e.g. {cut[0]}; give fl.Task the plain model: the placement shards it")
         hooks = hooked(module)
         if hooks:
             raise ParallelError(
-                f"the gradient of {hooks[0]} has a hook, which parts of a parameter do not have; change gradients in a combinator behind grad() instead"
+                f"the gradient of {hooks[0]} has a hook, which a sharded parameter loses; change gradients in a combinator after grad() instead"
             )
         missing = [name for name in self.methods if not callable(getattr(module, name, None))]
         if missing:
@@ -192,14 +192,14 @@ class Sharded:
         return placed
 
     def _materialise(self, module: nn.Module) -> None:
-        """Give a model without values memory for its parts, filled with NaN: a checkpoint is to fill it."""
+        """Allocate the shards of a model on the meta device, filled with NaN: a checkpoint is loaded into them."""
         if not any(t.is_meta for t in (*module.parameters(), *module.buffers())):
             return
         kept = module.state_dict(keep_vars=True)
         derived = [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in kept]
         if derived:
             raise ParallelError(
-                f"the model is on the meta device with buffers that no checkpoint holds, {derived[:5]}; make it with their values"
+                f"the model is on the meta device, but no checkpoint has its buffers {derived[:5]}; create these on a real device"
             )
 
         def made(t: Tensor) -> Tensor:
@@ -226,11 +226,11 @@ class Sharded:
 
     @property
     def _home(self) -> str:
-        """Where parts lie."""
+        """The device of the shards."""
         return self.mesh.device_type if self.offload is False else "cpu"
 
     def begin(self, store: Any, last: bool) -> None:
-        """Before each batch: gradients come together after the last one only."""
+        """Called before each batch: gradients are reduced only after the last one."""
         bound = self._bound(store)
         if bound.sync is not last:
             store.module.set_requires_gradient_sync(last)
@@ -238,7 +238,7 @@ class Sharded:
         self.sync(store)
 
     def sync(self, store: Any) -> None:
-        """All ranks get the buffers of the first, such as the statistics of BatchNorm."""
+        """Send the buffers of rank 0, such as the statistics of BatchNorm, to all ranks."""
         buffers = self._bound(store).buffers
         if buffers:
             group: Any = self.world.group or distributed.group.WORLD
@@ -248,13 +248,13 @@ class Sharded:
         if store.bound is None:
             if store.optim.closure:
                 raise ParallelError(
-                    f"{type(store.optim.optimizer).__name__} lays all gradients end to end, of which a rank has parts only; train with "
-                    "fl.parallel.ddp(), or take another optimizer"
+                    f"{type(store.optim.optimizer).__name__} needs all gradients as one flat tensor, but a rank holds only shards; train with "
+                    "fl.parallel.ddp(), or use another optimizer"
                 )
             if store.optim.create_graph:
                 raise ParallelError(
-                    f"{type(store.optim.optimizer).__name__} takes gradients of gradients, which sharded parameters do not have; train with "
-                    "fl.parallel.ddp(), or take another optimizer"
+                    f"{type(store.optim.optimizer).__name__} needs gradients of gradients, which sharded parameters do not have; train in one "
+                    "process, or use another optimizer"
                 )
             store.bound = _Bound(True, _kept_buffers(store.module) if self.broadcast_buffers and self.world.size > 1 else [])
         return store.bound
@@ -266,13 +266,13 @@ class Sharded:
         except (RuntimeError, AssertionError) as error:
             if "mixed torch.Tensor and DTensor" in str(error):
                 raise StepError(
-                    "the loss function computes with parameters that have not come together: it must call the model itself, model(x), not a part "
-                    "of it; or name the methods of the model that it calls, as in fl.parallel.fsdp(methods=['encode'])"
+                    "the loss function computes with sharded parameters that were not gathered: call the model itself, model(x), not a part "
+                    "of it; or name the methods of the model that the loss function calls, as in fl.parallel.fsdp(methods=['encode'])"
                 ) from error
             raise
 
     def finish(self, store: Any, found: Gradients) -> Gradients:  # noqa: ARG002  # of the contract
-        """After a group: every rank has its part of all gradients."""
+        """Called after the last batch: every rank has its shard of all gradients."""
         return found
 
     def mean_weight(self, found: Gradients) -> Any:
@@ -284,19 +284,19 @@ class Sharded:
         return mean / self.world.size
 
     def norms(self, values: Sequence[Tensor]) -> Tensor:
-        """The 2-norm of each, over all of its parts, shape [values]."""
+        """The 2-norm of each value, over all of its shards, shape [values]."""
         return norms(values)
 
     def norm(self, values: list[Tensor]) -> Tensor:
-        """The joint 2-norm, over all parts."""
+        """The joint 2-norm, over all shards."""
         return torch.linalg.vector_norm(norms(values))
 
     def unit_norms(self, tensor: Tensor) -> Tensor:
-        """The 2-norm of each unit, in a shape that multiplies the part that lies here."""
+        """The 2-norm of each unit, in a shape that broadcasts against the local shard."""
         return unit_norms(tensor)
 
     def anywhere(self, flag: Tensor) -> Tensor:
-        """The largest value of a number that ranks have found in their parts."""
+        """The largest of the numbers that the ranks computed from their shards."""
         found = flag.detach().clone()
         distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
         return found
@@ -315,12 +315,12 @@ class Sharded:
         return int(held)
 
     def rest(self, module: nn.Module) -> None:
-        """Free what has come together, as it stays after a forward pass that no backward pass follows."""
+        """Free gathered parameters, which stay allocated after a forward pass without a backward pass."""
         for inner in _fsdp_modules(module):
             inner.reshard()
 
     def copy(self, module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        """An independent module that is cut in the same way."""
+        """An independent module that is sharded in the same way."""
         self.rest(module)
         found = dict(module.named_parameters())
         memo[id(self.mesh)] = self.mesh
@@ -334,7 +334,7 @@ class Sharded:
         return twin
 
     def plain(self, module: nn.Module) -> nn.Module:
-        """A module with the whole parameters, which needs no other process; all ranks ask for it at the same time."""
+        """An unsharded copy of the module, which needs no other process; all ranks must call this at the same time."""
         self.rest(module)
         wholes = {id(p): nn.Parameter(_whole(p.detach()), p.requires_grad) for p in module.parameters()}
         return stripped_copy(module, {id(self.mesh): self.mesh}, lambda p: wholes[id(p)], self.methods, all_hooks=True)
@@ -342,7 +342,7 @@ class Sharded:
 
 @attrs.define(eq=False)
 class _Bound:
-    """What a store keeps: whether gradients come together after the next backward pass, and the buffers that are sent."""
+    """What a store holds: whether gradients are reduced after the next backward pass, and the buffers that are broadcast."""
 
     sync: bool
     buffers: list[Tensor]
@@ -366,8 +366,8 @@ def _refuse_alone(given: Sharded) -> None:
     special = [name for name in ("mesh", "mixed_precision", "offload", "tensor_parallel") if getattr(given, name)]
     if special:
         raise ParallelError(
-            f"{given!r} has {', '.join(f'{name}=' for name in special)}, but this process is alone, where nothing is cut; start it with "
-            "`torchrun --nproc-per-node=2 script.py` within `with fl.parallel.join():`, or leave place= out"
+            f"{given!r} sets {', '.join(f'{name}=' for name in special)}, but this process is alone and shards nothing; start the script with "
+            "`torchrun --nproc-per-node=2 script.py` and create the state within `with fl.parallel.join():`, or leave place= out"
         )
 
 
@@ -378,7 +378,7 @@ def _fsdp_modules(module: nn.Module) -> list[Any]:
 
 
 def _kept_buffers(module: nn.Module) -> list[Tensor]:
-    """The buffers of the ``state_dict``: those outside of it are derived, and the same everywhere."""
+    """The buffers of the ``state_dict``; other buffers are computed from constants and the same on all ranks."""
     kept = module.state_dict(keep_vars=True)
     return [buffer for name, buffer in module.named_buffers() if name in kept and not is_sharded(buffer)]
 
@@ -388,7 +388,7 @@ def _whole(tensor: Any) -> Tensor:
 
 
 def _hollow(p: Any, mesh: Any) -> Tensor:
-    """A parameter without values, as it was before it was cut for data parallel."""
+    """A parameter on the meta device, in the shape that it had before it was sharded for data parallel."""
     whole = torch.empty(p.shape, dtype=p.dtype, device="meta")
     if TENSOR not in (p.device_mesh.mesh_dim_names or ()):
         return whole

@@ -1,4 +1,4 @@
-"""Ranks that train by themselves and meet every so many steps: local SGD and DiLoCo."""
+"""Local SGD and DiLoCo: ranks train independently and average their weights every n steps."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from fnlight.triggers import Tick, condition
 
 
 def local_sgd() -> "LocalSGD":
-    """Every rank holds the whole model and trains on its part of the data by itself; `diloco` brings the ranks together now and then.
+    """Every rank holds the whole model and trains independently on its part of the data; `diloco` averages the weights from time to time.
 
     Returns:
         A placement.
@@ -31,7 +31,7 @@ def local_sgd() -> "LocalSGD":
 
 @attrs.frozen(eq=False, repr=False)
 class LocalSGD(Replicated):
-    """The placement that `local_sgd` gives; what its methods are for stands in `Placement`.
+    """The placement that `local_sgd` returns; `Placement` documents its methods.
 
     Args:
         options: None are needed.
@@ -45,7 +45,7 @@ class LocalSGD(Replicated):
         return "local_sgd()"
 
     def begin(self, store: Any, last: bool) -> None:
-        """Nothing travels."""
+        """Nothing is sent."""
 
     def loss(self, store: Any, fn: Any, batch: Any) -> Any:
         """Call a loss function on the live module."""
@@ -61,23 +61,23 @@ class LocalSGD(Replicated):
 
 
 def diloco(every: Callable[[Tick], bool], *, lr: float = 0.7, momentum: float = 0.9) -> Combinator:
-    """Bring ranks that train by themselves together when it is due: an outer step of SGD with Nesterov momentum along their mean way.
+    """Average the weights of independent ranks when the trigger fires: one outer step of SGD with Nesterov momentum along their mean change.
 
     It needs the placement `local_sgd`. With ``lr=1.0, momentum=0.0`` it is local SGD: weights are averaged. With ``every=steps(n)``
-    there is n times less communication. Between two meetings the ranks hold different weights, so evaluate and save when they meet; inner optimizers keep their own
-    memory, of which a checkpoint holds that of rank 0.
+    there is n times less communication. Between two outer steps the ranks hold different weights, so evaluate and save at an outer step.
+    Each rank keeps its own optimizer state; a checkpoint holds that of rank 0.
 
     Args:
-        every: When the ranks meet, such as ``steps(100)``.
+        every: When an outer step is taken: a trigger, such as ``steps(100)``.
         lr: Learning rate of the outer step.
-        momentum: Of the outer step; 0 for none.
+        momentum: Momentum of the outer step; 0 for none.
 
     Returns:
         A combinator from `Step` to `Step`.
 
     Raises:
         ConfigError: If a number is out of its range.
-        ParallelError: In a run, if the ranks do not train by themselves.
+        ParallelError: In a run, if the state has another placement than `local_sgd`.
 
     Example:
         >>> from fnlight.triggers import steps
@@ -115,7 +115,7 @@ def diloco(every: Callable[[Tick], bool], *, lr: float = 0.7, momentum: float = 
 def _check(state: TrainState) -> TrainState:
     if state.store.place is not None and not isinstance(state.store.place, LocalSGD):
         raise ParallelError(
-            f"diloco brings ranks together that train by themselves, but under {state.store.place} they are together in every step; create the "
+            f"diloco averages the weights of ranks that train independently, but {state.store.place} averages gradients in every step; create the "
             "state with place=fl.parallel.local_sgd()"
         )
     return state

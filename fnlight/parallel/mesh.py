@@ -1,4 +1,4 @@
-"""Which ranks share what: the mesh of a placement, made of names and sizes, and checked against the processes that there are."""
+"""The device mesh of a placement: made from names and sizes, and checked against the number of processes."""
 
 import math
 from collections.abc import Mapping
@@ -12,29 +12,29 @@ from fnlight.parallel.world import World, world
 from fnlight.tensors import flattened_mesh
 
 TENSOR = "tensor"
-"""The dimension of a mesh along which layers are cut; all others are for data."""
+"""The mesh dimension along which tensor parallel shards layers; all others are data dimensions."""
 
 MeshLike = Any
 """A ``DeviceMesh``, names to sizes, or None."""
 
 
 def made_mesh(given: MeshLike, module: nn.Module) -> Any:
-    """The mesh that a placement was given, or is to make, held against the processes that have joined.
+    """Return the mesh that a placement was given, or make it, after a check against the processes that have joined.
 
     Args:
-        given: A ``DeviceMesh``; names to sizes; or None for one row of all processes.
-        module: Says on which kind of device it is to be made.
+        given: A ``DeviceMesh``; names to sizes; or None for one data dimension of all processes.
+        module: Its device type is that of the mesh.
 
     Returns:
         A ``DeviceMesh`` with names.
 
     Raises:
-        ParallelError: If it does not fit the world, or has dimensions that mean nothing here.
+        ParallelError: If it does not match the number of processes, or has dimensions that fnlight does not know.
 
     Example:
         >>> made_mesh({"data": 2}, nn.Linear(1, 1))
         Traceback (most recent call last):
-        fnlight.errors.ParallelError: a mesh of {'data': 2} needs 2 processes, but 1 have joined; start torchrun with as many, or change the sizes
+        fnlight.errors.ParallelError: a mesh of {'data': 2} needs 2 processes, but 1 have joined; start 2 processes with torchrun, or change the sizes
     """
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -49,13 +49,13 @@ def made_mesh(given: MeshLike, module: nn.Module) -> Any:
         raise ParallelError(f"a mesh is a DeviceMesh, or names to sizes such as {{'data': 4}}, but got {given!r}")
     if math.prod(named.values()) != size:
         raise ParallelError(
-            f"a mesh of {dict(named)} needs {math.prod(named.values())} processes, but {size} have joined; start torchrun with as many, or "
-            "change the sizes"
+            f"a mesh of {dict(named)} needs {math.prod(named.values())} processes, but {size} have joined; start "
+            f"{math.prod(named.values())} processes with torchrun, or change the sizes"
         )
     if not 1 <= len([name for name in named if name != TENSOR]) <= 2:
         raise ParallelError(
-            f"a mesh has one data dimension, or two of which the first replicates, and besides {TENSOR!r} if need be, but got {dict(named)}; "
-            "a data dimension may have the size 1"
+            f"a mesh needs one data dimension, or two (the first replicates, the second shards), and may have {TENSOR!r} as well, but got "
+            f"{dict(named)}; a data dimension may have size 1"
         )
     if isinstance(given, DeviceMesh):
         return given
@@ -70,13 +70,13 @@ def _accelerator() -> str:
 
 
 def data_mesh(mesh: Any) -> Any:
-    """The dimensions of a mesh along which ranks have data of their own.
+    """Return the dimensions of a mesh along which ranks have different data.
 
     Args:
         mesh: A ``DeviceMesh`` with names.
 
     Returns:
-        The part of it without the dimension for tensor parallel.
+        The mesh without the dimension for tensor parallel.
 
     Example:
         >>> from types import SimpleNamespace
@@ -88,13 +88,13 @@ def data_mesh(mesh: Any) -> Any:
 
 
 def data_world(mesh: Any) -> World:
-    """This process among those that have data of their own.
+    """Return the position of this process among the ranks that have different data.
 
     Args:
         mesh: A ``DeviceMesh`` with names.
 
     Returns:
-        Its rank among them, their number, and the group in which they talk.
+        Its rank among them, their number, and their process group.
 
     Example:
         >>> from types import SimpleNamespace
@@ -111,26 +111,26 @@ def data_world(mesh: Any) -> World:
 
 
 def check_devices(module: nn.Module, mesh: Any) -> None:
-    """Refuse a model on several devices, or on another kind than its mesh.
+    """Raise if a model is on several devices, or on another device type than its mesh.
 
     Args:
         module: The model.
         mesh: Its mesh.
 
     Raises:
-        ParallelError: If it is so.
+        ParallelError: If it is.
 
     Example:
         >>> from types import SimpleNamespace
         >>> check_devices(nn.Linear(1, 1), SimpleNamespace(device_type="cuda"))
         Traceback (most recent call last):
-        fnlight.errors.ParallelError: the model lies on cpu, but the mesh is one of cuda; give TrainState.create(task, device="cuda", place=...)
+        fnlight.errors.ParallelError: the model is on cpu, but the mesh is for cuda; give TrainState.create(task, device="cuda", place=...)
     """
     devices = sorted({str(p.device) for p in module.parameters()})
     if len(devices) > 1:
-        raise ParallelError(f"a placement takes a model on one device a rank, but this one lies on {devices}; move it to one")
+        raise ParallelError(f"a placement needs the model on one device per rank, but it is on {devices}; move it to one of them")
     if devices and devices[0].partition(":")[0] not in (mesh.device_type, "meta"):
         kind = mesh.device_type
         raise ParallelError(
-            f'the model lies on {devices[0]}, but the mesh is one of {kind}; give TrainState.create(task, device="{kind}", place=...)'
+            f'the model is on {devices[0]}, but the mesh is for {kind}; give TrainState.create(task, device="{kind}", place=...)'
         )

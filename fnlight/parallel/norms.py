@@ -1,4 +1,4 @@
-"""Norms of tensors of which every process holds a part: sums of squares here, added up over those that hold the other parts."""
+"""Norms of sharded tensors: local sums of squares, summed over the processes that hold the other shards."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +10,10 @@ from fnlight.tensors import cuts, foreach_norm, is_sharded, local, local_parts
 
 
 def norms(values: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of each tensor, over all of its parts; all processes ask for it at the same time.
+    """Return the 2-norm of each tensor, over all of its shards; all processes must call this at the same time.
 
     Args:
-        values: Tensors, whole or in parts.
+        values: Tensors, whole or sharded.
 
     Returns:
         One number for each, shape [values].
@@ -35,13 +35,13 @@ def norms(values: Sequence[Tensor]) -> Tensor:
 
 
 def unit_norms(tensor: Tensor) -> Tensor:
-    """The 2-norm of each row of a tensor, or of a vector as one, over all of its parts.
+    """Return the 2-norm of each row of a tensor, or of a vector as one, over all of its shards.
 
     Args:
-        tensor: Any tensor, whole or in parts.
+        tensor: Any tensor, whole or sharded.
 
     Returns:
-        Norms in a shape that multiplies the part that lies here.
+        Norms in a shape that broadcasts against the local shard.
 
     Example:
         >>> unit_norms(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
@@ -61,7 +61,7 @@ def unit_norms(tensor: Tensor) -> Tensor:
 
 
 def _groups(values: Sequence[Any]) -> list[tuple[Any, list[int]]]:
-    """The process groups that hold parts of the same tensors, each with the tensors of which it does."""
+    """The process groups over which tensors are sharded, each with the indices of these tensors."""
     found: dict[int, tuple[Any, list[int]]] = {}
     for i, value in enumerate(values):
         if is_sharded(value):

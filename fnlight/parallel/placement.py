@@ -1,4 +1,4 @@
-"""What the rest of fnlight asks of a placement: how tensors lie on several processes, and how gradients come together."""
+"""The protocol of a placement: how tensors are distributed over processes, and how gradients are reduced."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -13,48 +13,48 @@ from fnlight.protocols import Gradients
 class Placement(Protocol):
     """A frozen value given to ``TrainState.create(task, place=...)`` and kept as ``store.place``; None where a process is alone.
 
-    What it makes for one store (buckets, hooks) it keeps as ``store.bound``, which is never copied nor saved. All methods but `local` are called
-    by all processes, at the same time.
+    What it makes for one store (buckets, hooks) it keeps as ``store.bound``, which is never copied or saved. All ranks must call each method
+    at the same time.
 
-    A group of batches goes: `begin` and `loss` for each of them, then `finish`. Gradients that come out of `finish` are **means over ranks of
-    the ranks' sums**; divided by `mean_weight` they are exact, however samples or tokens are spread.
+    For a group of batches, `begin` and `loss` are called for each of them, then `finish`. The gradients that `finish` returns are **means over
+    ranks of the ranks' sums**; divided by `mean_weight` they are exact, however samples or tokens are distributed.
     """
 
     @property
     def world(self) -> World:
-        """The ranks that have data of their own: those that share one part of a batch (tensor parallel) have one rank here."""
+        """The ranks that have different data: processes that share one part of a batch (tensor parallel) have the same rank here."""
         ...
 
     @property
     def everyone(self) -> World:
-        """All processes, those among them that share one part of a batch."""
+        """All processes, including those that share one part of a batch."""
         ...
 
     @property
     def writes(self) -> bool:
-        """Whether this process writes files and logs; one of all does."""
+        """Whether this process writes files and logs; exactly one does."""
         ...
 
     @property
     def lockstep(self) -> bool:
-        """Whether a forward pass is one of all ranks, so that each must make as many."""
+        """Whether a forward pass communicates between ranks, so that all ranks must make the same number of them."""
         ...
 
     @property
     def cuts(self) -> bool:
-        """Whether parameters are cut up, which must be done before their optimizer is built."""
+        """Whether parameters are sharded, which must be done before their optimizer is built."""
         ...
 
     def place(self, module: nn.Module) -> "Placement | None":
-        """Place a module, in place, before its optimizer is built; what the store keeps is returned: None where nothing is to be done later."""
+        """Place a module, in place, before its optimizer is built; returns what the store keeps: None if nothing is to be done later."""
         ...
 
     def sync(self, store: Any) -> None:
-        """Before an evaluation: what each rank has changed by itself, such as the statistics of BatchNorm, becomes the same for all."""
+        """Called before an evaluation: makes equal what each rank has changed independently, such as the statistics of BatchNorm."""
         ...
 
     def begin(self, store: Any, last: bool) -> None:
-        """Before each batch of a group: only the backward pass of the last one need bring gradients together."""
+        """Called before each batch of a group: only the backward pass of the last one needs to reduce gradients."""
         ...
 
     def loss(self, store: Any, fn: Any, batch: Any) -> Any:
@@ -62,11 +62,11 @@ class Placement(Protocol):
         ...
 
     def finish(self, store: Any, found: Gradients) -> Gradients:
-        """After a group: gradients that are the same on all ranks, or each rank's shards of them."""
+        """Called after a group: returns gradients that are the same on all ranks, or each rank's shards of them."""
         ...
 
     def mean_weight(self, found: Gradients) -> Any:
-        """The mean over ranks of the weight; that of plain losses is the same on all of them, and needs no communication."""
+        """The mean over ranks of the weight; plain losses have the same weight on all ranks and need no communication."""
         ...
 
     def norm(self, values: list[Tensor]) -> Tensor:
@@ -78,15 +78,15 @@ class Placement(Protocol):
         ...
 
     def unit_norms(self, tensor: Tensor) -> Tensor:
-        """The 2-norm of each row of a tensor, or of a vector as one, over all shards, in a shape that multiplies what lies here."""
+        """The 2-norm of each row of a tensor, or of a vector as one, over all shards, in a shape that broadcasts against the local shard."""
         ...
 
     def anywhere(self, flag: Tensor) -> Tensor:
-        """The largest value, over all processes, of a number that each has found in its shards; what is whole was seen by all."""
+        """The largest value, over all processes, of a number that each has computed from its shards; without shards it is the same on all."""
         ...
 
     def apart(self, store: Any, done: Callable[[], bool]) -> "Any | None":
-        """What to take in its place for an attempt that may fail on one rank; None where ranks need each other in every forward pass.
+        """The placement for an attempt that may fail on one rank; None if every forward pass communicates between ranks.
 
         Ranks work apart, and come together where `done` says so on all of them.
         """
@@ -97,11 +97,11 @@ class Placement(Protocol):
         ...
 
     def rest(self, module: nn.Module) -> None:
-        """Free what a forward pass without a backward pass has brought together."""
+        """Free the parameters that a forward pass without a backward pass has gathered."""
         ...
 
     def copy(self, module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        """An independent module that is placed likewise; `memo` is that of ``copy.deepcopy``, and leads from its parameters to those of the copy."""
+        """An independent module with the same placement; `memo` is that of ``copy.deepcopy``, and maps its parameters to those of the copy."""
         ...
 
     def plain(self, module: nn.Module) -> nn.Module:
@@ -109,5 +109,5 @@ class Placement(Protocol):
         ...
 
     def full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors, for saving where no shards are written; what is whole already is not copied."""
+        """Whole tensors, for saving where no shards are written; tensors that are whole already are not copied."""
         ...

@@ -1,4 +1,4 @@
-"""How a model is cut: which modules come together on their own, in which precision, and which layers are cut for tensor parallel."""
+"""How a model is sharded: which modules are gathered on their own, in which precision, and which layers are split by tensor parallel."""
 
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
@@ -11,17 +11,17 @@ from fnlight.errors import ConfigError, ParallelError, described
 from fnlight.parallel.mesh import TENSOR
 
 Policy = Callable[[str, nn.Module], bool] | tuple[type[nn.Module], ...] | None
-"""Which modules bring their parameters together on their own."""
+"""Which modules gather their parameters on their own."""
 
 
 def dtype_of(given: Any) -> torch.dtype | None:
-    """The dtype that a name of a mixed precision means.
+    """Return the dtype that a name of a mixed precision means.
 
     Args:
         given: ``"bf16"``, ``"fp16"``, one of these dtypes, a ``MixedPrecisionPolicy`` of torch, or None.
 
     Returns:
-        The dtype; None where nothing was given, or a policy that says more.
+        The dtype; None if nothing or a ``MixedPrecisionPolicy`` was given.
 
     Raises:
         ConfigError: If it is something else.
@@ -39,7 +39,7 @@ def dtype_of(given: Any) -> torch.dtype | None:
 
 
 def precision_policy(given: Any) -> Any:
-    """The policy of torch for a mixed precision: parameters in its dtype, gradients summed in fp32.
+    """Return torch's policy for a mixed precision: parameters in its dtype, gradients summed in fp32.
 
     Args:
         given: As for `dtype_of`.
@@ -60,7 +60,7 @@ def precision_policy(given: Any) -> Any:
 
 
 def offload_policy(given: Any) -> Any:
-    """The policy of torch for parts that lie on the CPU.
+    """Return torch's policy for shards that are kept on the CPU.
 
     Args:
         given: True, False, or a policy of torch.
@@ -80,7 +80,7 @@ def offload_policy(given: Any) -> Any:
 
 
 def check_offload(given: Any) -> None:
-    """Refuse what says nothing about where parts lie.
+    """Raise if `offload` is neither a bool nor an ``OffloadPolicy``.
 
     Args:
         given: True, False, or a policy of torch.
@@ -96,7 +96,7 @@ def check_offload(given: Any) -> None:
 
 
 def chosen(module: nn.Module, policy: Policy) -> list[nn.Module]:
-    """The inner modules that come together on their own, innermost first.
+    """Return the inner modules that are gathered on their own, innermost first.
 
     Args:
         module: The model.
@@ -120,12 +120,12 @@ def chosen(module: nn.Module, policy: Policy) -> list[nn.Module]:
 
 
 def cut_layers(module: nn.Module, mesh: Any, plan: Mapping[str, Any]) -> None:
-    """Cut layers for tensor parallel, as a plan of the user says.
+    """Split layers for tensor parallel, according to the user's plan.
 
     Args:
         module: The model, which is changed in place.
-        mesh: Its mesh, which has a dimension for it.
-        plan: Names of modules, ``*`` standing for any part of one, to styles of torch.
+        mesh: Its mesh, which has the dimension ``tensor``.
+        plan: Names of modules, in which ``*`` matches any part, to styles of torch.
 
     Raises:
         ParallelError: If the mesh has no such dimension, or the model no such modules.
@@ -134,13 +134,13 @@ def cut_layers(module: nn.Module, mesh: Any, plan: Mapping[str, Any]) -> None:
         >>> from types import SimpleNamespace
         >>> cut_layers(nn.Linear(1, 1), SimpleNamespace(mesh_dim_names=("tensor",)), {"up": None})
         Traceback (most recent call last):
-        fnlight.errors.ParallelError: tensor_parallel= names ['up'], but the model has no such modules, only []
+        fnlight.errors.ParallelError: tensor_parallel= names ['up'], but the model has no such modules; it has []
     """
     from torch.distributed.tensor.parallel import parallelize_module
 
     if TENSOR not in (mesh.mesh_dim_names or ()):
         raise ParallelError(
-            f"tensor_parallel= needs a mesh with a dimension called {TENSOR!r}, but it has {mesh.mesh_dim_names}; "
+            f"tensor_parallel= needs a mesh with a dimension called {TENSOR!r}, but this mesh has {mesh.mesh_dim_names}; "
             f"give fsdp({{'data': 2, {TENSOR!r}: 2}}, tensor_parallel=...)"
         )
     names = [name.split(".") for name, _ in module.named_modules()]
@@ -149,6 +149,6 @@ def cut_layers(module: nn.Module, mesh: Any, plan: Mapping[str, Any]) -> None:
     ]
     if unknown:
         raise ParallelError(
-            f"tensor_parallel= names {unknown[:5]}, but the model has no such modules, only {['.'.join(n) for n in names[1:9]]}"
+            f"tensor_parallel= names {unknown[:5]}, but the model has no such modules; it has {['.'.join(n) for n in names[1:9]]}"
         )
     parallelize_module(module, mesh[TENSOR], dict(plan))

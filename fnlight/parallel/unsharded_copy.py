@@ -1,4 +1,4 @@
-"""A copy of a module that torch has cut: torch itself copies none, so what it has added is left out, and may be added again."""
+"""A copy of a module that torch has sharded. Torch cannot copy such a module, so what ``fully_shard`` has added is left out of the copy."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,7 +10,7 @@ from fnlight.tensors import fsdp_state, strip_sharding
 
 
 class _Gone:
-    """Stands in a copy for what torch keeps of a module that is cut."""
+    """Replaces, in a copy, the state that torch keeps of a sharded module."""
 
 
 def stripped_copy(
@@ -20,13 +20,13 @@ def stripped_copy(
     methods: Iterable[str] = (),
     all_hooks: bool = False,
 ) -> nn.Module:
-    """A copy of a module as it was before ``fully_shard``, with other parameters.
+    """Copy a module as it was before ``fully_shard``, with other parameters.
 
     Args:
-        module: The module, with its parts at rest; it stays as it is.
-        memo: What ``copy.deepcopy`` has copied already, by identity; it is added to.
-        make: Gives the parameter that stands in the copy for one of the module.
-        methods: Methods that were made to bring parameters together.
+        module: The module, with no gathered parameters; it is not changed.
+        memo: The memo of ``copy.deepcopy``; the copies are added to it.
+        make: Makes the parameter of the copy from that of the module.
+        methods: Methods that were registered to gather parameters.
         all_hooks: Whether hooks of tensor parallel are left out as well.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Where this process stands among those that train together, and how it joins them.
+"""The process group: the rank of this process, the number of ranks, and how a process joins the group.
 
-fnlight launches no processes: torchrun, SLURM, Ray or a user does, and says so in the environment. `join` makes the process group out of that;
-a group that is there already is used as it is.
+fnlight launches no processes: torchrun, SLURM, Ray or a user does, and sets environment variables. `join` makes the process group from them;
+a group that exists already is used unchanged.
 """
 
 import json
@@ -24,20 +24,20 @@ from fnlight.errors import ParallelError
 
 _SILENCE = re.compile(
     r"gloo/|NCCL error|ProcessGroup(Gloo|NCCL)|Connection (closed|reset) by peer"
-)  # what stands in the errors of torch's backends
-_BEAT = 0.5  # seconds, about, between two agreements of a `Pulse`
-_LETTING_GO = 0.05  # seconds in which the threads of gloo end what they are about
+)  # texts in the errors of torch's backends
+_BEAT = 0.5  # approximate seconds between two agreements of a `Pulse`
+_LETTING_GO = 0.05  # seconds in which the threads of gloo finish their work
 
 
 @attrs.frozen
 class World:
-    """This process among those that train together.
+    """The rank of this process, and the number of processes that train together.
 
     Args:
-        rank: Its number, from 0 on; the one of rank 0 writes files and logs.
-        size: How many there are.
-        local_rank: Its number on its machine, which is that of its accelerator.
-        group: The process group that they talk in; None is the default one.
+        rank: Number of this process, from 0; rank 0 writes files and logs.
+        size: Number of processes.
+        local_rank: Number of this process on its machine, which is also the index of its accelerator.
+        group: Their process group; None is the default one.
 
     Example:
         >>> World()
@@ -66,14 +66,14 @@ class World:
         return found.tolist()
 
     def mean(self, *values: Any) -> list[Tensor]:
-        """The means over all ranks of some scalars, in one go; nothing is waited for on an accelerator."""
+        """The means over all ranks of some scalars, in one message, without a host sync on an accelerator."""
         device = next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
         found = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device).detach() for v in values])
         distributed.all_reduce(found, group=self.group)
         return list((found / self.size).unbind())
 
     def gather(self, tree: Any) -> list[Any]:
-        """What every rank gives, in their order, on all of them: any tree that a checkpoint can hold, tensors among it; they come on the CPU."""
+        """All-gather a tree: a list of the trees of all ranks, in rank order; any tree that a checkpoint can hold, with tensors on the CPU."""
         if self.size == 1:
             return [tree]
         mine, device = pack(tree), _device(self.group)
@@ -87,7 +87,7 @@ class World:
 
     @contextmanager
     def waiting(self, where: str) -> Iterator[None]:
-        """Say of an error of torch's network what it says of the others: that they were waited for in vain, and where."""
+        """Turn a network error of torch into a `ParallelError`: timed out waiting for the other ranks, and where."""
         try:
             yield
         except RuntimeError as error:
@@ -97,41 +97,41 @@ class World:
             raise lost from error
 
     def lost(self, error: BaseException, where: str) -> ParallelError | None:
-        """What an error of torch says of the others: that they were waited for in vain. None if it is about something else."""
+        """The `ParallelError` for a network error of torch (timed out waiting for the other ranks); None for any other error."""
         text = str(error).strip()
         known = isinstance(error, RuntimeError) and not isinstance(error, ParallelError)
         if not known or not (isinstance(error, distributed.DistError) or _SILENCE.search(text)):
             return None
         return ParallelError(
-            f"rank {self.rank} of {self.size} has waited in vain for the others {where} ({text.splitlines()[0][:300]}): one of them has "
-            "ended, stands still or cannot be reached; look for the first error among the ranks. Started again with resume=True, the run goes on "
-            "from its newest checkpoint"
+            f"rank {self.rank} of {self.size} timed out waiting for the other ranks {where} ({text.splitlines()[0][:300]}): one of them has "
+            "ended, hangs or cannot be reached; look for the first error among the ranks. A run of fit that is started again with resume=True "
+            "resumes from its newest checkpoint"
         )
 
     def apart(self) -> "World":
-        """The same ranks in a group of their own, on the CPU: what a thread tells in it is not mixed with what goes on meanwhile."""
+        """The same ranks in a separate group, on the CPU: a thread that communicates in it does not disturb other communication."""
         return attrs.evolve(self, group=None if self.size == 1 else distributed.new_group(backend="gloo"))
 
     def leave(self) -> None:
-        """Let go of a group that `apart` made."""
+        """Destroy a group that `apart` made."""
         if self.group is not None:
             distributed.destroy_process_group(self.group)
 
     def pulse(self, clock: Callable[[], float], signals: Any = None) -> "Pulse":
-        """A clock that shows all ranks the same time, and tells all of them of a signal that one has received."""
+        """A clock that gives all ranks the same time, and tells all of them about a signal that one has received."""
         return Pulse(self, clock, signals)
 
 
 class Pulse:
-    """A clock that ranks agree on about twice a second, and that stands still in between; made by `World.pulse`.
+    """A clock on which ranks agree about twice a second; in between it returns the same time. Made by `World.pulse`.
 
-    It is asked once for every step, so all ranks ask at the same steps; how many steps pass until they next agree is agreed, too. So whatever
-    depends on time or on a signal happens at one step on all of them, without communication at every step.
+    It is called once per step, so all ranks call it at the same steps; they also agree on the number of steps until the next agreement. So
+    whatever depends on time or on a signal happens at the same step on all ranks, without communication at every step.
 
     Args:
         world: The ranks.
         clock: Gives this rank's seconds.
-        signals: What listens for signals on this rank; None where nothing does.
+        signals: The signal handler of this rank; None if there is none.
 
     Example:
         >>> Pulse(World(), lambda: 7.0, None)()
@@ -145,7 +145,7 @@ class Pulse:
             signals.shared = True
 
     def __call__(self) -> float:
-        """Seconds; in between two agreements those of the last one."""
+        """Seconds; between two agreements those of the last one."""
         self.left -= 1
         if self.left < 0:
             self._agree()
@@ -163,7 +163,7 @@ class Pulse:
 
 
 def pack(tree: Any) -> bytes:
-    """A tree as bytes: JSON that says where tensors stand, then the tensors as safetensors.
+    """Encode a tree as bytes: JSON with the positions of tensors, then the tensors as safetensors.
 
     Args:
         tree: Any tree that a checkpoint can hold.
@@ -182,12 +182,12 @@ def pack(tree: Any) -> bytes:
         tensors[name] = tensor.detach().cpu().contiguous().clone()
         return name
 
-    head = json.dumps(encode(tree, put, "what ranks tell each other"), allow_nan=False).encode()
+    head = json.dumps(encode(tree, put, "a message between ranks"), allow_nan=False).encode()
     return len(head).to_bytes(8, "little") + head + (safetensors.torch.save(tensors) if tensors else b"")
 
 
 def unpack(data: bytes) -> Any:
-    """The tree that `pack` gave.
+    """Decode the bytes that `pack` returned.
 
     Args:
         data: Bytes.
@@ -205,16 +205,16 @@ def unpack(data: bytes) -> Any:
 
 
 def _device(group: Any) -> torch.device:
-    """Where a group takes small tensors from: the CPU, unless only an accelerator can talk."""
+    """The device of small tensors that a group sends: the CPU, unless only its accelerator backend can communicate."""
     talks = str(distributed.get_backend_config(group))
     return torch.device("cpu") if "cpu" in talks or "gloo" in talks else torch.device(torch.accelerator.current_accelerator() or "cpu")
 
 
 def world() -> World:
-    """This process in the group that it has joined.
+    """Return the rank of this process and the size of the group that it has joined.
 
     Returns:
-        Rank 0 of 1 where it has joined none.
+        Rank 0 of 1 if it has joined none.
 
     Example:
         >>> world().size
@@ -227,16 +227,16 @@ def world() -> World:
 
 
 def named_world(environ: Mapping[str, str]) -> World:
-    """This process as the environment names it, whether or not it has joined a group.
+    """Return the rank of this process and the number of processes from the environment, whether or not it has joined a group.
 
     Args:
         environ: Variables of torchrun (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``), or those that SLURM gives to each task of a step.
 
     Returns:
-        Rank 0 of 1 where nothing is said.
+        Rank 0 of 1 if none of these variables is set.
 
     Raises:
-        ParallelError: If what is said contradicts itself.
+        ParallelError: If the variables contradict each other.
 
     Example:
         >>> named_world({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"})
@@ -246,14 +246,14 @@ def named_world(environ: Mapping[str, str]) -> World:
     """
     if "WORLD_SIZE" in environ:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    elif "SLURM_STEP_NUM_TASKS" in environ:  # of a step alone: a shell within an allocation is one process
+    elif "SLURM_STEP_NUM_TASKS" in environ:  # set only within a step: a shell within an allocation is one process
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     else:
         return World()
     given = {name: environ.get(name, "0" if name == names[2] else "") for name in names}
     if not all(value.isdecimal() for value in given.values()) or not int(given[names[0]]) < int(given[names[1]]):
         raise ParallelError(
-            f"the environment does not say which of how many processes this is: {given}; start the script with "
+            f"the environment does not give a valid rank and number of processes: {given}; start the script with "
             "`torchrun --nproc-per-node=2 script.py`, or unset these variables to train in one process"
         )
     rank, size, local = (int(value) for value in given.values())
@@ -262,18 +262,18 @@ def named_world(environ: Mapping[str, str]) -> World:
 
 @contextmanager
 def join(*, backend: str | None = None, timeout: float | None = None, sleep: Callable[[float], Any] = time.sleep) -> Iterator[World]:
-    """Join the processes that the environment names, for as long as the block lasts.
+    """Join the processes that the environment names, for the duration of the block.
 
-    A group that was made before is used as it is and left alone. Where this process is alone, nothing is done. After an error the group is left
-    as it is: the error is told first, then the process ends, and with it the others.
+    A group that exists already is used unchanged and not destroyed. In a single process nothing is done. After an error the group is not
+    destroyed either: the error is raised, this process ends, and so do the others.
 
     Args:
-        backend: Such as ``"gloo"``; None lets torch choose for each kind of device.
-        timeout: Seconds after which a process that waits for others gives up; None takes torch's own.
-        sleep: Waits for seconds, at the end, while the threads of the network end.
+        backend: Such as ``"gloo"``; None lets torch choose for each device type.
+        timeout: Seconds after which a process that waits for other ranks fails; None takes torch's default.
+        sleep: A function of seconds, called at the end, while the network threads finish.
 
     Yields:
-        Where this process stands.
+        The rank of this process and the number of processes.
 
     Raises:
         ParallelError: If the environment contradicts itself, or the others cannot be reached.
@@ -290,10 +290,10 @@ def join(*, backend: str | None = None, timeout: float | None = None, sleep: Cal
     _enter(named, backend, timeout)
     yield named
     with named.waiting("at the end"):
-        distributed.barrier()  # a process that leaves early would look like one that died
+        distributed.barrier()  # a process that leaves early would look like one that crashed
     distributed.destroy_process_group()
-    # The threads of gloo outlive their group where DDP has held it. What they let go of behind the last collective takes the interpreter, and an
-    # interpreter that has ended by then aborts the process.
+    # If DDP has used the group, the threads of gloo outlive it. What they free after the last collective needs the interpreter; if the
+    # interpreter has shut down by then, the process aborts.
     sleep(_LETTING_GO)
 
 
@@ -302,7 +302,7 @@ def _enter(named: World, backend: str | None, timeout: float | None) -> None:
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(named.local_rank % torch.accelerator.device_count())
     host, port = _meeting_point(os.environ)
-    # Under torchrun its agent holds the store, for all attempts: what a dead attempt has left there must not be read.
+    # Under torchrun its agent holds the store for all attempts: entries of a failed attempt must not be read.
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
@@ -311,13 +311,13 @@ def _enter(named: World, backend: str | None, timeout: float | None) -> None:
         distributed.init_process_group(backend, store=prefixed, rank=named.rank, world_size=named.size, timeout=wait)
     except (RuntimeError, ValueError) as error:
         raise ParallelError(
-            f"rank {named.rank} of {named.size} cannot meet the others at {host}:{port}: {error}; check that all were started, and that "
-            "MASTER_ADDR and MASTER_PORT are the same for all of them"
+            f"rank {named.rank} of {named.size} cannot connect to the other ranks at {host}:{port}: {error}; check that all were started, and "
+            "that MASTER_ADDR and MASTER_PORT are the same for all of them"
         ) from error
 
 
 def _meeting_point(environ: Mapping[str, str]) -> tuple[str, int]:
-    """The host and the port where the processes meet."""
+    """The host and the port at which the processes connect."""
     host, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
     if host is None and "SLURM_STEP_NODELIST" in environ:
         host = first_host(environ["SLURM_STEP_NODELIST"])
@@ -325,14 +325,14 @@ def _meeting_point(environ: Mapping[str, str]) -> tuple[str, int]:
         port = str(15000 + int(environ["SLURM_JOB_ID"]) % 20000)  # one for all tasks of a job, another for other jobs
     if not host or port is None or not port.isdecimal():
         raise ParallelError(
-            f"nobody says where the processes are to meet: MASTER_ADDR={host!r}, MASTER_PORT={port!r}; torchrun sets both, "
-            "otherwise give the host of rank 0 and a free port there"
+            f"the environment does not say at which address the processes connect: MASTER_ADDR={host!r}, MASTER_PORT={port!r}; torchrun sets "
+            "both; with another launcher set them to the host of rank 0 and a free port there"
         )
     return host, int(port)
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a list in SLURM's notation.
+    """Return the first host of a list in SLURM's notation.
 
     Args:
         nodes: Such as ``"node[03-05,7],other"``.
@@ -349,10 +349,10 @@ def first_host(nodes: str) -> str:
 
 
 def stream_part() -> tuple[int, int]:
-    """Which part of a stream this process reads, among all workers of all ranks: for the ``__iter__`` of an ``IterableDataset``.
+    """Return which part of a stream this process reads, among all workers of all ranks: for the ``__iter__`` of an ``IterableDataset``.
 
     Returns:
-        A number, and how many there are: the i-th part is every entry whose place leaves the rest i.
+        An index i and a count n: this process reads every entry whose position modulo n is i.
 
     Example:
         >>> index, count = stream_part()

@@ -1,8 +1,8 @@
-"""XLA: states on the devices of ``torch_xla``, which is imported only here, and only when it is asked for.
+"""XLA: states on the devices of ``torch_xla``, which is imported only here, and only when `xla` is called.
 
-XLA notes operations down and compiles what was noted when a step is complete. So nothing is read in between: metrics stay on the device
-until they are logged, and what is saved is copied to the host first. On several devices (SPMD) one process holds tensors that are spread over
-all of them; a program is that of one device, and the compiler divides it.
+XLA records operations and compiles them when a step is complete. So nothing is read in between: metrics stay on the device
+until they are logged, and what is saved is copied to the host first. On several devices (SPMD) one process holds tensors that are sharded over
+all of them; the program is written for one device, and the compiler partitions it.
 """
 
 import os
@@ -22,23 +22,23 @@ Spec = Sequence[str | None]
 
 
 def xla(mesh: Mapping[str, int] | None = None, shard: Mapping[str, Spec] | None = None) -> "OnXLA":
-    """Put a state on XLA's device, or spread it over several of them.
+    """Put a state on XLA's device, or shard it over several XLA devices.
 
-    The first call of a process tells torch how the random numbers of the device are seeded, as ``torch.xla``. With a mesh it also switches
-    ``torch_xla`` to SPMD, which holds for the whole process; do that before anything else is put on the device.
+    The first call of a process registers ``torch.xla`` with torch, which seeds the device's random numbers. With a mesh it also switches
+    ``torch_xla`` to SPMD for the whole process; do that before anything else is put on the device.
 
     Args:
-        mesh: Names of axes to numbers of devices, such as ``{"data": 4}``: batches are divided over the first one; None is a single
-            device, or the mesh that ``torch_xla`` has been given.
-        shard: Which parameters are divided too: patterns of names, as in `param_groups`, to the axis that divides each dimension, such as
-            ``{"head.weight": ("model", None)}``; all others are on every device.
+        mesh: Names of axes to numbers of devices, such as ``{"data": 4}``: batches are sharded over the first axis; None is a single
+            device, or the mesh that ``torch_xla`` was given before.
+        shard: Which parameters are sharded too: patterns of names, as in `param_groups`, to the axis that shards each dimension, such as
+            ``{"head.weight": ("model", None)}``; all others are replicated.
 
     Returns:
         A placement, for ``TrainState.create(task, place=...)``.
 
     Raises:
-        ParallelError: If ``torch_xla`` is missing, or there are several processes, or other devices than the mesh has.
-        ConfigError: If what is to be divided names an axis that the mesh does not have.
+        ParallelError: If ``torch_xla`` is missing, if there are several processes, or if the mesh has another number of devices than there are.
+        ConfigError: If `shard` names an axis that the mesh does not have.
 
     Example:
         >>> try:
@@ -51,7 +51,9 @@ def xla(mesh: Mapping[str, int] | None = None, shard: Mapping[str, Spec] | None 
     """
     runtime = _runtime()
     if runtime.process_count() > 1:
-        raise ParallelError(f"fl.parallel.xla() works in one process, but torch_xla runs {runtime.process_count()}; start one, with a mesh")
+        raise ParallelError(
+            f"fl.parallel.xla() needs one process, but torch_xla runs {runtime.process_count()}; start one, and give xla(mesh=...)"
+        )
     _tell_torch()
     if mesh is not None:
         _use(mesh, runtime)
@@ -75,11 +77,11 @@ def _spmd() -> Any:
 
 @attrs.frozen(repr=False)
 class OnXLA:
-    """The placement that `xla` gives; the process stays one, so all that is done is done to the module.
+    """The placement that `xla` returns; there is only one process, so it only moves and shards the module.
 
     Args:
-        mesh: Axes and their sizes; empty where there is none of our own.
-        shard: Patterns of parameter names, and what divides each dimension.
+        mesh: Axes and their sizes; empty if none was given.
+        shard: Patterns of parameter names, and the axis that shards each dimension.
 
     Example:
         >>> OnXLA((("data", 4),))
@@ -94,7 +96,7 @@ class OnXLA:
         return f"xla({', '.join(f'{name}={value!r}' for name, value in given.items() if value)})"
 
     def place(self, module: nn.Module) -> None:
-        """Move a module to the device, in place, and divide its parameters; nothing else is asked of it later."""
+        """Move a module to the device, in place, and shard its parameters; nothing is to be done later."""
         move(module, import_module("torch_xla").device())
         for pattern, spec in self.shard:
             for name in meant(pattern, module, "shard"):
@@ -103,7 +105,7 @@ class OnXLA:
 
 @attrs.frozen(eq=False)
 class Device:
-    """What torch is told of as ``torch.xla``: random numbers, and what `fnlight.tensors.device` asks of a lazy device.
+    """What is registered as ``torch.xla``: random numbers, and the functions that `fnlight.tensors.device` calls on a lazy device.
 
     Example:
         >>> callable(Device().spread)
@@ -111,7 +113,7 @@ class Device:
     """
 
     def current_device(self) -> int:
-        """The device of this process; of several there is one that stands for all."""
+        """The index of this process's device; with SPMD one index represents all devices."""
         return import_module("torch_xla").device().index
 
     def manual_seed(self, seed: int) -> None:
@@ -119,19 +121,19 @@ class Device:
         import_module("torch_xla").manual_seed(seed)
 
     def get_rng_state(self) -> int:
-        """Where the device's random numbers stand."""
+        """The state of the device's random number generator."""
         return import_module("torch_xla.core.xla_model").get_rng_state()
 
     def set_rng_state(self, state: int) -> None:
-        """Put them back."""
+        """Restore a state of the random number generator."""
         self.manual_seed(state)
 
     def end_step(self) -> None:
-        """Compile what was noted down since the last time, if it is new, and start it; nothing is waited for."""
+        """Compile the operations recorded since the last call, if they are new, and start them without waiting."""
         import_module("torch_xla").sync()
 
     def spread(self, tensor: Tensor) -> Tensor:
-        """Divide a tensor of a batch over the first axis of the mesh, by its first dimension."""
+        """Shard a tensor of a batch over the first axis of the mesh, along its first dimension."""
         spmd = _spmd()
         mesh = spmd.get_global_mesh()
         if mesh is not None and tensor.dim():
@@ -140,7 +142,7 @@ class Device:
 
 
 def _tell_torch() -> None:
-    if getattr(torch, "xla", None) is None:  # as the makers of devices do it; a later torch_xla may bring its own
+    if getattr(torch, "xla", None) is None:  # torch's hook for device vendors; a later torch_xla may register its own
         register_device("xla", Device())
 
 
@@ -151,7 +153,7 @@ def _use(mesh: Mapping[str, int], runtime: Any) -> None:
     count, wanted = runtime.global_runtime_device_count(), torch.Size(mesh.values()).numel()
     if count != wanted:
         raise ParallelError(
-            f"xla(mesh={dict(mesh)!r}) takes {wanted} devices, but there are {count}; give a mesh of all of them"
+            f"xla(mesh={dict(mesh)!r}) needs {wanted} devices, but there are {count}; give a mesh of all of them"
             + (f", or set CPU_NUM_DEVICES={wanted} before torch_xla is used" if os.environ.get("PJRT_DEVICE") == "CPU" else "")
         )
     if not runtime.is_spmd():
@@ -171,11 +173,11 @@ def _check_axes(shard: Mapping[str, Spec]) -> None:
         unknown = [axis for axis in spec if axis is not None and axis not in known]
         if unknown:
             raise ConfigError(
-                f"xla(shard={{{pattern!r}: {tuple(spec)!r}}}) names {unknown}, but the axes of the mesh are {known or 'none'}"
+                f"xla(shard={{{pattern!r}: {tuple(spec)!r}}}) names the axes {unknown}, but the axes of the mesh are {known or 'none'}"
             )
 
 
 def _divide(name: str, p: Tensor, spec: Spec) -> None:
     if p.dim() != len(spec):
-        raise ConfigError(f"xla(shard=...) says of {len(spec)} dimensions how {name!r} is divided, but its shape is {list(p.shape)}")
+        raise ConfigError(f"xla(shard=...) has {len(spec)} entries for {name!r}, but its shape is {list(p.shape)}; give one per dimension")
     _spmd().mark_sharding(p, _spmd().get_global_mesh(), tuple(spec))

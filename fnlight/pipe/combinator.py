@@ -1,8 +1,8 @@
-"""A combinator: a value that wraps one function into another, and says of itself what it takes, gives and remembers.
+"""A combinator: a value that wraps one function into another, and declares what it takes, gives and remembers.
 
 The kinds of function, from the user's to the loop's: ``loss`` (`LossFn`), ``grad_sum`` (a `GradFn` of one batch whose gradients are sums),
-``grad`` (a `GradFn` of a group of batches whose gradients are true means) and ``step`` (`Step`). Besides, ``kernel``: a function
-``(store, batches, key) -> metrics`` that changes the store itself, of which `fnlight.step.manual` makes a step.
+``grad`` (a `GradFn` of a group of batches whose gradients are true means) and ``step`` (`Step`). There is also ``kernel``: a function
+``(store, batches, key) -> metrics`` that changes the store itself; `fnlight.step.manual` turns it into a step.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ from fnlight.state import Store, TrainState
 Kind = Literal["kernel", "loss", "grad_sum", "grad", "step"]
 
 TICK = ("update", "schedule", "evaluate", "history", "log", "save", "stop")
-"""The one order of a tick; combinators that act in a phase must stand in it."""
+"""The order of a tick; combinators that have a phase must follow it."""
 
 
 def _read_only(facts: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -26,30 +26,30 @@ def _read_only(facts: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @attrs.frozen(eq=False)
 class Combinator:
-    """A function that wraps one function into another of the same or the next kind, and says so.
+    """A function that wraps one function into another of the same or the next kind, with a description of itself.
 
     Args:
-        name: What it is called, for ``print(step)`` and for errors.
+        name: Its name, for ``print(step)`` and for errors.
         wrap: Maps the inner function to the outer one.
         takes: The kind of function it wraps: ``"loss"``, ``"grad_sum"``, ``"grad"`` or ``"step"``.
         gives: The kind of function that results.
         args: Its arguments, as ``print(step)`` shows them.
-        key: What it is called in the state's memory, unique in a pipe; the name if left out.
+        key: Its key in ``state.memory``, unique in a pipe; the name if left out.
         init: Maps a `Store` to the tree that this combinator owns there as ``store.memory[key]``; None if it remembers nothing.
-        phase: The phase of `TICK` it acts in; None if it may stand anywhere.
-        batches_per_step: Batches that one step consumes: a number, or a mapping of epochs to numbers; None leaves it to others.
-        repeats: How many times as many one call takes.
+        phase: The phase of `TICK` it acts in; None if its order does not matter.
+        batches_per_step: Batches that one step consumes: a number, or a mapping of epochs to numbers; None leaves it to other combinators.
+        repeats: A factor: one call takes this many times ``batches_per_step``.
         start: Maps the state before the first step of a run to a state.
-        finish: Maps the state after the last step of a run, and the state as its neighbours have finished it, to a state.
-        close: Called when a run ends, however it ends. What is one run's alone is put into ``store.run.resources`` by `start`.
+        finish: Maps the state after the last step of a run, and that state as changed by earlier combinators, to a state.
+        close: Called when a run ends, also after an error. `start` puts what belongs to one run into ``store.run.resources``.
         requires: Names in the history that it needs.
         provides: Prefixes of the names that it adds to the history.
-        validate: Maps all combinators of a finished step to what is wrong with its company, or None.
-        facts: What others may ask about it, such as ``{"dtype": torch.float16}``: values, for `args` is for people only.
-        why: What the error of a wrong seam adds: the reason why it takes nothing else.
+        validate: Maps all combinators of a finished step to an error message, or None if it can work with them.
+        facts: Values that other combinators may read, such as ``{"dtype": torch.float16}``; `args` is only for people.
+        why: The reason that the error of a wrong order adds.
 
     Raises:
-        TypeError: If a field is of another kind.
+        TypeError: If a field has the wrong type.
         ValueError: If `takes`, `gives` or `phase` is unknown.
 
     Example:
@@ -79,7 +79,7 @@ class Combinator:
 
     def __attrs_post_init__(self) -> None:
         check_type("Combinator(name=...)", self.name, str, "a name")
-        check_type(f"{self.name}: the name of its memory", self.key, str, "a string")
+        check_type(f"Combinator({self.name!r}, key=...)", self.key, str, "a string")
         check_type(f"Combinator({self.name!r}, wrap)", self.wrap, Callable, "a function that wraps another one")
         for field in ("init", "start", "finish", "close", "validate"):
             check_type(f"{self.name}({field}=...)", getattr(self, field), Callable | None, "a function, or None")
@@ -90,7 +90,7 @@ class Combinator:
             raise ValueError(f"Combinator({self.name!r}, phase=...) must be one of {TICK}, or None, but got {self.phase!r}")
 
     def __call__(self, fn: Any) -> Any:
-        """Wrap one function, outside of any pipe."""
+        """Wrap one function, without a pipe."""
         return self.wrap(fn)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Mean gradients of the batches of one step: sums that are added, then divided by their summed weight."""
+"""Mean gradients over the batches of one step: the sums are added, then divided by the summed weight."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ def batches_at(group: int | Mapping[int, int], epoch: int) -> int:
         The number.
 
     Raises:
-        LoaderError: If nothing is said about the epoch, or the number is below 1.
+        LoaderError: If the mapping has no entry for the epoch, or the number is below 1.
 
     Example:
         >>> batches_at({0: 1, 5: 4}, 7)
@@ -31,20 +31,20 @@ def batches_at(group: int | Mapping[int, int], epoch: int) -> int:
     if isinstance(group, Mapping):
         begun = [first for first in group if first <= epoch]
         if not begun:
-            raise LoaderError(f"a group given by epoch must say what holds from epoch 0 on, but got {dict(group)!r}; add 0: 1")
+            raise LoaderError(f"batches per step, given as a mapping of epochs, must start at epoch 0, but got {dict(group)!r}; add 0: 1")
         group = group[max(begun)]
     if not isinstance(group, int) or isinstance(group, bool) or group < 1:
-        raise LoaderError(f"a group must be a number of batches >= 1, but got {group!r}")
+        raise LoaderError(f"batches per step must be a whole number >= 1, but got {group!r}")
     return group
 
 
 def mean_of_group(grad_fn: GradFn) -> GradFn:
     """Turn a `GradFn` of one batch into one of a group: gradients are summed, then divided by the summed weight.
 
-    Where a state is placed on several ranks, the groups of all of them are one: each rank works on its part, with random numbers of its own.
+    For a state on several ranks, the mean is over the batches of all ranks: each rank computes its part, with its own random numbers.
 
     Args:
-        grad_fn: Gives the gradients of a batch's sum, with its weight.
+        grad_fn: Gives the gradients of the summed loss of a batch, with its weight.
 
     Returns:
         A `GradFn` that takes a tuple of batches and gives true gradients.
@@ -75,14 +75,14 @@ def _of_all_ranks(grad_fn: GradFn, store: StoreView, batches: Any, key: int) -> 
     for i, batch in enumerate(batches):
         place.begin(store, i == last)
         each = grad_fn(store, batch, fold_in(key, i, RANK + rank) if rank else fold_in(key, i))
-        # values are not added here: they lie where backward() has added them, and the last one has moved them to where they travel
+        # values are not added here: backward() has added them in place, and after the last batch they are in the buffers for communication
         found = each if found is None else _add(found._replace(values=[]), each._replace(values=[]))._replace(values=each.values)
     found = place.finish(store, found)
     return _divide(found, place.mean_weight(found))
 
 
 def loss_of_all(store: StoreView, found: Gradients) -> Tensor:
-    """The mean loss of a group, over all ranks where there are several; for stages that decide by it, which must decide alike.
+    """The mean loss of a group over all ranks, for stages that use it in a decision that must be the same on all ranks.
 
     Args:
         store: The live store.
@@ -104,7 +104,7 @@ def loss_of_all(store: StoreView, found: Gradients) -> Tensor:
 
 
 class Around(NamedTuple):
-    """A batch with what is put around the loss function for it, which a `GradFn` may be given in the place of a batch.
+    """A batch together with a wrapper for its loss function; a `GradFn` accepts it in place of a batch.
 
     Args:
         batch: The batch, or another `Around`.
@@ -130,7 +130,7 @@ def _add(a: Gradients, b: Gradients) -> Gradients:
     for i, (x, y) in enumerate(zip(a.values, b.values, strict=True)):
         if x is None:
             values[i] = y
-        elif y is not None and y is not x:  # where both are one tensor, backward() has added in place
+        elif y is not None and y is not x:  # if both are the same tensor, backward() has added in place
             left.append(x)
             right.append(y)
     if left:
@@ -146,7 +146,7 @@ def _divide(found: Gradients, weight: Any) -> Gradients:
     held = [v for v in found.values if v is not None]
     if not held:
         return found
-    if isinstance(weight, Tensor):  # parts, since a number on the device cannot be on each of several meshes
+    if isinstance(weight, Tensor):  # local parts, since one scalar tensor cannot be on several device meshes
         foreach_mul_(local_parts(held), 1.0 / weight.to(held[0].device))
     else:
         foreach_div_(held, weight)

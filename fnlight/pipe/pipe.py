@@ -1,4 +1,4 @@
-"""The pipe that joins combinators: a step is built by wrapping a function into a function into a function."""
+"""The pipe that joins combinators: each one wraps the function that the previous one gave."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,9 +29,9 @@ class Phase:
 
     Args:
         train_step: ``(model, batch) -> loss`` or ``(loss, metrics)``.
-        *combinators: What holds for this phase alone, such as ``clip_norm(0.1)``. It takes the place of what all phases share under the same
-            name; else what wraps the loss stands in front of the shared ones, and what changes gradients behind them.
-        every: When it is due: a function of a tick, such as ``steps(5)``; None is every step.
+        *combinators: Combinators for this phase only, such as ``clip_norm(0.1)``. One with the name of a shared combinator replaces it.
+            Others are added: those that wrap the loss before the shared ones, those that change gradients after them.
+        every: When the phase takes part: a trigger, such as ``steps(5)``; None is every step.
 
     Example:
         >>> phase = Phase(lambda model, batch: batch)
@@ -49,7 +49,9 @@ class Phase:
         check_combinators(combinators)
         for c in combinators:
             if c.gives == "step":
-                raise SeamError(f"{c} gives a whole step, so it cannot be a phase's own; put it behind the mapping of phases")
+                raise SeamError(
+                    f"{c} gives a whole step, so it cannot be part of one Phase; pass it to pipe(...) after the mapping of phases"
+                )
         self.__attrs_init__(train_step, combinators, every)  # pyright: ignore[reportAttributeAccessIssue]  # made by attrs
 
     def __call__(self, model: Any, batch: Any) -> Any:
@@ -59,12 +61,12 @@ class Phase:
 
 @attrs.frozen(eq=False, repr=False)
 class Turn:
-    """A phase as `apply` is given it.
+    """A phase as `apply` gets it.
 
     Args:
-        grad_fn: Gives the true gradients of a group of batches.
-        every: When it is due; None is every step.
-        batches_per_step: Batches of a step that it takes, the first ones: a number, or a mapping of epochs to numbers; None takes all.
+        grad_fn: Gives the mean gradients of a group of batches.
+        every: When it takes part; None is every step.
+        batches_per_step: How many batches of a step it uses, the first ones: a number, or a mapping of epochs to numbers; None uses all.
 
     Example:
         >>> Turn(lambda store, batches, key: None).every is None
@@ -82,7 +84,7 @@ class Pipe:
 
     Args:
         fn: The wrapped function.
-        base: What the pipe shows as its innermost function.
+        base: The name of the innermost function, for ``print``.
         combinators: In reading order, innermost first.
         kind: The kind of function that the pipe is.
         batches_per_step: Batches that one step consumes: a number, or a mapping of first epochs to numbers.
@@ -102,7 +104,7 @@ class Pipe:
     phases: Mapping[str, "Pipe"] = attrs.field(factory=dict)
 
     def __call__(self, state: Any, batch: Any, *more: Any) -> Any:
-        """Call the wrapped function; a `Step` first makes sure that its combinators have their memory in the store."""
+        """Call the wrapped function; a `Step` first creates the missing memory of its combinators in the store."""
         if self.kind == "step" and state.store.owner is not self:
             self.adopt(state)
         return self.fn(state, batch, *more)
@@ -113,12 +115,12 @@ class Pipe:
     __repr__ = __str__
 
     def adopt(self, state: TrainState) -> None:
-        """Give every combinator that remembers something its tree in the store; say what was added or is left over."""
+        """Create the memory of every combinator that has none in the store yet; warn of what was added or is unused."""
         store, at = state.live, state.progress.step
         if not self.phases.keys() <= store.phases.keys():
             raise SeamError(
                 f"this step has the phases {', '.join(self.phases)}, but the task has optimizers for {', '.join(store.phases) or 'none of them'}; "
-                "let configure_optimizers return a dict of an optimizer for each phase"
+                "configure_optimizers must return a dict with an optimizer for each phase"
             )
         trees = store.memory.get("phases", {})
         for name, phase in self.phases.items():
@@ -138,7 +140,7 @@ class Pipe:
         left = [prefix + key for key in store.memory if key not in known and _notable(store.memory[key])]
         if left:
             warn(
-                f"the state at step {at} holds memory of {left}, which no combinator of this pipe owns; it is kept as it is. Pipe: {self}",
+                f"the state at step {at} holds the memory of {left}, which no combinator of this pipe uses; it is kept unchanged. Pipe: {self}",
                 MemoryWarning,
             )
         for key, combinator in owners.items():
@@ -148,14 +150,14 @@ class Pipe:
                 continue
             tree = combinator.init(store)
             if at and _notable(tree):
-                warn(f"{combinator} starts its memory at step {at}: the state holds none for {prefix + key!r}", MemoryWarning)
+                warn(f"{combinator} starts with new memory at step {at}: the state has none for {prefix + key!r}", MemoryWarning)
             store.memory[key] = tree
 
     def start(self, state: TrainState) -> TrainState:
-        """Prepare a run: memory first, then what each combinator does before the first step, in reading order."""
+        """Prepare a run: create missing memory, then call the `start` of each combinator, in reading order."""
         check_monitors(state, self.combinators)
         self.adopt(state)
-        state.store.step.media = state.store.run.until = None  # what an earlier run showed, and where it ended
+        state.store.step.media = state.store.run.until = None  # left over from an earlier run
         for name, phase in self.phases.items():
             phase._begin(_within(state, name))
         return self._begin(state)
@@ -167,7 +169,7 @@ class Pipe:
         return state
 
     def finish(self, state: TrainState) -> TrainState:
-        """End a run: what each combinator does after the last step, in reading order."""
+        """End a run: call the `finish` of each combinator, in reading order."""
         before = state
         for name, phase in self.phases.items():
             phase.finish(_within(state, name))
@@ -177,36 +179,37 @@ class Pipe:
         return state
 
     def close(self) -> None:
-        """Release what combinators hold open, however the run ended."""
+        """Call the `close` of each combinator, also after an error."""
         for combinator in (*(c for phase in self.phases.values() for c in phase.combinators), *self.combinators):
             if combinator.close is not None:
                 combinator.close()
 
 
 def _within(state: TrainState, name: str) -> TrainState:
-    """The state as the combinators of a phase see it: its store is that of the phase."""
+    """The state with the store of a phase, for the phase's own combinators."""
     store = state.store.phases[name]
     return attrs.evolve(state, store=store, version=store.version)
 
 
 def _notable(tree: Any) -> bool:
-    """Say whether losing a tree would change the training: one with tensors would, windows of metrics and lists of files would not."""
+    """Whether losing this memory would change the training: tensors would; windows of metrics and lists of files would not."""
     return any(isinstance(leaf, Tensor) for _, leaf in leaves(tree))
 
 
 def pipe(fn: Any, *combinators: Combinator) -> Pipe:
-    """Join a function and combinators: ``pipe(x, f, g)`` is ``g(f(x))``; every seam is checked.
+    """Join a function and combinators: ``pipe(x, f, g)`` is ``g(f(x))``; their order is checked.
 
     Args:
-        fn: What the first combinator takes: a ``train_step``, or a user's own `Step`, or another pipe; or a mapping of names to
-            ``train_step``s or `Phase`s, each of which gets all combinators in front of `apply`, which joins them.
-        *combinators: Innermost first, in the order in which a reader thinks of them.
+        fn: What the first combinator takes: a ``train_step``, a user's own `Step`, or another pipe. Or a mapping of names to
+            ``train_step``s or `Phase`s: the combinators before `apply` wrap each of them, and `apply` joins them into one step.
+        *combinators: The combinators, innermost first.
 
     Returns:
-        A `Pipe`, callable as the function that the last combinator gives; ``print`` shows it in reading order.
+        A `Pipe`, callable like the function that the last combinator gives; ``print`` shows it in reading order.
 
     Raises:
-        SeamError: If neighbours do not fit, two combinators share a name or contradict each other, or the phases of a tick are out of order.
+        SeamError: If a combinator does not take what the previous one gives, two share a name or contradict each other, or the order of a
+            tick is wrong.
 
     Example:
         >>> twice = Combinator("twice", lambda loss_fn: lambda model, batch: 2 * loss_fn(model, batch), "loss", "loss")
@@ -233,12 +236,12 @@ def pipe(fn: Any, *combinators: Combinator) -> Pipe:
 
 
 def _bare(fn: Any, combinators: tuple[Combinator, ...]) -> Pipe:
-    """A function that no combinator wraps yet; what kind it is, the first one says."""
+    """A pipe without combinators; its kind is what the first combinator takes."""
     return Pipe(fn, getattr(fn, "__name__", type(fn).__name__), (), kind=combinators[0].takes if combinators else "step")
 
 
 def _batches_per_step(whole: Pipe, added: tuple[Combinator, ...]) -> int | Mapping[int, int]:
-    """What the last combinator says that says something, times the updates of one call; else that of the inner pipe, which has counted its own."""
+    """The value of the last combinator that has one, times the updates of one call; without any, that of the inner pipe."""
     said = [c.batches_per_step for c in whole.combinators if c.batches_per_step is not None]
     group = said[-1] if said else whole.batches_per_step
     times = max([1, *(c.repeats for c in (whole.combinators if said else added))])
@@ -246,7 +249,7 @@ def _batches_per_step(whole: Pipe, added: tuple[Combinator, ...]) -> int | Mappi
 
 
 def _joined(given: Mapping[str, Any], combinators: tuple[Combinator, ...]) -> Pipe:
-    """A step of several phases: each has a pipe of its own, up to the combinator that gives a step."""
+    """A step of several phases: each has its own pipe, up to the combinator that gives a step."""
     end = end_of_phases(given, combinators)
     joint, phases, turns, said = combinators[end], dict[str, Pipe](), dict[str, Turn](), list[Any]()
     for name, fn in given.items():
@@ -268,7 +271,7 @@ def _joined(given: Mapping[str, Any], combinators: tuple[Combinator, ...]) -> Pi
 
 
 def _largest(groups: list[int | Mapping[int, int]]) -> int | Mapping[int, int]:
-    """The batches of a step of which each phase takes as many as it says."""
+    """The batches per step: the largest number that any phase needs, by epoch."""
     by_epoch = [group if isinstance(group, Mapping) else {0: group} for group in groups]
     starts = sorted({start for group in by_epoch for start in group})
     found = {start: max(group[max(s for s in group if s <= start)] for group in by_epoch) for start in starts}

@@ -1,6 +1,6 @@
 """The state: `Task` pairs a model with pure functions, and `TrainState` is the immutable value that holds everything a run needs to continue.
 
-Read `state` first; `history` is what rules, retentions and plateaus look at.
+Read `state` first; stop rules, retentions and plateau schedules are computed from `history`.
 """
 
 from fnlight.state.copy_model import copied

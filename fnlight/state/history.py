@@ -1,4 +1,4 @@
-"""The history of a training: what was measured, when. Stop rules, retentions and plateaus are functions of it."""
+"""The history of a training: recorded metrics by step. Stop rules, retentions and plateau schedules are functions of it."""
 
 from collections.abc import Mapping
 from typing import Any, SupportsIndex, overload
@@ -11,9 +11,9 @@ class Record:
     """Metrics at a step.
 
     Args:
-        step: Completed optimizer updates when they were taken.
-        epoch: Completed epochs then.
-        metrics: Names such as ``val/loss`` to floats; sinks get media as well.
+        step: Completed optimizer updates when the metrics were recorded.
+        epoch: Completed epochs at that time.
+        metrics: Names such as ``val/loss`` to floats; sinks also get media.
 
     Example:
         >>> Record(10, 1, {"val/loss": 0.5}).metrics["val/loss"]
@@ -38,7 +38,7 @@ class History(tuple[Record, ...]):
     __slots__ = ()
 
     def add(self, record: Record) -> "History":
-        """A history with one more record; what falls on one step becomes one record."""
+        """A history with one more record; records of the same step are merged."""
         if self and self[-1].step == record.step:
             last = tuple.__getitem__(self, -1)
             return History((*self[:-1], Record(record.step, record.epoch, {**last.metrics, **record.metrics})))

@@ -1,4 +1,4 @@
-"""Progress: counts of completed work, and the key of the step that comes after it."""
+"""Progress: counts of completed work, and the random key of the next step."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -16,12 +16,12 @@ class Progress:
     Args:
         step: Completed optimizer updates.
         epoch: Completed epochs.
-        batch: Batches done in the epoch that is under way; 0 between epochs.
+        batch: Completed batches of the current epoch; 0 between epochs.
         samples: Samples seen.
-        seconds: Time spent, in seconds; it does not count in comparisons.
-        epoch_samples: Samples of the epoch that is under way that are done; 0 where an old checkpoint does not say.
-        skipped: Groups of batches that were consumed without an update, such as those whose scaled gradients overflowed.
-        updates: Where a task has several optimizers: the completed updates of each, by name.
+        seconds: Training time in seconds; ignored in comparisons.
+        epoch_samples: Completed samples of the current epoch; 0 if an old checkpoint does not contain it.
+        skipped: Steps that consumed batches without an update, such as those whose scaled gradients overflowed.
+        updates: With several optimizers: the completed updates of each, by name.
 
     Example:
         >>> Progress(step=3).step
@@ -38,22 +38,22 @@ class Progress:
     updates: Mapping[str, int] = attrs.field(factory=dict, hash=False)
 
     def after(self, item: Any, made: int, skipped: int, updates: Mapping[str, int]) -> "Progress":
-        """The progress once an `Item` is consumed by so many updates; those that were skipped count as no steps."""
+        """The progress after an `Item` is consumed by `made` updates; skipped updates do not count as steps."""
         batch, seconds = (0 if item.last else item.batch), self.seconds + item.seconds
-        known = self.epoch_samples or not self.batch  # an old checkpoint does not say
+        known = self.epoch_samples or not self.batch  # missing in an old checkpoint
         done = self.epoch_samples + item.samples if known and not item.last else 0
         step, skipped, samples = self.step + made, self.skipped + skipped, self.samples + item.samples
         return Progress(step, item.epoch + item.last, batch, samples, seconds, done, skipped, updates)
 
 
 def step_key(seed: int, progress: Progress) -> int:
-    """The key of the step that comes after some progress, from which all of its random numbers come.
+    """The random key of the next step; all random numbers of the step come from it.
 
-    Every part of fnlight that needs the key of a step takes it from here.
+    Every part of fnlight that needs the key of a step calls this function.
 
     Args:
         seed: The seed of the state.
-        progress: What is completed before the step. Where steps were skipped, each attempt has a key of its own.
+        progress: What is completed before the step. After a skipped step, the next attempt has a different key.
 
     Returns:
         An integer of 64 bits.
@@ -70,5 +70,5 @@ def step_key(seed: int, progress: Progress) -> int:
 
 @lru_cache(maxsize=16)
 def _training_key(seed: int) -> int:
-    """The same for all steps of a training; computing it each time would cost a microsecond per step."""
+    """The same for all steps of a training; computing it for each step would cost a microsecond."""
     return fold_in(seed, TRAIN)

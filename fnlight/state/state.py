@@ -1,7 +1,7 @@
-"""The state: an immutable value that holds everything a run needs to go on, and the arena that its tensors live in.
+"""The state: an immutable value that holds everything a run needs to continue, on a store that holds its tensors.
 
-A `TrainState` is where the training of a `Task` stands; its `Store` holds the tensors. In PyTorch the fast way to train is in place, so a
-step *donates* its input: it updates the store, bumps the version and returns a new state on it. A state whose version is past raises
+A `TrainState` is the progress of the training of a `Task`; its `Store` holds the tensors. In PyTorch the fast way to train is in place, so
+a step *donates* its input: it updates the store, increases its version and returns a new state on it. A state with an older version raises
 `DonatedStateError` when its tensors are read.
 """
 
@@ -28,19 +28,19 @@ from fnlight.state.task import Task, empty
 from fnlight.tensors import existing, home_of, isolated, map_nodes, move, version_of
 
 A_STATE = "a TrainState, such as fl.TrainState.create(task) or fl.load(path, task) gives"
-"""What the errors of those that take one say."""
+"""For the errors of functions that take a state."""
 
 
 @attrs.frozen(eq=False, repr=False)
 class TrainState:
-    """Where a training stands: an immutable value.
+    """The state of a training: an immutable value.
 
     Args:
-        task: The model class and the pure functions; never serialised.
+        task: The model and the pure functions; never saved.
         progress: Counts of completed work.
         seed: The one source of randomness.
-        history: Every evaluation so far, oldest first.
-        stopped: Why the last run ended; None while a run goes on.
+        history: All records so far, oldest first.
+        stopped: Why the last run ended; None during a run.
         store: The tensors.
         version: The version of the store that this state may read.
 
@@ -70,16 +70,16 @@ class TrainState:
         Args:
             task: The task.
             seed: Any non-negative integer; all randomness of the training follows from it.
-            device: Where the tensors live; None leaves them where the model has them.
-            place: How they lie on several processes, such as ``fl.parallel.ddp()``; the model is placed first, then gets its optimizer.
-            donate: True takes the very tensors of the task's model, for one that fits into memory only once; the model is left with none,
-                and the task can make no other state.
+            device: The device of the tensors; None keeps the model's.
+            place: The placement on several processes, such as ``fl.parallel.ddp()``; the optimizer is created after the model is placed.
+            donate: True takes the tensors of the task's model without a copy, for a model that fits into memory only once. The model is
+                then empty, and the task cannot create another state.
 
         Returns:
             The state.
 
         Raises:
-            TypeError: If the task is not a `Task` or has given its model away, a parameter is sparse, the seed is no integer, or `place` is no
+            TypeError: If the task is not a `Task`, its model was donated, a parameter is sparse, the seed is not an integer, or `place` is not a
                 placement.
             OptimizerError: If `configure_optimizers` does not fit the model.
         """
@@ -91,8 +91,8 @@ class TrainState:
         lazy = [name for name, t in (*task.model.named_parameters(), *task.model.named_buffers()) if is_lazy(t)]
         if lazy:
             raise TypeError(
-                f"the model has lazy tensors without a shape, {lazy[:5]}; call it once on a batch before making a Task, or make it anew where it "
-                "was donated to another state"
+                f"the model has lazy tensors without a shape, {lazy[:5]}; call the model once on a batch before fl.Task(model, ...), or create a "
+                "new model if this one was donated to another state"
             )
         check_generators(task.model)
         _check_dense(task.model)
@@ -121,19 +121,19 @@ class TrainState:
         """The store, if this state may still read it."""
         if self.store.version != self.version:
             raise DonatedStateError(
-                f"the state of step {self.progress.step} was given to a later step, which has overwritten its tensors (or failed half-way); "
+                f"the state of step {self.progress.step} was donated to a later step, which has overwritten its tensors (or failed half-way); "
                 "use the state that the step returned, keep state.copy() before the step, or make the step pure with fl.pure(step)"
             )
         return self.store
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors live."""
+        """The device of the tensors."""
         return self.store.device
 
     @property
     def key(self) -> int:
-        """The key of the next step, from which all of its random numbers come."""
+        """The random key of the next step; all of its random numbers come from it."""
         return step_key(self.seed, self.progress)
 
     @property
@@ -148,7 +148,7 @@ class TrainState:
 
     @property
     def opt_state(self) -> Mapping[str, Mapping[str, Any]]:
-        """The optimizer's memory by qualified parameter name, read-only; of several optimizers by their names."""
+        """The optimizer state by qualified parameter name, read-only; with several optimizers, a mapping of their names to it."""
         store = self.live
         found = {
             key: MappingProxyType({name: MappingProxyType(slots) for name, slots in named_state(optim, store.module).items()})
@@ -158,19 +158,19 @@ class TrainState:
 
     @property
     def memory(self) -> Mapping[str, Any]:
-        """The trees that combinators own, by name, read-only."""
+        """The memory of combinators, a tree by name of each, read-only."""
         self.live.settle()
         return MappingProxyType(self.store.memory)
 
     @property
     def wall_time(self) -> WallTime:
-        """Where the time of the training went, over all of its runs; it does not count in comparisons."""
+        """Where the time of the training was spent, over all of its runs; ignored in comparisons."""
         wall_time = self.live.wall_time
         wall_time.settle()
         return wall_time
 
     def module(self) -> nn.Module:
-        """A module of its own with these weights, in the modes of the live one; of a schedule-free optimizer, with the averaged ones."""
+        """An independent module with these weights, in the same train or eval modes; for a schedule-free optimizer, the averaged weights."""
         store = self.live
         module = copied(store.module) if store.place is None else store.place.plain(store.module)
         for name, value in weights_to_use(self.store.optims.values(), self.store.module).items():
@@ -178,7 +178,7 @@ class TrainState:
         return module
 
     def copy(self) -> "TrainState":
-        """An independent state with the same values, which stays readable when this one is donated."""
+        """An independent state with the same values; it can still be read after this one is donated."""
         return attrs.evolve(self, store=self.live.copy(), version=0)
 
     def to(self, device: torch.device | str) -> "TrainState":
@@ -186,11 +186,11 @@ class TrainState:
         return self.copy().moved(existing(device))
 
     def moved(self, device: torch.device | str) -> "TrainState":
-        """This very state, its tensors moved in place; it donates its input."""
+        """The state on another device, moved in place; it donates its input."""
         store = self.live
         if store.place is not None and torch.device(device) != store.device:
             raise ParallelError(
-                f"a state that is placed on several processes stays on {store.device}, but was to be moved to {device}; make it there, with "
+                f"a state that is placed on several processes stays on {store.device} and cannot be moved to {device}; create it there, with "
                 "TrainState.create(task, device=..., place=...)"
             )
         store.settle()
@@ -207,7 +207,7 @@ class TrainState:
         return attrs.evolve(self, version=store.version)
 
     def donated(self) -> Store:
-        """The store, to be written over by the step that begins: from here on this state can no longer be read, whatever happens."""
+        """The store, for the step that is about to overwrite it: from now on this state cannot be read, also if the step fails."""
         store = self.store
         if store.version != self.version:
             store = self.live  # raises
@@ -217,19 +217,19 @@ class TrainState:
         return store
 
     def advanced(self, item: Any, updates: Mapping[str, int] | None = None, made: int = 1, skipped: int = 0) -> "TrainState":
-        """The state after a step: one `Item` is consumed and the store written; it donates this one. Every step ends here.
+        """The state after a step that has consumed one `Item` and written the store; it donates this one. Every step ends with this call.
 
         Args:
             item: What the step consumed.
-            updates: Where a task has several optimizers: the completed updates of each; None leaves them as they are.
-            made: Updates that the step made; where ``store.step.skipped`` is True, one of them was skipped instead.
+            updates: With several optimizers: the completed updates of each; None leaves them unchanged.
+            made: Updates of the step; if ``store.step.skipped`` is True, one of them was skipped.
             skipped: Updates that were skipped, besides that one.
 
         Returns:
             The next state, on the same store.
         """
         p, store = self.progress, self.store
-        if store.version != self.version + 1:  # where it is, `donated` was called for this step
+        if store.version != self.version + 1:  # if equal, `donated` was called for this step
             store = self.live
         store.version = self.version + 2
         store.end_step()
@@ -239,7 +239,7 @@ class TrainState:
         return TrainState(self.task, after, self.seed, self.history, None, store, store.version)
 
     def recorded(self, metrics: Mapping[str, float]) -> "TrainState":
-        """This state with metrics added to its history at the present step."""
+        """This state with metrics added to its history at the current step."""
         progress = self.progress
         return attrs.evolve(self, history=self.history.add(Record(progress.step, progress.epoch, dict(metrics))))
 
@@ -266,7 +266,7 @@ def _configure(task: Task, module: nn.Module) -> Optim | dict[str, Optim]:
     if task.configure_optimizers is None:
         if phases:
             raise OptimizerError(
-                f"this task has the phases {', '.join(phases)}, but no configure_optimizers; return an optimizer for each by name"
+                f"this task has the phases {', '.join(phases)}, but no configure_optimizers; give fl.Task a function that returns a dict with an optimizer for each"
             )
         return Optim(None)
     named = dict(module.named_parameters())
@@ -275,12 +275,12 @@ def _configure(task: Task, module: nn.Module) -> Optim | dict[str, Optim]:
     changed = [name for (name, p), version in zip(named.items(), before, strict=True) if version_of(p) != version]
     if changed:
         raise OptimizerError(
-            f"configure_optimizers must only build an optimizer, but it changed {changed[:5]}; do not step or initialise there"
+            f"configure_optimizers must only build an optimizer, but it changed {changed[:5]}; do not step or initialise weights there"
         )
     for p in named.values():
-        p.grad = None  # what is left there would be added to the first gradients
+        p.grad = None  # leftovers would be added to the first gradients
     if getattr(task.train_step, "kind", None) == "step" and isinstance(made, Mapping):
-        phases = list(made)  # a whole step may have as many optimizers as it likes
+        phases = list(made)  # a whole step may have any number of optimizers
     return prepare_each(made, phases, module) if phases else prepare(made, module)
 
 

@@ -1,6 +1,6 @@
-"""The store: one live module, its optimizers, and what combinators remember. Steps write over it in place.
+"""The store: one live module, its optimizers, and the memory of combinators. Steps overwrite it in place.
 
-A `TrainState` is a value that may read it as long as its version is that of the store.
+A `TrainState` is a value that may read the store while both have the same version.
 """
 
 import copy
@@ -21,7 +21,7 @@ from fnlight.tensors import end_step_on, seed_generators
 
 
 class StepScratch:
-    """What belongs to one step, and to what follows it on the same tick; the next step writes over it.
+    """Values of one step and the rest of its tick; the next step overwrites them.
 
     Args:
         progress: What was completed before the step. Written by `begin`; by `fnlight.compile` while it asks stages for the numbers of later updates.
@@ -30,8 +30,8 @@ class StepScratch:
         position: Gives the place in the data after the step, until the next one. Written by `TrainState.advanced`, cleared by `Store.settle`.
         media: Pictures and texts of an evaluation, for the sinks of the same tick. Written by `fnlight.loop.evaluate_every`; cleared by
             `TrainState.advanced`, and by a pipe before the first step of a run.
-        back: The version of the state that went back to an earlier one, for those that look at it on the same tick. Written by
-            `fnlight.nonfinite.rollback`; it needs no clearing, since no other state has this version.
+        back: The version of the state after a rollback, for combinators on the same tick. Written by `fnlight.nonfinite.rollback`; it is
+            never cleared, since no other state has this version.
 
     Example:
         >>> scratch = StepScratch()
@@ -51,19 +51,19 @@ class StepScratch:
         self.back = -1
 
     def begin(self, progress: Progress) -> None:
-        """Before a step, or one of the updates within it."""
+        """Call before a step, or before each of the updates within it."""
         self.progress, self.skipped = progress, False
 
 
 class RunScope:
-    """What belongs to one run; neither copied nor saved.
+    """Values of one run; neither copied nor saved.
 
     Args:
-        resources: What the run holds open, by name; each has a ``close(error)``. A combinator's `start` adds its own, under its own name;
-            `Store.end_run` takes all of them away.
-        until: The completed steps at which the run ends at the latest, if that is known. Written by `fnlight.loop.stop_when`.
-        retained_grads: On the CPU, gradients until the next step: freed before, their pages would go back to the system. Written by
-            `Store.clear_gradients`, and cleared by `Store.free_gradients` and `TrainState.donated`.
+        resources: Open resources of the run by name; each has a ``close(error)``. The `start` of a combinator adds its own under its own name;
+            `Store.end_run` removes all.
+        until: The total number of steps of the run, if it is known. Written by `fnlight.loop.stop_when`.
+        retained_grads: On the CPU, gradients until the next step: if freed earlier, their memory would go back to the system and be allocated
+            again. Written by `Store.clear_gradients`, and cleared by `Store.free_gradients` and `TrainState.donated`.
 
     Example:
         >>> RunScope().resources
@@ -79,9 +79,9 @@ class RunScope:
 
 
 class Store:
-    """The arena: one live module, its optimizer, and the named trees that combinators own. Changed in place by steps.
+    """One live module, its optimizer, and the named memory of combinators. Changed in place by steps.
 
-    Its parts by lifetime, and who writes them:
+    Its parts by lifetime, and what writes them:
 
     - **The training**; copied with the state. `module` and `optim` are set by `bind` (and by `fit` for fp8); steps change their tensors. In `memory`
       each tree is written by the combinator that owns it, and ``"loader"`` by `settle`. `place` is written by `fnlight.parallel`, and for an
@@ -93,17 +93,17 @@ class Store:
     - **One run**: `run`, a `RunScope`.
     - **One step**: `step`, a `StepScratch`.
 
-    `host` and `seeder` are how a kernel reaches Python and the generators; `fnlight.compile` puts its own into the copy that it traces.
+    A kernel calls Python code through `host`, and seeds the generators with `seeder`; `fnlight.compile` replaces both in the copy that it traces.
 
-    Where a task has several optimizers, `phases` holds a store for each, of the same module and the same run: its `optim` is the optimizer, its
-    `params` and `named` are the parameters that this one holds, and its `memory` is that of the phase's own combinators.
+    With several optimizers, `phases` holds a store for each, with the same module and the same run: its `optim` is the optimizer, its `params`
+    and `named` are the parameters of this optimizer, and its `memory` is that of the phase's own combinators.
 
     Args:
         module: The live module; no other state holds it.
         optim: Its prepared optimizer, or a mapping of names to several.
         memory: Names of combinators to trees of dicts, lists, tensors, numbers and strings, or a `Tally`.
-        place: How the tensors are laid out on several processes, see `fnlight.parallel`; None where this process is alone.
-        run: What belongs to the run that is under way; None makes an empty one. A phase shares that of the whole.
+        place: The placement on several processes, see `fnlight.parallel`; None in a single process.
+        run: The values of the current run; None creates empty ones. A phase shares those of the whole store.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -148,7 +148,7 @@ class Store:
         self.bind(module, optim)
 
     def bind(self, module: nn.Module, optim: Optim | Mapping[str, Optim]) -> None:
-        """Take a module with its optimizer, or with several by name, and make all that follows from them; the step before it is forgotten."""
+        """Set the module and its optimizer, or several by name, and compute what is derived from them; the values of the last step are cleared."""
         self.module = module
         self.optim = Optim(None) if isinstance(optim, Mapping) else optim
         self.named = dict(module.named_parameters())
@@ -177,7 +177,7 @@ class Store:
 
     @property
     def progress(self) -> Progress:
-        """What was completed before the step that is under way."""
+        """What was completed before the current step."""
         return self.step.progress
 
     @property
@@ -186,7 +186,7 @@ class Store:
         return {name: phase.optim for name, phase in self.phases.items()} or {"": self.optim}
 
     def reported(self) -> dict[str, float]:
-        """The learning rates, and what else is scheduled, as a log shows them."""
+        """The learning rates and other scheduled values, for logs."""
         return {key: value for name, optim in self.optims.items() for key, value in reported(optim, name).items()}
 
     @contextmanager
@@ -207,24 +207,24 @@ class Store:
                 p.grad = None
 
     def clear_gradients(self) -> None:
-        """Take the gradients from the parameters; on the CPU their tensors are kept until the next step."""
+        """Set all gradients to None; on the CPU their tensors are kept until the next step."""
         params = self.params
         self.run.retained_grads = [p.grad for p in params] if self.device.type == "cpu" else None
         for p in params:
             p.grad = None
 
     def free_gradients(self) -> None:
-        """Free what `clear_gradients` has kept: the next step is about to make its own, or the room is needed for something else."""
+        """Free what `clear_gradients` has kept: the next step allocates new ones, or the memory is needed for something else."""
         self.run.retained_grads = None
 
     def end_run(self) -> dict[str, Any]:
-        """Forget what was one run's; what it held open is returned, for the caller to close."""
+        """Clear the values of a run; its open resources are returned, for the caller to close."""
         run = self.run
         held, run.resources, run.until, run.retained_grads = run.resources, {}, None, None
         return held
 
     def settle(self) -> None:
-        """Bring to rest what waits to be read: pending metrics, the place of a loader that keeps its own, and parts that came together."""
+        """Complete what is pending: metrics, the position of a loader that keeps its own, and gathered parameters, which are sharded again."""
         if self.place is not None:
             self.place.rest(self.module)
         for tree in self.memory.values():
@@ -234,7 +234,7 @@ class Store:
             self.memory["loader"], self.step.position = copy.deepcopy(self.step.position()), None
 
     def complete(self, key: str, init: Callable[["Store"], Any]) -> None:
-        """Let memory that is kept by parameters' names follow a model that has more of them than the one that was saved."""
+        """Extend memory that is keyed by parameter names when the model has more parameters than the saved one."""
         tree = self.memory[key]
         if isinstance(tree, dict) and tree and tree.keys() < self.named.keys():
             self.memory[key] = {**init(self), **tree}
@@ -246,5 +246,5 @@ class Store:
         module = copied(self.module, memo) if self.place is None else self.place.copy(self.module, memo)
         twin = Store(module, copy.deepcopy(self.optims if self.phases else self.optim, memo), copy.deepcopy(self.memory, memo), self.place)
         twin.wall_time = self.wall_time.copy()
-        twin.end_step()  # on a lazy device a copy shares memory until then, and a step would take it away
+        twin.end_step()  # on a lazy device a copy shares memory until then, and a step would overwrite it
         return twin

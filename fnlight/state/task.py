@@ -1,4 +1,4 @@
-"""A task: a model paired with the pure functions that train, evaluate and use it."""
+"""A task: a model with the pure functions that train it, evaluate it and predict with it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,11 +12,11 @@ from fnlight.tensors import buffers_of, gradient_hooks, parameters_of
 
 @attrs.frozen(eq=False)
 class Task:
-    """A model paired with the pure functions that train, evaluate and use it; never serialised.
+    """A model with the pure functions that train it, evaluate it and predict with it; never saved.
 
     Args:
         model: The module; it is copied, never changed.
-        train_step: ``(model, batch) -> loss`` or ``(loss, metrics)``; see `fnlight.protocols.LossFn`. Where several optimizers take turns,
+        train_step: ``(model, batch) -> loss`` or ``(loss, metrics)``; see `fnlight.protocols.LossFn`. For several optimizers,
             a mapping of names to such functions or to `Phase`s. Or a whole `Step` that is a pipe, such as one that `manual` gives.
         eval_step: ``(model, batch) -> metrics``; needed for `evaluate` only.
         predict_step: ``(model, batch) -> output``; needed for `predict` only.
@@ -24,7 +24,7 @@ class Task:
             nothing is trainable.
 
     Raises:
-        TypeError: If the model is no module, or a function is not callable.
+        TypeError: If the model is not an ``nn.Module``, or a function is not callable.
 
     Example:
         >>> import torch
@@ -42,7 +42,7 @@ class Task:
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
-            raise TypeError(f"Task(model=...) must be an nn.Module, but got {type(self.model).__name__}; pass an instance, not a class")
+            raise TypeError(f"Task(model=...) must be an nn.Module, but got {type(self.model).__name__}; pass an instance of a module")
         for name in ("train_step", "eval_step", "predict_step", "configure_optimizers"):
             given = getattr(self, name)
             if given is None and name != "train_step":
@@ -55,7 +55,7 @@ class Task:
 
 def _check_phases(given: Mapping[Any, Any]) -> None:
     if not given:
-        raise TypeError("Task(train_step={}) names no phase; give it functions by name, or one function")
+        raise TypeError("Task(train_step={}) has no phases; give a function, or a dict of names to functions")
     for name, fn in given.items():
         if not isinstance(name, str) or not name or "/" in name:
             raise TypeError(f"Task(train_step=...) must name its phases with strings without a slash, but got the name {name!r}")
@@ -80,7 +80,7 @@ def hooked(model: nn.Module) -> list[str]:
 
 
 def empty(model: nn.Module) -> None:
-    """Leave a module without its tensors, which are somebody else's now: lazy ones, which can do nothing, stand in their places.
+    """Replace the tensors of a module, which now belong to a state, by uninitialised ones.
 
     Args:
         model: Any module; changed in place.

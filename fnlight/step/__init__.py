@@ -1,4 +1,4 @@
-"""From gradients to a step: `apply` lets the optimizer step and counts, `update` is the pure standard step, `ema` and `swa` average weights.
+"""From gradients to a step: `apply` runs the optimizer and counts the step, `update` is the pure standard step, `ema` and `swa` average weights.
 
 Read `update` first.
 """

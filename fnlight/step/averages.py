@@ -1,8 +1,8 @@
-"""Averages of weights, kept in the state's memory beside the weights themselves.
+"""Averaged weights, kept in ``state.memory`` in addition to the weights.
 
-`ema` and `swa` average while a run goes on; evaluations and predictions take the average by name, as ``weights="ema"``, and a checkpoint
-holds both. `averaged` and `average_checkpoints` give states whose parameters are an average, and `refresh_batch_norm` measures the
-statistics that belong to it.
+`ema` and `swa` average during a run; evaluations and predictions use the average by name, as ``weights="ema"``, and a checkpoint holds
+both. `averaged` and `average_checkpoints` give states whose parameters are an average, and `refresh_batch_norm` recomputes the BatchNorm
+statistics for them.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,13 +29,13 @@ Decay = float | Callable[[int], float]
 
 @attrs.frozen(repr=False)
 class _Warmup:
-    """What `ema_warmup` gives."""
+    """The result of `ema_warmup`."""
 
     decay: float
     offset: float
 
     def __call__(self, step: int) -> float:
-        """The decay at the end of a step, of which so many are completed."""
+        """The decay after this number of completed steps."""
         return min(self.decay, (1 + step) / (self.offset + step))
 
     def __repr__(self) -> str:
@@ -66,15 +66,15 @@ def ema_warmup(decay: float, offset: float = 10) -> Callable[[int], float]:
 
 
 def ema(decay: Decay, name: str = "ema", *, every: Callable[[Tick], bool] = steps(1)) -> Combinator:
-    """Keep an exponential moving average of the parameters in the state's memory, complex ones too; of halves and 8-bit floats in float32.
+    """Keep an exponential moving average of the parameters in ``state.memory``, complex ones too; in float32 for 16-bit and 8-bit floats.
 
     Buffers, such as the statistics of BatchNorm, are not averaged: an evaluation of the average uses those of the model.
 
     Args:
-        decay: What stays of the average at each update, in 0..1: ``average = decay * average + (1 - decay) * params``; or a function
-            of completed steps, such as ``ema_warmup(0.999)``.
-        name: Where it lies in the memory; `evaluate` and `predict` take it as ``weights="ema"``.
-        every: When the average is updated, such as ``steps(10)``; the decay is then one for so many steps.
+        decay: The decay of each update, in 0..1: ``average = decay * average + (1 - decay) * params``; or a function of completed steps,
+            such as ``ema_warmup(0.999)``.
+        name: Its key in ``state.memory``; `evaluate` and `predict` use it as ``weights="ema"``.
+        every: When the average is updated, such as ``steps(10)``; the decay then applies once per 10 steps.
 
     Returns:
         A combinator from `Step` to `Step`.
@@ -121,21 +121,21 @@ def ema(decay: Decay, name: str = "ema", *, every: Callable[[Tick], bool] = step
 
 
 def swa(start: int, every: Callable[[Tick], bool] = epochs(1), name: str = "swa") -> Combinator:
-    """Keep the mean of the parameters as they are when it is due, from some epoch on.
+    """Keep the mean of the parameters at the times of a trigger, from some epoch on.
 
-    Before the first time, ``weights="swa"`` means the parameters themselves. Buffers are not averaged; where the model has BatchNorm, give
-    the finished state to `refresh_batch_norm`. The learning rate is a schedule of its own: high and constant from `start` on, or cyclic.
+    Before the first time, ``weights="swa"`` means the parameters themselves. Buffers are not averaged; if the model has BatchNorm, call
+    `refresh_batch_norm` on the final state. The learning rate schedule is set separately: high and constant from `start` on, or cyclic.
 
     Args:
-        start: Completed epochs from which on parameters are counted.
-        every: When they are counted.
-        name: Where the mean lies in the memory; `evaluate` and `predict` take it as ``weights="swa"``.
+        start: The number of completed epochs after which averaging starts.
+        every: When the parameters are added to the mean.
+        name: The key of the mean in ``state.memory``; `evaluate` and `predict` use it as ``weights="swa"``.
 
     Returns:
         A combinator from `Step` to `Step`.
 
     Raises:
-        ConfigError: If `start` is no number of epochs.
+        ConfigError: If `start` is not a number of epochs.
 
     Example:
         >>> print(swa(start=5))
@@ -173,7 +173,7 @@ def swa(start: int, every: Callable[[Tick], bool] = epochs(1), name: str = "swa"
 
 def _floating(store: Store) -> dict[str, Tensor]:
     found = {n: p.detach().to(_wide(p.dtype), copy=True) for n, p in store.named.items() if p.is_floating_point() or p.is_complex()}
-    store.end_step()  # on a lazy device a copy shares memory until then, and the next step would take it away
+    store.end_step()  # on a lazy device a copy shares memory until then, and the next step would overwrite it
     return found
 
 
@@ -185,13 +185,13 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _towards(averages: Mapping[str, Tensor], named: Mapping[str, Tensor], fraction: float | Tensor) -> None:
-    """Move averages a part of the way to the parameters; by name, since files do not keep an order."""
+    """Move averages towards the parameters by a fraction; matched by name, since files do not keep the order."""
     values = list(averages.values())
     if not values:
         return
     try:
         targets = [named[n] for n in averages]
-    except KeyError:  # refresh_batch_norm has put statistics beside the weights
+    except KeyError:  # refresh_batch_norm has added statistics to the averaged weights
         values, targets = [v for n, v in averages.items() if n in named], [named[n] for n in averages if n in named]
     with torch.no_grad():
         targets = [t if t.dtype == v.dtype else t.to(v.dtype) for t, v in zip(targets, values, strict=True)]
@@ -210,11 +210,11 @@ def averaged(state: TrainState, weights: str = "ema") -> TrainState:
     """A state whose parameters are an average: to export it, or to train on from it.
 
     Args:
-        state: Its memory holds the average; it stays as it is.
+        state: Holds the average in `memory`; it is not changed.
         weights: The name of the average, such as ``"ema"`` or ``"swa"``.
 
     Returns:
-        A copy; all but the parameters, and the buffers that belong to the average, is as in the state.
+        A copy; only the parameters, and buffers that were computed for the average, differ from the state.
 
     Raises:
         ConfigError: If there is no average of that name.
@@ -238,23 +238,23 @@ def averaged(state: TrainState, weights: str = "ema") -> TrainState:
 def refresh_batch_norm(
     state: TrainState, loader: Any, *, weights: str | None = None, forward: Any = None, limit: int | float | None = None
 ) -> TrainState:
-    """Measure the running statistics of BatchNorm anew, as exact means over the batches of a loader.
+    """Recompute the running statistics of BatchNorm, as exact means over the batches of a loader.
 
-    The statistics that were gathered while training belong to the weights of then, not to an average of them. Layers in eval mode keep
-    theirs; all else is in the mode that it is in while training.
+    The statistics from training belong to the weights during training, not to an average of them. Layers in eval mode keep their
+    statistics; the other modules are in the mode of training.
 
     Args:
-        state: Where training stands; it stays as it is.
+        state: The state; it is not changed.
         loader: Training data.
-        weights: The average that they are measured for, such as ``"swa"``, and kept beside; None measures for the parameters.
-        forward: ``(model, batch) -> anything``, whose forward pass is what counts; None takes the task's `train_step`.
-        limit: Batches at most (int), or a fraction of them (float).
+        weights: The average to compute the statistics for, such as ``"swa"``; they are stored with it. None uses the parameters.
+        forward: ``(model, batch) -> anything``, called for its forward pass; None uses the task's `train_step`.
+        limit: The largest number of batches (int), or a fraction of them (float).
 
     Returns:
         A copy of the state with the statistics.
 
     Raises:
-        ConfigError: If no layer gathers statistics, or there is no average of that name.
+        ConfigError: If no layer updates statistics, or there is no average of that name.
 
     Example:
         >>> from fnlight.state import Task
@@ -268,7 +268,7 @@ def refresh_batch_norm(
     store, fn = state.store, forward if forward is not None else state.task.train_step
     norms = {n: m for n, m in store.module.named_modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats and m.training}
     if not norms:
-        raise ConfigError("refresh_batch_norm found no BatchNorm layer in training mode, so there are no statistics to measure")
+        raise ConfigError("refresh_batch_norm found no BatchNorm layer in training mode, so there are no statistics to compute")
     modes, before = [(m, m.training) for m in store.module.modules()], {n: b.clone() for n, b in store.module.named_buffers()}
     with isolated(state.device), inference(store, weights) as module:
         for m, training in modes:
@@ -303,9 +303,9 @@ def average_checkpoints(state: TrainState, paths: Any, *, last: int | None = Non
     BatchNorm, give the result to `refresh_batch_norm`.
 
     Args:
-        state: Gives the task, and everything but the weights; it stays as it is.
+        state: Gives the task, and everything but the weights; it is not changed.
         paths: A run's directory, or a sequence of checkpoints; or URLs.
-        last: How many of them, the latest, are averaged; None averages all.
+        last: Average only this number of the latest ones; None averages all.
 
     Returns:
         A copy of the state with the mean as its weights.

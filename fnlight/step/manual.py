@@ -1,4 +1,4 @@
-"""Steps in which nothing is differentiated for you: `manual` turns a function that changes the store into a `Step`."""
+"""Manual steps: `manual` turns a function that changes the store itself into a `Step`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,16 +17,16 @@ from fnlight.state import Store, TrainState
 def manual(
     init: Callable[[Store], Any] | None = None, *, name: str = "manual", batches_per_step: int | Mapping[int, int] | None = None
 ) -> Combinator:
-    """Turn a function ``(store, batches, key) -> metrics`` into a `Step`, for what is trained without a gradient, or in a way of its own.
+    """Turn a function ``(store, batches, key) -> metrics`` into a `Step`, for training without gradients, or with a custom update.
 
-    The function may write whatever the store holds: parameters and buffers of ``store.module``, in place and under ``torch.no_grad``, its own
-    memory in ``store.memory[name]``, and the optimizers in ``store.optims``, by ``backward()`` and ``step()``. Everything around it is done: the input
-    is donated, the generators are seeded from the key of the step, schedules set the learning rates by completed steps, gradients are
-    cleared, and the progress goes on. So it is saved, resumed, evaluated, logged and stopped as any other step.
+    The function may write everything in the store: parameters and buffers of ``store.module``, in place and under ``torch.no_grad``, its own
+    memory in ``store.memory[name]``, and the optimizers in ``store.optims``, by ``backward()`` and ``step()``. `manual` does the rest: the
+    input is donated, the generators are seeded from the key of the step, schedules set the learning rates by completed steps, gradients are
+    cleared, and the progress is updated. So it is saved, resumed, evaluated, logged and stopped like any other step.
 
     Args:
-        init: Maps the store to the memory that the function owns; None if it remembers nothing but what is in the module.
-        name: Where its memory is, in ``store.memory``.
+        init: Maps the store to the initial memory of the function; None if it needs none.
+        name: The key of its memory in ``store.memory``.
         batches_per_step: Batches that one step consumes: a number, or a mapping of epochs to numbers; None is 1.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Gradients that are used up during the backward pass: each parameter is updated as soon as its gradient is there, which is then freed."""
+"""The optimizer in the backward pass: each parameter is updated as soon as its gradient is computed, and the gradient is then freed."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -16,22 +16,22 @@ from fnlight.state import Store, TrainState
 from fnlight.step.update import Update
 from fnlight.tensors import fold_in, foreach_div_, foreach_mul_
 
-_WHY = "each parameter is updated as soon as its gradient is there, so nothing can look at all gradients, or at more than one batch"
+_WHY = "each parameter is updated as soon as its gradient is computed, so no combinator can use all gradients, or several batches"
 
 
 def apply_in_backward() -> Combinator:
     """Turn the gradients of a batch into a `Step`, in the place of `apply`: update each parameter during the backward pass and free its gradient.
 
-    The numbers are bitwise those of `apply`. No more than a few gradients are in memory at a time, where else all of them are. What must see
-    all gradients before the first update does not go with it: clipping by the joint norm, accumulation, loss scaling, steps left out.
+    The results are bit-identical to those of `apply`. Only a few gradients are in memory at a time, instead of all of them. It does not work
+    with combinators that need all gradients before the first update: clipping by the total norm, accumulation, loss scaling, skipped steps.
 
     Returns:
-        A combinator from `GradFn` (of one batch) to `Step`; it stands directly behind `grad`, or `weighted` or `carry`.
+        A combinator from `GradFn` (of one batch) to `Step`; put it directly after `grad`, `weighted` or `carry`.
 
     Raises:
-        SeamError: By `pipe`, if something that needs all gradients stands in front of it.
+        SeamError: By `pipe`, if a combinator before it needs all gradients.
         ConfigError: If the task has several optimizers.
-        OptimizerError: In a run, if the optimizer has a memory that parameters share, or evaluates its loss several times.
+        OptimizerError: In a run, if the optimizer has state that parameters share, or evaluates the loss several times.
 
     Example:
         >>> from fnlight.pipe.pipe import pipe
@@ -63,18 +63,18 @@ def _check(store: Store) -> None:
         raise OptimizerError("apply_in_backward needs an optimizer, but the task has no configure_optimizers; give fl.Task one")
     if optim.optimizer is not None and not by_itself(optim):
         raise OptimizerError(
-            f"{type(optim.optimizer).__name__} cannot update one parameter at a time: only the classes of torch.optim but LBFGS are known to treat "
-            "each by itself; use apply(), or another optimizer"
+            f"{type(optim.optimizer).__name__} cannot update one parameter at a time: only the classes of torch.optim except LBFGS are known to "
+            "support it; use apply(), or another optimizer"
         )
     if store.place is not None:
         raise ConfigError(
-            "apply_in_backward updates parameters before their gradients are joined with those of other processes; use apply() in several"
+            "apply_in_backward updates parameters before gradients are averaged over the processes, so it works in one process only; use apply()"
         )
 
 
 def _released(grad_fn: GradFn, store: Store, batches: Any, key: int) -> Mapping[str, Any]:
     if len(batches) > 1:
-        raise StepError(f"apply_in_backward takes one batch a step, but was given {len(batches)}; {_WHY}; use accumulate() and apply()")
+        raise StepError(f"apply_in_backward takes one batch per step, but got {len(batches)}; {_WHY}; use accumulate() and apply()")
     _check(store)
     optimizer, weight = store.optim.optimizer, list[Any]()
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else {}
@@ -88,7 +88,7 @@ def _released(grad_fn: GradFn, store: Store, batches: Any, key: int) -> Mapping[
 
 
 def _weighing(loss_fn: Any, weight: list[Any]) -> Any:
-    """The loss function, which also tells by what its gradients are to be divided."""
+    """The loss function, which also records the weight that its gradients must be divided by."""
 
     def weighing(model: Any, batch: Any) -> Any:
         out = loss_fn(model, batch)

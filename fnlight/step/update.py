@@ -1,7 +1,7 @@
 """The step: combinators that turn a loss into gradients, gradients into an update, and an update into a step.
 
-Innermost first: `grad` (loss to gradients), `accumulate` (gradients), `apply` (gradients to a step). What a loss is computed in stands in
-`fnlight.precision.precision`, what is done to gradients in `fnlight.gradients.clip`, averages of weights in `fnlight.step.averages`. `update` is the pure standard step.
+Innermost first: `grad` (loss to gradients), `accumulate` (gradients), `apply` (gradients to a step). Precision is in
+`fnlight.precision.precision`, clipping in `fnlight.gradients.clip`, averaged weights in `fnlight.step.averages`. `update` is the pure standard step.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,11 +24,11 @@ from fnlight.triggers import Tick
 
 
 def apply() -> Combinator:
-    """Turn a `GradFn` into a `Step`: set the learning rate, compute the gradients, let the optimizer step, count.
+    """Turn a `GradFn` into a `Step`: set the learning rate, compute the gradients, run the optimizer, and count the step.
 
-    The input state is donated. Should anything fail half-way, its tensors are no longer readable either.
-    Where a pipe starts from several phases, they take their turns in its order: each that is due gives gradients to the parameters of its own
-    optimizer only, and sees what those before it have done. The metrics of the phase ``gen`` are called ``gen/loss`` and so on.
+    The input state is donated. If the step fails half-way, its tensors cannot be read either.
+    If a pipe starts from several phases, they run in order: each phase whose trigger fires computes gradients of the parameters of its own
+    optimizer only, and sees the updates of the phases before it. The metrics of the phase ``gen`` are called ``gen/loss`` and so on.
 
     Returns:
         A combinator from `GradFn` to `Step`.
@@ -50,11 +50,11 @@ def apply() -> Combinator:
 class Update:
     """A `Step` in two parts: a kernel, which changes tensors of the store and nothing else, and the counting around it.
 
-    What only adds to the kernel, as `ema` does, keeps it apart from the counting, so that all of it can be traced into one graph.
+    Combinators such as `ema` only extend the kernel, so that the whole kernel can be traced into one graph.
 
     Args:
         kernel: Maps ``(store, batches, key)`` to metrics.
-        reads: Names of the trees in the memory that the kernel uses.
+        reads: Names of the trees in ``store.memory`` that the kernel uses.
 
     Example:
         >>> step = apply()(grad()(lambda model, batch: model(batch).sum()))
@@ -84,11 +84,11 @@ class Update:
         return state.advanced(item), metrics
 
     def then(self, fn: Callable[[Store], None], *reads: str) -> "Update":
-        """An update whose kernel goes on with a function of the store, which changes tensors only.
+        """An update whose kernel also calls a function of the store, which may change tensors only.
 
         Args:
-            fn: Called after the optimizer's step, and not where it was skipped.
-            *reads: Names of the trees in the memory that it uses.
+            fn: Called after the optimizer's step, unless the step was skipped.
+            *reads: Names of the trees in ``store.memory`` that it uses.
 
         Returns:
             Another update.
@@ -106,11 +106,11 @@ class Update:
 
 @attrs.frozen(eq=False, repr=False)
 class MultiOptimizerStep:
-    """A `Step` in which several optimizers take their turns.
+    """A `Step` of several optimizers, one after the other.
 
     Args:
         turns: The phases by name.
-        kernels: What each does to tensors: maps ``(store, batches, key)``, where the store is that of the phase, to metrics.
+        kernels: The kernel of each phase: maps ``(store, batches, key)``, with the store of the phase, to metrics.
 
     Example:
         >>> list(apply()({"gen": Turn(lambda store, batches, key: None)}).kernels)
@@ -121,7 +121,7 @@ class MultiOptimizerStep:
     kernels: Mapping[str, Callable[[Store, Any, int], Mapping[str, Any]]]
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]]:
-        """Take one step: every phase that is due; the input state is donated."""
+        """Take one step with every phase whose trigger fires; the input state is donated."""
         item, before = Item.of(batch, state=state), state.progress
         key, store = state.key, state.donated()
         updates, metrics, made = dict(before.updates), dict[str, Any](), list[bool]()
@@ -168,7 +168,7 @@ def _optimize(grad_fn: GradFn, store: Store, batches: Any, key: int) -> Mapping[
 
 
 def _take(store: Store, optimizer: Any, finite: Tensor | bool | None) -> None:
-    """Let the optimizer step, unless gradients are not finite."""
+    """Run the optimizer, unless gradients are not finite."""
     if finite is False:
         store.step.skipped = True
     elif store.optim.offload:
@@ -197,8 +197,8 @@ def _optimize_closure(store: Store, grad_fn: GradFn, batches: Any, key: int) -> 
         found = grad_fn(store, batches, key)
         if found.finite is not None:
             raise OptimizerError(
-                f"{type(store.optim.optimizer).__name__} evaluates the loss several times in a step, so a step of it cannot be skipped; "
-                "leave out what skips (loss_scale, skip_nonfinite, skip_spikes), or take another optimizer"
+                f"{type(store.optim.optimizer).__name__} evaluates the loss several times per step, so its steps cannot be skipped; "
+                "leave out the combinators that skip steps (loss_scale, skip_nonfinite, skip_spikes), or use another optimizer"
             )
         evaluations.append(dict(found.metrics))
         _put(store, found)
@@ -209,7 +209,7 @@ def _optimize_closure(store: Store, grad_fn: GradFn, batches: Any, key: int) -> 
 
 
 def pure(step: Any) -> Any:
-    """Make a step pure: it works on a copy, so that its input stays readable, and puts the global generators back.
+    """Make a step pure: it works on a copy, so its input can still be read, and restores the global generators.
 
     Args:
         step: Any `Step`.
@@ -237,7 +237,7 @@ def update(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, Any]
     """The pure standard step: the task's `train_step`, its gradients, its optimizer.
 
     Args:
-        state: Where training stands; it stays readable.
+        state: The state to start from; it can still be read afterwards.
         batch: One batch, or an `Item` of several.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What fnlight knows of tensors, whatever they are for: random keys, nested trees, devices, dtypes, and tensors of which each process holds a part.
+"""Basic tools for tensors: random keys, nested trees, devices, dtypes, and sharded tensors.
 
 Read `rng` first: every random number of a training comes from it.
 """

@@ -1,7 +1,7 @@
-"""Devices: which one is taken, how a module gets there, and what a lazy one, such as XLA, asks for besides.
+"""Devices: which device is chosen, how a module is moved to it, and what a lazy device, such as XLA, needs in addition.
 
-A lazy device notes operations down and computes them when it is told that a step is complete. Its module (``torch.get_device_module``) says so
-with functions that torch's own devices do not have, and that fnlight calls where they are there: ``end_step()`` behind every step and every
+A lazy device records operations and runs them when it is told that a step is complete. Its module (``torch.get_device_module``) has
+functions that torch's own devices do not have; fnlight calls them if they exist: ``end_step()`` after every step and every
 batch of an evaluation, and ``spread(tensor)`` for each tensor of a batch that has been moved to the device.
 """
 
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from fnlight.errors import ConfigError
 from fnlight.tensors._private_torch import parameters_of
 
-_PLAIN = ("cpu", "meta")  # there is no module for these
+_PLAIN = ("cpu", "meta")  # torch has no module for these
 
 
 def default_device() -> torch.device:
-    """The accelerator of this machine, or else the CPU.
+    """Return the accelerator of this machine, or the CPU if it has none.
 
     Returns:
         A device without an index.
@@ -81,7 +81,7 @@ def home_of(device: torch.device | str | None) -> torch.device | None:
 
 
 def module_of(device: torch.device) -> Any:
-    """The module of torch for a kind of device, such as ``torch.cuda``.
+    """Return torch's module for a device type, such as ``torch.cuda``.
 
     Args:
         device: Any device.
@@ -90,7 +90,7 @@ def module_of(device: torch.device) -> Any:
         The module; None for the CPU and for ``meta``, which have none.
 
     Raises:
-        ConfigError: If nobody has told torch of such a module.
+        ConfigError: If no such module is registered with torch.
 
     Example:
         >>> module_of(torch.device("cpu")) is None
@@ -101,12 +101,12 @@ def module_of(device: torch.device) -> Any:
     try:
         return torch.get_device_module(device)
     except RuntimeError as error:
-        hint = "; make the state with fl.TrainState.create(task, place=fl.parallel.xla())" if device.type == "xla" else ""
-        raise ConfigError(f"torch knows no module for the device {str(device)!r}, so its random numbers cannot be seeded{hint}") from error
+        hint = "; create the state with fl.TrainState.create(task, place=fl.parallel.xla())" if device.type == "xla" else ""
+        raise ConfigError(f"torch has no module for the device {str(device)!r}, so its random numbers cannot be seeded{hint}") from error
 
 
 def is_lazy(device: torch.device) -> bool:
-    """Say whether a device notes operations down, and computes them when a step is complete.
+    """Say whether a device records operations and runs them when a step is complete.
 
     Args:
         device: Any device.
@@ -122,13 +122,13 @@ def is_lazy(device: torch.device) -> bool:
 
 
 def end_step_on(device: torch.device) -> Callable[[], None]:
-    """What is called behind every step.
+    """Return the function that is called after every step.
 
     Args:
         device: Any device.
 
     Returns:
-        A function; it does nothing where operations are computed as they are called.
+        A function; it does nothing on a device that runs operations when they are called.
 
     Example:
         >>> end_step_on(torch.device("cpu"))()
@@ -141,13 +141,13 @@ def _do_nothing() -> None:
 
 
 def spread_on(device: torch.device) -> Callable[[Tensor], Tensor] | None:
-    """How a tensor of a batch is spread over what a device stands for, once it is there.
+    """Return the function that shards a tensor of a batch over the devices that an SPMD device represents.
 
     Args:
         device: Any device.
 
     Returns:
-        A function; None where a device is just one.
+        A function; None for a device that is only one.
 
     Example:
         >>> spread_on(torch.device("cpu")) is None
@@ -157,7 +157,7 @@ def spread_on(device: torch.device) -> Callable[[Tensor], Tensor] | None:
 
 
 def existing(device: torch.device | str) -> torch.device:
-    """The device of a name, which this machine must have.
+    """Return the device of a name, after a check that this machine has it.
 
     Args:
         device: Such as ``"cuda:1"``.
@@ -183,14 +183,14 @@ def existing(device: torch.device | str) -> torch.device:
 
 
 def move(module: nn.Module, device: torch.device) -> dict[int, Any]:
-    """Move a module in place; tied parameters stay tied, also on a device that makes new ones of them, as XLA does.
+    """Move a module in place; tied parameters stay tied, also on a device that creates new parameters, as XLA does.
 
     Args:
         module: Changed in place.
         device: Where to.
 
     Returns:
-        By the ``id`` of each parameter that is no more the one in its place; empty on most devices.
+        By the ``id`` of each parameter that was replaced, the new one; empty on most devices.
 
     Example:
         >>> move(nn.Linear(1, 1), torch.device("cpu"))
@@ -207,14 +207,14 @@ def move(module: nn.Module, device: torch.device) -> dict[int, Any]:
 
 
 def spread_like(value: Tensor, like: Tensor) -> Tensor:
-    """A tensor, spread over what a lazy device stands for as another one of its shape is.
+    """Shard a tensor over the devices of a lazy device in the same way as another tensor of its shape.
 
     Args:
-        value: Any tensor; on the host, it goes to the device.
+        value: Any tensor; one on the host is moved to the device.
         like: The other tensor.
 
     Returns:
-        The tensor itself, where the device of the other one is just one.
+        The sharded tensor; `value` itself if the device of `like` is only one.
 
     Example:
         >>> value = torch.ones(2)

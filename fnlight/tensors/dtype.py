@@ -1,4 +1,4 @@
-"""What kind of number a model and its optimizers hold, and how that is changed in place."""
+"""Cast a model and its optimizer state to another dtype, in place."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,15 +10,15 @@ from fnlight.tensors._private_torch import buffers_of, replace_tensors
 from fnlight.tensors.shards import is_sharded
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-"""What a state may be cast to, by the name that its memory keeps under ``cast``."""
+"""The dtypes to which a state may be cast, by the name that ``state.memory["cast"]`` holds."""
 
 
 def convert(module: nn.Module, optimizers: Iterable[Any], dtype: torch.dtype) -> None:
-    """Cast the floating-point parameters, buffers and optimizer memory, in place; counts of steps stay exact.
+    """Cast the floating-point parameters, buffers and optimizer state, in place; step counts stay exact.
 
     Args:
-        module: What is cast; its parameters stay the objects that they are, so that optimizers keep holding them.
-        optimizers: Those of the module; None among them is passed over.
+        module: The module to cast; its parameters remain the same objects, so that optimizers keep them.
+        optimizers: The optimizers of the module; None among them is ignored.
         dtype: A floating-point dtype.
 
     Example:

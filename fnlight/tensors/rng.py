@@ -1,8 +1,7 @@
-"""Random numbers as a function: keys are folded from one seed, generators are seeded from keys and put back afterwards.
+"""Random numbers as a function of one seed: keys are folded from it, generators are seeded from keys and restored afterwards.
 
-A run holds one integer. Before every micro-batch, sample and evaluation batch the global generators (torch's, Python's and
-NumPy's where it is loaded) are seeded with ``fold_in(seed, stream, ...)``, so nothing about them needs saving and each step can
-be replayed alone.
+A run holds one integer, the seed. Before every micro-batch, sample and evaluation batch the global generators (of torch, Python and, if it is
+loaded, NumPy) are seeded with ``fold_in(seed, stream, ...)``. So generator states need not be saved, and each step can be replayed alone.
 """
 
 import random
@@ -18,7 +17,7 @@ from fnlight.tensors.device import module_of
 
 _MASK = (1 << 64) - 1
 _PYTHON: Any = random.seed.__self__  # the generator behind `random.random` and the others
-_seed_python: Any = random.Random.__base__.seed  # pyright: ignore[reportOptionalMemberAccess]  # what random.seed comes to for a number
+_seed_python: Any = random.Random.__base__.seed  # pyright: ignore[reportOptionalMemberAccess]  # what random.seed calls for a number
 
 # The first number folded into a seed says what the random numbers are for, so that no two purposes share a stream.
 TRAIN, ORDER, SAMPLE, COLLATE, LOADER, EVALUATE, PREDICT = range(1, 8)
@@ -55,7 +54,7 @@ def fold_in(key: int, *parts: int) -> int:
 
 
 def seed_generators(key: int, device: torch.device | None = None) -> None:
-    """Seed the global generators of torch, Python and NumPy from a key; wrap it in `isolated` to put them back.
+    """Seed the global generators of torch, Python and NumPy from a key; wrap the call in `isolated` to restore them.
 
     Args:
         key: What `fold_in` gave.
@@ -86,7 +85,7 @@ def seed_generators(key: int, device: torch.device | None = None) -> None:
 
 @attrs.frozen(repr=False)
 class _Whole:
-    """The random numbers of an accelerator that has no list of generators, such as MPS, behind a generator's methods."""
+    """The random numbers of an accelerator without a list of generators, such as MPS, with the methods of a generator."""
 
     module: Any
 
@@ -115,10 +114,10 @@ def _accelerator(device: torch.device | None) -> torch.device | None:
 
 @contextmanager
 def isolated(device: torch.device | None = None) -> Iterator[None]:
-    """Put the global generators back, on leaving, to where they stood on entering.
+    """Restore the states of the global generators at the end of the block.
 
     Args:
-        device: The accelerator whose generator is kept besides the CPU's.
+        device: The accelerator whose generator is restored besides the CPU's.
 
     Example:
         >>> before = torch.default_generator.get_state()

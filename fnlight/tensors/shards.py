@@ -1,6 +1,6 @@
-"""Tensors of which every process holds a part: torch's ``DTensor``, as fsdp and tensor parallel make them.
+"""Sharded tensors, of which every process holds a part: torch's ``DTensor``, made by fsdp and tensor parallel.
 
-Nothing is imported from ``torch.distributed``: a tensor that has a local part says so itself, and all others are taken as they are.
+Nothing is imported from ``torch.distributed``: a sharded tensor is recognized by its attributes, and all others are used unchanged.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Say whether a tensor lies on several processes.
+    """Say whether a tensor is a ``DTensor``, distributed over several processes.
 
     Args:
         tensor: Any value.
@@ -32,13 +32,13 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def local(tensor: Any) -> Any:
-    """The part of a tensor that lies here: the live memory, for work that goes element by element.
+    """Return the local shard of a tensor (not a copy), for elementwise work.
 
     Args:
         tensor: Any value.
 
     Returns:
-        The part; all else as it is.
+        The shard; any other value unchanged.
 
     Example:
         >>> local(torch.ones(2))
@@ -48,7 +48,7 @@ def local(tensor: Any) -> Any:
 
 
 def local_parts(values: Iterable[Any]) -> list[Any]:
-    """The parts of several tensors that lie here.
+    """Return the local shards of several tensors.
 
     Args:
         values: Any tensors, or None.
@@ -64,7 +64,7 @@ def local_parts(values: Iterable[Any]) -> list[Any]:
 
 
 def box(tensor: Tensor) -> Box:
-    """Where the part that lies here is in the whole.
+    """Return the position of the local shard in the whole tensor.
 
     Args:
         tensor: Any tensor.
@@ -85,9 +85,9 @@ def box(tensor: Tensor) -> Box:
 
 
 def cuts(placements: Sequence[Any]) -> list[tuple[int, int]]:
-    """How a tensor is cut, in order: the dimension of the mesh and that of the tensor.
+    """Return how a tensor is sharded, in order: the mesh dimension and the tensor dimension of each cut.
 
-    A strided shard, which fsdp makes of what tensor parallel has cut already along the same dimension, is cut last.
+    A strided shard, which fsdp makes of a tensor that tensor parallel has sharded along the same dimension, is cut last.
 
     Args:
         placements: Those of a ``DTensor``.
@@ -105,11 +105,11 @@ def cuts(placements: Sequence[Any]) -> list[tuple[int, int]]:
 
 
 def box_of(shape: Sequence[int], steps: Iterable[tuple[int, int, int]]) -> Box:
-    """The part that is left when a tensor is cut again and again, each time as ``torch.chunk`` does.
+    """Return the part that remains after a tensor is cut several times, each time as ``torch.chunk`` does.
 
     Args:
-        shape: That of the whole.
-        steps: Triples of the dimension that is cut, into how many parts, and which of them is taken.
+        shape: The shape of the whole tensor.
+        steps: Triples of the dimension that is cut, the number of parts, and the index of the part that is kept.
 
     Returns:
         Offset and shape of the part; its shape holds a 0 where there are fewer rows than parts.
@@ -128,14 +128,14 @@ def box_of(shape: Sequence[int], steps: Iterable[tuple[int, int, int]]) -> Box:
 
 
 def own_part(whole: Tensor, like: Tensor) -> Tensor:
-    """The part of a whole tensor that lies here.
+    """Return the part of a whole tensor that belongs to this process.
 
     Args:
-        whole: Has the shape of the whole.
-        like: A tensor of that shape that lies as wanted.
+        whole: A whole tensor.
+        like: A tensor of the same shape with the wanted sharding.
 
     Returns:
-        A view of the part; the whole where `like` lies here alone.
+        A view of the part; the whole tensor if `like` is not sharded.
 
     Example:
         >>> own_part(torch.arange(3), torch.zeros(3))
@@ -148,14 +148,14 @@ def own_part(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def like_parts(value: Tensor, like: Tensor) -> Tensor:
-    """The part of a tensor that lies here as a tensor that lies on several processes as another one does.
+    """Make a sharded tensor from a local shard, with the sharding of another tensor.
 
     Args:
-        value: The part.
-        like: Says how.
+        value: The local shard.
+        like: A tensor with the wanted sharding.
 
     Returns:
-        A ``DTensor`` that shares the memory of the part; the part itself where `like` lies here alone.
+        A ``DTensor`` that shares memory with the shard; the shard itself if `like` is not sharded.
 
     Example:
         >>> like_parts(torch.ones(1), torch.zeros(1))
@@ -170,14 +170,14 @@ def like_parts(value: Tensor, like: Tensor) -> Tensor:
 
 
 def lying_like(value: Tensor, like: Tensor) -> Tensor:
-    """A tensor as it lies where another one does: of a whole one the own part, where that one lies on several processes.
+    """Give a tensor the sharding of another: a whole tensor is cut to this process's shard if the other one is sharded.
 
     Args:
-        value: Of the same shape.
+        value: A tensor of the same shape.
         like: The other tensor.
 
     Returns:
-        The value itself, where both lie alike.
+        The new tensor; the value itself if `like` is not sharded, or `value` is sharded already.
 
     Example:
         >>> value = torch.ones(1)
@@ -188,11 +188,11 @@ def lying_like(value: Tensor, like: Tensor) -> Tensor:
 
 
 def assign(target: Tensor, value: Tensor) -> None:
-    """Copy a value into a tensor, in place, whichever of them lies on several processes.
+    """Copy a value into a tensor, in place, also if one of them is sharded.
 
     Args:
         target: Any tensor.
-        value: Of the same shape: whole, or as the target lies.
+        value: A tensor of the same shape: whole, or with the sharding of the target.
 
     Example:
         >>> weight = torch.zeros(1)
@@ -206,10 +206,10 @@ def assign(target: Tensor, value: Tensor) -> None:
 
 
 def give_memory(tensor: Tensor) -> None:
-    """Let a tensor lie in memory of its own, with the values that it has.
+    """Move a tensor to newly allocated memory, with the same values.
 
     Args:
-        tensor: Any tensor, whole or in parts; it stays the same object.
+        tensor: Any tensor, whole or sharded; it stays the same object.
 
     Example:
         >>> weight = torch.zeros(2)

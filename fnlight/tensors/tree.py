@@ -1,6 +1,6 @@
 """Trees: any nesting of dicts, lists, tuples, namedtuples, dataclasses and attrs objects, with tensors at the leaves.
 
-Nothing here runs once a step over many leaves; the loop keeps to flat dicts and lists. Torch's own functions for trees are private
+Nothing here runs over many leaves in every step; the loop uses flat dicts and lists. Torch's own functions for trees are private
 (``torch.utils._pytree``, torch 2.13) and know attrs classes and dataclasses only if they are registered.
 """
 
@@ -30,11 +30,11 @@ def _children(node: Any) -> list[tuple[str, Any]] | None:
 
 
 def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Walk the leaves of a tree with their paths, containers first to last.
+    """Iterate over the leaves of a tree with their paths, in the order of the containers.
 
     Args:
         tree: Any nesting of containers.
-        prefix: What stands before every path.
+        prefix: A prefix of every path.
 
     Returns:
         An iterator of ``(path, leaf)``; the parts of a path are joined with ``/``.
@@ -52,10 +52,10 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def map_tensors(fn: Callable[[Tensor], Any], tree: Any) -> Any:
-    """Apply a function to every tensor of a tree; the tree keeps its types, and other leaves stay as they are.
+    """Apply a function to every tensor of a tree; the tree keeps its types, and other leaves are unchanged.
 
     Args:
-        fn: What is applied to each tensor.
+        fn: A function of a tensor.
         tree: Any nesting of containers.
 
     Returns:
@@ -75,10 +75,10 @@ def map_tensors(fn: Callable[[Tensor], Any], tree: Any) -> Any:
 
 
 def map_nodes(fn: Callable[[Any], Any], tree: Any) -> Any:
-    """Apply a function to the nodes of a tree that it knows, containers before what they hold; the tree keeps its types.
+    """Apply a function to the nodes of a tree, containers before their contents; the tree keeps its types.
 
     Args:
-        fn: Maps a node to what takes its place, or gives ``NotImplemented`` for one that it does not know: its children are asked then.
+        fn: Maps a node to its replacement, or returns ``NotImplemented``: then it is applied to the node's children.
         tree: Any nesting of containers.
 
     Returns:
@@ -116,7 +116,7 @@ def _rebuild_mapping(node: Mapping[Any, Any], pairs: dict[Any, Any]) -> Any:
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Say whether two trees are bitwise the same: types, shapes, dtypes and values; NaN equals NaN.
+    """Say whether two trees are bit-identical: types, shapes, dtypes and values; NaN equals NaN.
 
     Args:
         a: A tree.
@@ -133,12 +133,12 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
-    """List where two trees differ, one line a place.
+    """List where two trees differ, one line per difference.
 
     Args:
         a: A tree.
         b: Another tree.
-        path: What stands before every path.
+        path: A prefix of every path.
 
     Returns:
         An iterator of lines such as ``params/weight: largest difference 0.5``.

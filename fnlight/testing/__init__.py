@@ -1,6 +1,6 @@
-"""Tools for tests: does a task keep the laws that fnlight relies on, is a step pure, are two states bitwise the same.
+"""Tools for tests: check a task against the laws that fnlight relies on, check that a step is pure, and compare states bit by bit.
 
-`check_task` is worth one line in the tests of every project::
+`check_task` fits on one line in the tests of a project::
 
     fl.testing.check_task(task, next(iter(loader)))
     print(fl.testing.check_loader(loader))

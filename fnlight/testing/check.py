@@ -1,4 +1,4 @@
-"""Checks of a task: every law that fnlight relies on and that a user's functions could break, tried on one batch."""
+"""Checks of a task on one batch: every law that fnlight relies on and that a user's functions could break."""
 
 import copy
 import math
@@ -27,11 +27,11 @@ from fnlight.testing.compare import listed, next_numbers, plain, snapshot
 
 @attrs.frozen
 class TaskReport:
-    """What `check_task` found: which laws hold, and which were not looked at.
+    """The result of `check_task`: which laws hold, and which were not checked.
 
     Args:
         checked: The names of the checks that passed.
-        skipped: The names of those that were left out, with the reason.
+        skipped: The names of the skipped checks, with the reason.
 
     Example:
         >>> print(TaskReport(("overfit",), {"leak": "asked for"}))
@@ -126,23 +126,23 @@ def _inferred(fn: Callable[[Any, Any], Any], store: Store, batch: Any) -> Any:
 def check_task(task: Task, batch: Any, *, seed: int = 0, skip: Iterable[str] = (), overfit_steps: int = 50) -> TaskReport:
     """Check that a task keeps the laws that fnlight relies on; a few seconds for a small model.
 
-    * ``deterministic``: `train_step` gives bitwise the same loss, metrics and gradients for one key, whatever was drawn before.
+    * ``deterministic``: `train_step` gives bit-identical loss, metrics and gradients for one key, whatever was drawn before.
     * ``keyed``: its random numbers come from the generators that fnlight seeds; it does not seed them itself.
     * ``batch``: no step changes its batch.
     * ``model``: `train_step` changes nothing of the model but its buffers.
     * ``gradients``: a finite gradient reaches every trainable parameter.
     * ``evaluation``: `eval_step` and `predict_step` leave the model as it was, and `eval_step` gives metrics.
     * ``leak``: no sample changes what the model gives for another. In eval mode every other sample of the batch is replaced by
-      copies of one, and that one's rows, in what the model and `predict_step` give, must stay. So it works for any dtype; it is
-      skipped where there is one sample only, where tensors disagree about their number, or where nothing has a row a sample.
-    * ``overfit``: the loss on this one batch falls by at least 5 % within `overfit_steps` steps, the schedule left out.
-    * ``round_trip``: the state after one step is bitwise the same after `save` and `load`.
+      copies of one, and the rows of that one in the outputs of the model and `predict_step` must not change. This works for any dtype. It
+      is skipped if there is only one sample, if tensors disagree about the number of samples, or if no output has one row per sample.
+    * ``overfit``: the loss on this one batch falls by at least 5 % within `overfit_steps` steps, without the schedule.
+    * ``round_trip``: the state after one step is bit-identical after `save` and `load`.
 
     Args:
         task: The task.
         batch: One batch as the loader gives it, with two samples or more, on the device of the model; left as it was.
-        seed: Where random numbers come from.
-        skip: Names of checks to leave out.
+        seed: The seed of random numbers.
+        skip: Names of checks to skip.
         overfit_steps: How many steps ``overfit`` takes.
 
     Returns:
@@ -150,8 +150,8 @@ def check_task(task: Task, batch: Any, *, seed: int = 0, skip: Iterable[str] = (
 
     Raises:
         TaskCheckError: If a law is broken; the message names the check, the place and what to do. It is an ``AssertionError``.
-        StepError: If `train_step` returns what it must not.
-        ConfigError: If `skip` names no check.
+        StepError: If `train_step` returns a value of the wrong kind.
+        ConfigError: If `skip` has an unknown name.
 
     Example:
         >>> from fnlight.testing import tiny_batches, tiny_task

@@ -1,4 +1,4 @@
-"""Comparison: are two trees or states bitwise the same, and is a step a function."""
+"""Comparison of trees and states bit by bit, and a check that a step is pure."""
 
 import random
 import sys
@@ -16,10 +16,10 @@ from fnlight.tensors import differences, isolated, map_tensors, seed_generators
 
 
 def trees_equal(a: Any, b: Any) -> bool:
-    """Say whether two trees are bitwise the same; trees may hold states, modules, metrics and arrays.
+    """Whether two trees are bit-identical; trees may hold states, modules, metrics and arrays.
 
     Args:
-        a: A tree. Of a `TrainState` parameters, buffers, optimizer, memory, progress (without seconds), history and seed count.
+        a: A tree. Of a `TrainState`, its parameters, buffers, optimizer, memory, progress (without seconds), history and seed are compared.
         b: Another tree.
 
     Returns:
@@ -35,7 +35,7 @@ def trees_equal(a: Any, b: Any) -> bool:
 
 
 def assert_trees_equal(a: Any, b: Any) -> None:
-    """Fail where two trees are not bitwise the same, with the first places that differ; see `trees_equal`.
+    """Fail if two trees are not bit-identical, with the first places that differ; see `trees_equal`.
 
     Args:
         a: A tree.
@@ -101,7 +101,7 @@ def _parts(state: TrainState) -> dict[str, Any]:
 
 
 def snapshot(tree: Any) -> Any:
-    """Keep what a tree holds now, whatever happens to its tensors later.
+    """Copy a tree, so that later changes of its tensors do not matter.
 
     Args:
         tree: Any tree, state or module.
@@ -119,7 +119,7 @@ def snapshot(tree: Any) -> Any:
 
 
 def listed(places: Iterable[str]) -> str:
-    """Set out the first lines of a list, for an error.
+    """The first lines of a list, for an error message.
 
     Args:
         places: Lines.
@@ -137,10 +137,10 @@ def listed(places: Iterable[str]) -> str:
 
 
 def next_numbers() -> dict[str, Any]:
-    """Look at what the global generators would give next, without moving them: equal numbers mean equal generators.
+    """The next numbers of the global generators, without advancing them: equal numbers mean equal generators.
 
     Returns:
-        A number each for torch, random and, where it is loaded, numpy.
+        One number each for torch, random and, if it is imported, numpy.
 
     Example:
         >>> next_numbers() == next_numbers()
@@ -153,14 +153,14 @@ def next_numbers() -> dict[str, Any]:
 
 
 def assert_pure(step: Any, state: TrainState, batch: Any) -> None:
-    """Fail if a step is no function of state and batch.
+    """Fail if a step is not a pure function of state and batch.
 
-    Called twice, on copies and with the generators elsewhere, it must give bitwise the same; and `fnlight.pure` of it must leave
-    the state, the batch and the global generators as they were.
+    Called twice, on copies and with different global generators, it must give bit-identical results; and `fnlight.pure` of it must not
+    change the state, the batch or the global generators.
 
     Args:
         step: Any `Step`.
-        state: Where it is tried; left as it was.
+        state: The state to test with; it is not changed.
         batch: One batch, or an `Item`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Small things to test with: tasks that train in milliseconds, their batches, and a sink that remembers."""
+"""Small tools for tests: tasks that train in milliseconds, their batches, and a sink that keeps its records."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +16,7 @@ from fnlight.tensors import isolated, seed_generators
 
 @attrs.define
 class RecordingSink:
-    """A sink that keeps what it is given.
+    """A sink that keeps its records.
 
     Args:
         records: The records so far.

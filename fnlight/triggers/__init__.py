@@ -1,10 +1,9 @@
-"""When something is due (`steps(50)`, `epochs(1)`), and when a run stops (`patience`, `max_epochs`).
+"""Triggers, which say when something happens (`steps(50)`, `epochs(1)`), and stop rules (`patience`, `max_epochs`).
 
-Read `when` first; `rules` are the stop rules. Both are pure functions, joined with ``|``, ``&`` and ``~``.
+Read `when` first for triggers, then `stop_rule` and `rules` for stop rules. Both are pure functions, joined with ``|``, ``&`` and ``~``.
 """
 
 from fnlight.triggers.rules import (
-    StopRule,
     diverged,
     max_epochs,
     max_steps,
@@ -14,9 +13,8 @@ from fnlight.triggers.rules import (
     nonfinite,
     patience,
     reached,
-    reason_of,
-    stop_rule,
 )
+from fnlight.triggers.stop_rule import StopRule, reason_of, stop_rule
 from fnlight.triggers.when import Tick, at_end, condition, continuous, epochs, minutes, seconds, steps
 
 __all__ = [

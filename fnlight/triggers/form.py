@@ -1,6 +1,6 @@
-"""What a trigger or a stop rule is: the one algebra of ``|``, ``&`` and ``~`` that both are compared, hashed and printed by.
+"""The structure of a trigger or a stop rule, with ``|``, ``&`` and ``~``, by which both are compared, hashed and printed.
 
-It is apart from `when` and `rules` because both build on it and neither builds on the other.
+It is not part of `when` or `rules` because both use it, and neither uses the other.
 """
 
 from typing import Any
@@ -10,12 +10,12 @@ import attrs
 
 @attrs.frozen(repr=False)
 class Form:
-    """A named function with its arguments, a function of the user's, or an operator with its operands.
+    """A named function with its arguments, a user's function, or an operator with its operands.
 
-    Two are equal if they are made of equal things, however they print: two lambdas print alike and differ.
+    Two are equal if their parts are equal, not if they print alike: two different lambdas print alike and are not equal.
 
     Args:
-        name: The name of the function, ``"|"``, ``"&"`` or ``"~"``; ``""`` for a function of the user's.
+        name: The name of the function, ``"|"``, ``"&"`` or ``"~"``; ``""`` for a user's function.
         parts: The arguments, or the operands, or the user's function.
         text: Its source text.
 
@@ -43,7 +43,7 @@ class Form:
         return Form("~", (self,), f"~({self.text})" if self.name in ("|", "&") else f"~{self.text}")
 
     def _joined(self, operator: str, other: "Form") -> "Form":
-        """Operands of the same operator become one row, so how they were grouped makes no difference, as in the text."""
+        """Operands of the same operator are flattened, so grouping makes no difference, as in the text."""
         parts = tuple(part for form in (self, other) for part in (form.parts if form.name == operator else (form,)))
         texts = [f"({part.text})" if operator == "&" and part.name == "|" else part.text for part in parts]
         return Form(operator, parts, f" {operator} ".join(texts))

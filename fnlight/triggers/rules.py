@@ -1,6 +1,6 @@
-"""When to stop: rules such as ``patience("val/loss", 3) | max_epochs(10)``, pure functions of the state that give a reason.
+"""Stop rules such as ``patience("val/loss", 3) | max_epochs(10)``: pure functions of the state that give a reason to stop.
 
-A rule remembers nothing: it is asked afresh after every step, and before the first one, so a resumed run that was over stays over.
+A rule has no counters: it is computed after every step, and before the first one, so a run that has ended also ends at once when resumed.
 """
 
 import math
@@ -10,131 +10,12 @@ from typing import Any, Literal
 
 import attrs
 
-from fnlight.errors import ConfigError, StepError, check_type, described
+from fnlight.errors import ConfigError, check_type
 from fnlight.optim import monitored
 from fnlight.triggers.form import Form
+from fnlight.triggers.stop_rule import StopRule
 
 Mode = Literal["min", "max"]
-
-
-@attrs.frozen(repr=False)
-class StopRule:
-    """A `Rule` that joins with ``|``, ``&`` and ``~``, also with any function of a state, and is compared by what it is made of.
-
-    Args:
-        form: What it is made of, and its source text.
-        fn: Maps a state to the reason to stop, or None; or to True, whose reason is the text, or False.
-        monitors: Names in the history that it needs.
-        until: Completed steps after which it surely stops; None where nothing is known.
-
-    Example:
-        >>> patience("val/loss", 3) | max_epochs(10)
-        patience('val/loss', 3) | max_epochs(10)
-        >>> patience("val/loss", 3) == patience("val/loss", 3, mode="min")
-        True
-    """
-
-    form: Form
-    fn: Callable[[Any], str | bool | None] = attrs.field(eq=False)
-    monitors: tuple[str, ...] = attrs.field(default=(), eq=False)
-    until: int | None = attrs.field(default=None, eq=False)
-
-    def __call__(self, state: Any) -> str | None:
-        """Give the reason to stop, or None."""
-        answer = self.fn(state)
-        return None if answer is None else reason_of(self.fn, answer, self.form.text)
-
-    def __or__(self, other: Any) -> "StopRule":
-        a, b = self, stop_rule(other)
-
-        def either(state: Any) -> str | None:
-            found = a(state)
-            return b(state) if found is None else found
-
-        until = min([n for n in (a.until, b.until) if n is not None], default=None)
-        return StopRule(a.form | b.form, either, a.monitors + b.monitors, until)
-
-    def __ror__(self, other: Any) -> "StopRule":
-        return stop_rule(other) | self
-
-    def __and__(self, other: Any) -> "StopRule":
-        a, b = self, stop_rule(other)
-
-        def both(state: Any) -> str | None:
-            one = a(state)
-            two = None if one is None else b(state)
-            return None if one is None or two is None else f"{one} and {two}"
-
-        return StopRule(a.form & b.form, both, a.monitors + b.monitors)
-
-    def __rand__(self, other: Any) -> "StopRule":
-        return stop_rule(other) & self
-
-    def __invert__(self) -> "StopRule":
-        form = ~self.form
-        return StopRule(form, lambda state: form.text if self(state) is None else None, self.monitors)
-
-    def __repr__(self) -> str:
-        return self.form.text
-
-
-def reason_of(rule: Any, answer: Any, name: str | None = None) -> str | None:
-    """The answer of a stop rule as the reason to stop.
-
-    Args:
-        rule: The rule, for its name.
-        answer: What it gave: None or False to continue, a reason, or True, whose reason is the name of the rule.
-        name: The name; None takes that of the function.
-
-    Returns:
-        The reason, or None to continue.
-
-    Raises:
-        StepError: If the answer is something else.
-
-    Example:
-        >>> def enough(state): return True
-        >>> reason_of(enough, True), reason_of(enough, False), reason_of(enough, "done")
-        ('enough', None, 'done')
-    """
-    if answer is None or answer is False:
-        return None
-    if isinstance(answer, str) and answer:
-        return answer
-    code = getattr(rule, "__code__", None)
-    name = name or getattr(rule, "__qualname__", repr(rule))
-    if answer is True:
-        return name
-    where = "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
-    raise StepError(
-        f"the stop rule {name}{where} must answer None or False to continue, and a reason to stop (a string) or True, but answered "
-        f"{described(answer) if answer != '' else 'an empty string'}; a tensor or an array becomes a bool with bool(...)"
-    )
-
-
-def stop_rule(given: Any) -> StopRule:
-    """A stop rule as it is; a function of a state as a stop rule.
-
-    Args:
-        given: Either.
-
-    Returns:
-        A stop rule.
-
-    Raises:
-        ConfigError: If it is neither.
-
-    Example:
-        >>> stop_rule(max)
-        max
-    """
-    if isinstance(given, StopRule):
-        return given
-    if not callable(given):
-        raise ConfigError(
-            f'a stop rule joins with another one or with a function of a state, but got {given!r}; write e.g. patience("val/loss", 3)'
-        )
-    return StopRule(Form.of(given), given)  # pyright: ignore[reportArgumentType]  # callable() knows no more
 
 
 def _of_history(form: Form, monitor: str, fn: Callable[[list[float]], str | None]) -> StopRule:
@@ -146,9 +27,9 @@ def _of_history(form: Form, monitor: str, fn: Callable[[list[float]], str | None
 
 @attrs.define(eq=False, repr=False)
 class _Asked:
-    """A pure function of a history, with its last answer: a rule is asked at every step, and a history changes at few.
+    """A pure function of a history, with its last result cached: a rule is called at every step, and the history changes rarely.
 
-    The answer is kept with the very history that it is about, in one assignment, so runs that share a rule cannot get each other's.
+    The result is stored together with its history in one assignment, so runs that share a rule cannot get each other's result.
     """
 
     monitor: str
@@ -169,9 +50,9 @@ def patience(monitor: str, n: int, mode: Mode = "min", min_delta: float = 0.0) -
 
     Args:
         monitor: A name in the history, such as ``"val/loss"``.
-        n: Evaluations without improvement that are tolerated, at least 1.
+        n: Stop after this many consecutive evaluations without improvement, at least 1.
         mode: ``"min"`` if lower is better, ``"max"`` if higher is.
-        min_delta: What counts as an improvement: better than the best so far by more than this.
+        min_delta: An improvement must exceed the best value so far by more than this.
 
     Returns:
         A stop rule. NaN never improves.
@@ -271,7 +152,7 @@ def nonfinite(monitor: str | None = None) -> StopRule:
     """Stop when the last record holds a NaN or an infinity.
 
     Args:
-        monitor: The one name that is looked at; None looks at all of them.
+        monitor: The name to check; None checks all names.
 
     Returns:
         A stop rule.
@@ -359,7 +240,7 @@ def max_time(limit: float | timedelta) -> StopRule:
 
 
 def min_steps(n: int) -> StopRule:
-    """A guard: ``rule & min_steps(n)`` heeds the rule only from n completed steps on.
+    """A guard: ``rule & min_steps(n)`` ignores the rule until n steps are completed.
 
     Args:
         n: At least 0.
@@ -381,7 +262,7 @@ def min_steps(n: int) -> StopRule:
 
 
 def min_epochs(n: int) -> StopRule:
-    """A guard: ``rule & min_epochs(n)`` heeds the rule only from n completed epochs on.
+    """A guard: ``rule & min_epochs(n)`` ignores the rule until n epochs are completed.
 
     Args:
         n: At least 0.

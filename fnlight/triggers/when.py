@@ -1,8 +1,8 @@
-"""When something is due: triggers such as ``steps(50) | at_end``, pure functions of the progress before and after a tick.
+"""Triggers such as ``steps(50) | at_end``: pure functions of the progress before and after a tick.
 
-A trigger remembers nothing, so a resumed run fires exactly where the uninterrupted one does. Those that count time read
-``progress.seconds``, which comes from the clock that `run` was given: no trigger looks at a clock of its own, so where several
-processes train together, whoever owns the progress decides for all of them. `continuous` alone depends on the disk.
+A trigger has no counters, so in a resumed run it fires at the same steps as in the uninterrupted one. Triggers that count time read
+``progress.seconds``, which comes from the clock given to `run`. No trigger reads a clock itself, so all processes that train together
+decide the same. Only `continuous` depends on the speed of the disk.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from fnlight.triggers.form import Form
 
 
 class Tick(NamedTuple):
-    """What a trigger sees.
+    """The argument of a trigger.
 
     Args:
         before: The progress before the step.
         after: The progress after it.
         end: True once, after the last step of a run.
-        idle: False while a save is under way in the background; only `checkpoint_every` knows.
+        idle: False during a save in the background; only `checkpoint_every` sets it.
 
     Example:
         >>> Tick(Progress(step=1), Progress(step=2)).after.step
@@ -37,12 +37,12 @@ class Tick(NamedTuple):
 
 @attrs.frozen(repr=False)
 class Trigger:
-    """A `When` that joins with ``|``, ``&`` and ``~``, also with any function of a tick, and is compared by what it is made of.
+    """A `When` that joins with ``|``, ``&`` and ``~``, also with any function of a tick, and is compared by value.
 
     Args:
-        form: What it is made of, and its source text.
+        form: Its structure and source text.
         fn: Maps a `Tick` to a bool.
-        earliest: Steps and epochs before which it cannot fire; 0 where nothing is known.
+        earliest: Steps and epochs before which it cannot fire; 0 if unknown.
 
     Example:
         >>> steps(50) | at_end
@@ -56,7 +56,7 @@ class Trigger:
     earliest: tuple[int, int] = attrs.field(default=(0, 0), eq=False)
 
     def __call__(self, tick: Tick) -> bool:
-        """Say whether it is due."""
+        """Whether it fires."""
         return self.fn(tick)
 
     def __or__(self, other: Any) -> "Trigger":
@@ -83,7 +83,7 @@ class Trigger:
 
 
 def trigger(given: Any) -> Trigger:
-    """A trigger as it is; a function of a tick as a trigger.
+    """Return a trigger unchanged; turn a function of a tick into one.
 
     Args:
         given: Either.
@@ -112,7 +112,7 @@ def condition(when: Callable[[Tick], bool], what: str = "a trigger") -> Callable
 
     Args:
         when: A trigger, or any function of a tick.
-        what: What the error calls it.
+        what: The name of the argument, for errors.
 
     Returns:
         A function of a tick that gives the same.
@@ -131,7 +131,7 @@ def condition(when: Callable[[Tick], bool], what: str = "a trigger") -> Callable
 
 
 def steps(n: int) -> Trigger:
-    """Fire every n completed steps; where a tick counts several, at the first one that has come so far.
+    """Fire every n completed steps; if a tick completes several steps, at the first tick that reaches the number.
 
     Args:
         n: At least 1.
@@ -176,7 +176,7 @@ def seconds(s: float) -> Trigger:
     """Fire each time another s seconds of training have passed.
 
     Args:
-        s: Above 0; counted on ``progress.seconds``, so a resumed run goes on counting.
+        s: Above 0; counted on ``progress.seconds``, so a resumed run continues counting.
 
     Returns:
         A trigger.
@@ -195,7 +195,7 @@ def minutes(m: float) -> Trigger:
     """Fire each time another m minutes of training have passed.
 
     Args:
-        m: Above 0; counted on ``progress.seconds``, so a resumed run goes on counting.
+        m: Above 0; counted on ``progress.seconds``, so a resumed run continues counting.
 
     Returns:
         A trigger.
@@ -224,8 +224,8 @@ def _whole(name: str, n: Any) -> None:
 
 
 continuous = Trigger(Form("continuous", (), "continuous"), lambda tick: tick.idle)
-"""Fire as soon as the save before has ended; on several ranks, at the next of the steps at which they agree, about two a second.
-*When* that is depends on the disk; *what* is saved is exact as ever."""
+"""Fire as soon as the previous save has ended; with several ranks, at the next step at which they agree, about twice per second.
+The disk decides *when* it fires; *what* is saved does not depend on it."""
 
 at_end = Trigger(Form("at_end", (), "at_end"), lambda tick: tick.end)
 """Fire once, after the last step of a run."""

@@ -204,8 +204,8 @@ def second_copies() -> str:
         before = places(state)
         return places(fl.fit(state, batch, fl.FitConfig(max_steps=2, progress=False, donate=donate))) != before
 
-    says = {True: "in new memory", False: "in the very same memory"}
-    return f"Parameters and optimizer state after `fit` with `donate=True` lie {says[moved(True)]}, without {says[moved(False)]}."
+    says = {True: "in new memory", False: "in the same memory"}
+    return f"Parameters and optimizer state after `fit` with `donate=True` are {says[moved(True)]}, without {says[moved(False)]}."
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Run the benchmarks and write their tables into docs/benchmarks.md, each between its marks ``<!-- NAME -->`` and ``<!-- /NAME -->``.
 
-    python tests/benchmarks/run.py                         # all of them: an hour or two, on a machine that nobody else uses
+    python tests/benchmarks/run.py                         # all of them: an hour or two, on an otherwise idle machine
     python tests/benchmarks/run.py overhead work --cpu     # some, by processor time where they can, on a machine that others use
     python tests/benchmarks/run.py peers --venvs peers     # with the other libraries, see peers.py
 

@@ -1,4 +1,4 @@
-"""A program: train a run whose checkpoints lie at a URL. Arguments: the URL, the step at which to be killed or 0; prints the weights."""
+"""A program: train a run whose checkpoints are at a URL. Arguments: the URL, the step at which to be killed or 0; prints the weights."""
 
 import json
 import os

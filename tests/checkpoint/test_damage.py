@@ -1,4 +1,4 @@
-"""Damaged and hostile files: found, named, and passed over for the previous checkpoint; never run, never followed."""
+"""Damaged and hostile files: detected, named, and skipped for the previous checkpoint; never run, never followed."""
 
 import hashlib
 import re
@@ -67,11 +67,11 @@ def test_a_torn_file_is_named_and_the_previous_checkpoint_is_used(run: Path, nam
     path = Path(step_path(run, 2))
     DAMAGE[damage](path / name)
     if (name, damage) == ("state.json", "of the other step"):
-        name = "optimizer.safetensors"  # the manifest itself is sound, but the files are not those that it lists
+        name = "optimizer.safetensors"  # the manifest itself is valid, but the files are not those that it lists
     assert any(name in problem for problem in verify(path))
     with pytest.raises(BrokenCheckpointError, match=f"{re.escape(str(path))} is broken: .*{name}"):
         load(path, TASK)
-    with pytest.warns(CheckpointWarning, match=f"passed over a broken checkpoint: .*step-00000002 is broken: .*{name}"):
+    with pytest.warns(CheckpointWarning, match=f"skipped a broken checkpoint: .*step-00000002 is broken: .*{name}"):
         found = load(run, TASK)
     assert unlike(found, trained(steps=1)) == []
 
@@ -102,13 +102,13 @@ def test_a_size_says_more_than_a_digest(run: Path) -> None:
 
 
 def test_all_broken_is_an_error_and_no_newest(run: Path) -> None:
-    """Where no checkpoint is sound, nothing is loaded, and each one is named."""
+    """Where no checkpoint is valid, nothing is loaded, and each one is named."""
     for step in (1, 2):
         flip(Path(step_path(run, step)) / "model.safetensors")
     with (
         pytest.warns(CheckpointWarning, match="step-00000001 is broken"),
         pytest.warns(CheckpointWarning, match="step-00000002 is broken"),
-        pytest.raises(BrokenCheckpointError, match=r"none of the 2 checkpoints in .* is sound"),
+        pytest.raises(BrokenCheckpointError, match=r"none of the 2 checkpoints in .* is valid"),
     ):
         load(run, TASK)
     with pytest.warns(CheckpointWarning, match=r"model.safetensors is altered"):
@@ -122,7 +122,7 @@ def test_a_save_that_was_cut_short_has_no_commit_mark(run: Path) -> None:
     shutil.copy(Path(step_path(run, 2)) / "model.safetensors", path)
     shutil.copytree(step_path(run, 2), path.parent / ".step-00000004.tmp-0123abcd")
     assert [step for step, _ in checkpoints(run)] == [1, 2, 3]
-    with pytest.warns(CheckpointWarning, match=r"step-00000003 is broken: state\.json is missing: the save was cut short"):
+    with pytest.warns(CheckpointWarning, match=r"step-00000003 is broken: state\.json is missing: the save was interrupted"):
         assert newest(run) == step_path(run, 2)
 
 
@@ -150,7 +150,7 @@ def test_a_format_that_was_altered_to_an_older_one_is_found(run: Path, older: in
     file = Path(step_path(run, 2)) / "state.json"
     file.write_bytes(file.read_bytes().replace(f'"format": {FORMAT}'.encode(), f'"format": {older}'.encode(), 1))
     assert verify(file.parent) != []
-    with pytest.warns(CheckpointWarning, match="step-00000002 is broken: .*has layouts, as format 3"):
+    with pytest.warns(CheckpointWarning, match="step-00000002 is broken: .*has layouts, which only format 3 has"):
         assert newest(run) == step_path(run, 1)
 
 
@@ -235,7 +235,7 @@ def test_json_that_fnlight_does_not_write_is_refused(run: Path, old: str, new: s
     """Only strict JSON is read, in bounded depth."""
     path = step_path(run, 2)
     forge_bytes(path, lambda text: text.replace(old, new, 1) if text.count(old) else pytest.fail(f"no {old}"))
-    with pytest.raises(BrokenCheckpointError, match=r"state\.json holds what fnlight does not write"):
+    with pytest.raises(BrokenCheckpointError, match=r"state\.json has content that fnlight does not write"):
         load(path, TASK)
 
 
@@ -279,7 +279,7 @@ def test_no_checkpoint_is_an_error_that_says_what_is_there(tmp_path: Path, reade
     with pytest.raises(CheckpointError, match=r"no checkpoint at .*/none: there is no such directory"):
         reader(tmp_path / "none")
     (tmp_path / "notes.txt").write_text("nothing")
-    with pytest.raises(CheckpointError, match=r"no checkpoint at .*: it holds \['notes.txt'\]"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*: it contains \['notes.txt'\]"):
         reader(tmp_path)
 
 
@@ -308,5 +308,5 @@ def test_weights_that_were_exported_into_a_run_are_no_checkpoint(run: Path) -> N
 
 def test_an_old_manifest_without_a_version_is_not_guessed_at() -> None:
     """A manifest of format 0, which never was, is refused."""
-    with pytest.raises(BrokenCheckpointError, match="does not begin as one of fnlight's does"):
+    with pytest.raises(BrokenCheckpointError, match="was not written by fnlight, or its first line is damaged"):
         parse(render({"files": {}}).replace(f'"format": {FORMAT}'.encode(), b'"format": 0'))

@@ -91,7 +91,7 @@ def test_subclasses_of_containers_come_back_plain() -> None:
 @pytest.mark.parametrize("value", [{1, 2}, lambda: 0, object(), time.gmtime(0), np.zeros(2), torch.float32])
 def test_what_is_no_data_is_refused_with_its_path(value: Any) -> None:
     """An object that only code could bring back is refused, and the message says where it is."""
-    with pytest.raises(CheckpointError, match=r"memory/a/1 holds \w+: .* but a checkpoint holds dicts, lists, tuples"):
+    with pytest.raises(CheckpointError, match=r"memory/a/1 has type \w+: .* but a checkpoint holds only dicts, lists, tuples"):
         encode({"a": [0, value]}, _no_tensor, "memory")
 
 

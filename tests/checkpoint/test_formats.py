@@ -1,4 +1,4 @@
-"""Older formats: every one is read, each migration is pure, and a run that an older version saved goes on to the same weights."""
+"""Older formats: every one is read, each migration is pure, and a run that an older version saved resumes to the same weights."""
 
 import copy
 import json

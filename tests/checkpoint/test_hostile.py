@@ -1,4 +1,4 @@
-"""Files that were made to do harm: a clear error, in a process whose memory and time are limited."""
+"""Malicious files: a clear error, in a process whose memory and time are limited."""
 
 import json
 import os

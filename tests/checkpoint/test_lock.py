@@ -1,4 +1,4 @@
-"""The lock of a run's directory: held by one, named to others, and never in the way of the living."""
+"""The lock of a run's directory: held by one process, reported to others, and never left by a dead process."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def test_a_lock_is_held_by_one_and_leaves_no_file(tmp_path: Path) -> None:
     """A second one is refused by name; afterwards the directory is as it was."""
     first = hold(tmp_path / "run", clock=lambda: 0.0)
     with pytest.raises(
-        LockedError, match=r"run is in use by a run of this very process, since 1970-01-01 00:00:00 UTC; .*close\(\)\), or give another"
+        LockedError, match=r"run is in use by a run of this same process, since 1970-01-01 00:00:00 UTC; .*close\(\)\), or give another"
     ):
         hold(tmp_path / "run" / ".." / "run")
     first.release()
@@ -50,7 +50,8 @@ def test_another_process_is_named_and_its_death_frees_the_directory_at_once(tmp_
         child = int(holder.stdout.readline())
         try:
             with pytest.raises(
-                LockedError, match=rf"in use by process {holder.pid} on .*, since 1970-01-01 .*; if you are sure that it is gone, delete"
+                LockedError,
+                match=rf"in use by process {holder.pid} on .*, since 1970-01-01 .*; if you are sure that it no longer runs, delete",
             ):
                 hold(tmp_path)
             holder.kill()
@@ -84,7 +85,7 @@ def test_a_fork_cannot_release_the_lock_of_its_parent(tmp_path: Path) -> None:
         held.release()
         os._exit(0)
     os.waitpid(child, 0)
-    with pytest.raises(LockedError, match="this very process"):
+    with pytest.raises(LockedError, match="this same process"):
         hold(tmp_path)
     held.release()
 
@@ -152,5 +153,5 @@ def test_a_file_system_without_locks_is_said_and_a_place_that_cannot_be_written_
         raise OSError(lock.errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(lock.fcntl, "flock", refuse)
-    with pytest.warns(CheckpointWarning, match="has no locks, so a second run into it would not be noticed"):
+    with pytest.warns(CheckpointWarning, match="has no locks, so a second run into this directory is not detected"):
         hold(tmp_path).release()

@@ -1,4 +1,4 @@
-"""Checkpoints that several ranks have written: whole for every reader, checked part by part, and read byte by byte as needed."""
+"""Checkpoints that several ranks have written: complete for every reader, checked part by part, and read byte by byte as needed."""
 
 import json
 import re
@@ -207,5 +207,5 @@ def test_a_checkpoint_of_parts_is_replaced_whole(state, tmp_path):
         assert not [name for name in at(path).names() if "-of-" in name]
     save_in_parts(state, tmp_path / "c")
     (tmp_path / "c" / "notes.txt").write_text("mine")
-    with pytest.raises(fl.errors.CheckpointError, match="it holds notes.txt"):
+    with pytest.raises(fl.errors.CheckpointError, match="it contains notes.txt"):
         fl.save(state, tmp_path / "c")

@@ -1,4 +1,4 @@
-"""Filling a state without a second copy: what is read becomes the tensors, and what is borrowed meanwhile is never written to."""
+"""Loading without a second copy: a placeholder state whose tensors are replaced on load never writes to the shared ones."""
 
 import copy
 import gc
@@ -110,7 +110,7 @@ def test_what_the_checkpoint_lacks_is_copied(tmp_path: Path) -> None:
     path = save(update(TrainState.create(make(nn.Linear(3, 3))), torch.ones(2, 3))[0], tmp_path / "state")
     like = update(TrainState.create(make(nn.Linear(3, 3), nn.Linear(3, 2))), torch.ones(2, 3))[0]
     before = like.copy()
-    with pytest.warns(CheckpointWarning, match="only what fits was taken"):
+    with pytest.warns(CheckpointWarning, match="only the matching weights were loaded"):
         found = restore(path, like=like, allow="model")
     assert torch.equal(found.params["1.weight"], like.params["1.weight"])
     assert not storages(found) & storages(like)

@@ -103,7 +103,7 @@ def test_a_failed_write_leaves_nothing_and_no_commit_mark(run: str, monkeypatch:
 def test_overwriting_a_remote_checkpoint_works_and_can_be_refused(run: str) -> None:
     """The manifest of the old one goes first, so that no reader takes new files for old ones."""
     save(OLD, run)
-    with pytest.raises(CheckpointError, match="there is one already"):
+    with pytest.raises(CheckpointError, match="one exists already"):
         save(NEW, run, overwrite=False)
     assert unlike(load(save(NEW, run), TASK), NEW) == []
 

@@ -1,4 +1,4 @@
-"""Restoring into other tasks: names decide, the code has the last word on configuration, and every difference is said."""
+"""Restoring into other tasks: tensors are matched by name, configuration in the code wins, and every difference is reported."""
 
 import itertools
 from collections.abc import Callable
@@ -50,10 +50,10 @@ def groups(state: TrainState) -> list[dict[str, Any]]:
 def test_another_model_is_refused_with_every_name(tmp_path: Path) -> None:
     """A checkpoint of another task lists what is missing, unexpected and of another shape, and what to do."""
     path = save(stepped(mlp(2, 3, 1)), tmp_path / "state")
-    with pytest.raises(MismatchError, match="of another model") as caught:
+    with pytest.raises(MismatchError, match="from another model") as caught:
         load(path, mlp(2, 4, 1, 1))
     assert [" ".join(line.split()) for line in str(caught.value).splitlines()] == [
-        f"the checkpoint is of another model. {path}: 1 loaded, 2 missing, 3 mismatched",
+        f"the checkpoint is from another model. {path}: 1 loaded, 2 missing, 3 mismatched",
         "name in the file in the model",
         "2.weight - float32 [1, 1]",
         "2.bias - float32 [1]",
@@ -61,7 +61,7 @@ def test_another_model_is_refused_with_every_name(tmp_path: Path) -> None:
         "0.bias float32 [3] float32 [4]",
         "1.weight float32 [1, 3] float32 [1, 4]",
         (
-            'Make the task with the model that was saved, or take what fits with allow=("model",), map names that changed with rename={...}: '
+            'Create the task with the model that was saved, or load the weights that match with allow=("model",), map names that changed with rename={...}: '
             "arguments of fl.restore(path, like=state, ...) and of fl.FitConfig(resume=True, ...)"
         ),
     ]
@@ -70,7 +70,7 @@ def test_another_model_is_refused_with_every_name(tmp_path: Path) -> None:
 def test_a_long_list_of_differences_is_cut(tmp_path: Path) -> None:
     """Twenty rows say enough; the counts say the rest."""
     path = save(stepped(mlp(*[2] * 20)), tmp_path / "state")
-    with pytest.raises(MismatchError, match=r"2 loaded, 36 unexpected\n(.*\n){21}  \.\.\. and 16 more\nMake"):
+    with pytest.raises(MismatchError, match=r"2 loaded, 36 unexpected\n(.*\n){21}  \.\.\. and 16 more\nCreate"):
         load(path, mlp(2, 2))
 
 
@@ -97,7 +97,8 @@ def test_a_partial_restore_takes_what_fits_and_says_what_did_not(tmp_path: Path)
     saved = stepped(mlp(2, 3, 1, configure=adam))
     like = TrainState.create(mlp(2, 3, 2, configure=adam))
     with pytest.warns(
-        CheckpointWarning, match=r"only what fits was taken\. .*: 2 loaded, 2 mismatched\n(.*\n)*.*1\.bias +float32 \[1\] +float32 \[2\]"
+        CheckpointWarning,
+        match=r"only the matching weights were loaded\. .*: 2 loaded, 2 mismatched\n(.*\n)*.*1\.bias +float32 \[1\] +float32 \[2\]",
     ):
         found = restore(save(saved, tmp_path / "state"), like, allow=("model",))
     assert (
@@ -196,7 +197,7 @@ def test_another_optimizer_starts_afresh_and_is_reported(tmp_path: Path, configu
     """Memory of another class means nothing, so it is not taken; weights, history and counts are."""
     saved = trained()
     with pytest.warns(
-        CheckpointWarning, match=rf"optimizer changed: torch\.optim\.adamw\.AdamW in the checkpoint, .*{now} now; its memory starts afresh"
+        CheckpointWarning, match=rf"optimizer changed: torch\.optim\.adamw\.AdamW in the checkpoint, .*{now} now; its state starts empty"
     ):
         found = restore(save(saved, tmp_path / "state"), TrainState.create(make_task(configure)), allow=("optimizer",))
     assert dict(found.opt_state) == {}
@@ -238,7 +239,7 @@ def test_groups_that_were_joined_take_their_values_from_the_code(tmp_path: Path)
     saved = trained()
     one = lambda model: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
     with pytest.warns(
-        CheckpointWarning, match="a group of the optimizer joins parameters of 2 groups of the checkpoint; its values are those of the code"
+        CheckpointWarning, match="a parameter group has parameters from 2 groups of the checkpoint; its values are those of the code"
     ):
         found = load(save(saved, tmp_path / "state"), make_task(one))
     assert list(differences(content(saved)["slots"], content(found)["slots"])) == []
@@ -258,10 +259,10 @@ def test_freezing_a_part_drops_its_memory_and_says_so(tmp_path: Path) -> None:
     task = mlp(2, 2, 1)
     saved = stepped(task)
     task.model[0].requires_grad_(requires_grad=False)  # pyright: ignore[reportIndexIssue]
-    with pytest.warns(CheckpointWarning, match=r"the optimizer holds these no more, and their memory is dropped: 0.weight, 0.bias"):
+    with pytest.warns(CheckpointWarning, match=r"the optimizer no longer has these parameters; their state is dropped: 0.weight, 0.bias"):
         frozen = load(save(saved, tmp_path / "state"), task)
     assert sorted(frozen.opt_state) == ["1.bias", "1.weight"]
-    with pytest.warns(CheckpointWarning, match=r"the optimizer did not hold these then, and their memory starts afresh: 0.bias, 0.weight"):
+    with pytest.warns(CheckpointWarning, match=r"the checkpoint has no optimizer state for these; it starts empty: 0.bias, 0.weight"):
         assert sorted(load(save(frozen, tmp_path / "state"), mlp(2, 2, 1)).opt_state) == ["1.bias", "1.weight"]
 
 
@@ -271,7 +272,7 @@ def test_a_part_that_is_trained_anew_keeps_the_memory_that_its_optimizer_made(tm
     task = mlp(2, 2, 1, configure=adagrad)
     task.model[0].requires_grad_(requires_grad=False)  # pyright: ignore[reportIndexIssue]
     path = save(stepped(task), tmp_path / "state")
-    with pytest.warns(CheckpointWarning, match="did not hold these then, and their memory starts afresh"):
+    with pytest.warns(CheckpointWarning, match="has no optimizer state for these; it starts empty"):
         found = load(path, mlp(2, 2, 1, configure=adagrad))
     assert [found.opt_state[name]["step"].item() for name in found.params] == [0, 0, 2, 2]
 
@@ -281,7 +282,9 @@ def test_buffers_outside_the_state_dict_may_change_with_the_model(tmp_path: Path
     path = save(trained(), tmp_path / "state")
     module = Net()
     module.register_buffer("seen", torch.zeros(3), persistent=False)
-    with pytest.warns(CheckpointWarning, match="non-persistent buffers that differ now were left as the model makes them: seen"):
+    with pytest.warns(
+        CheckpointWarning, match="non-persistent buffers whose shape differs were not loaded; they have the model's values: seen"
+    ):
         assert load(path, make_task(module=module)).buffers["seen"].tolist() == [0.0, 0.0, 0.0]
 
 
@@ -298,7 +301,7 @@ def test_the_device_may_be_chosen(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", [None, make_task()])
 def test_restore_asks_for_a_state(wrong: Any, tmp_path: Path) -> None:
     """A task given to `restore` is pointed to `load`."""
-    with pytest.raises(TypeError, match=r"must be a TrainState, but got \w+; for a Task there is fl.load"):
+    with pytest.raises(TypeError, match=r"must be a TrainState, but got \w+; for a Task use fl.load"):
         restore(tmp_path, wrong)
 
 

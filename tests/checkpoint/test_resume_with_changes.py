@@ -1,4 +1,4 @@
-"""A run that goes on under changed code: every row of the table in ``docs/resume.md`` is a test of the same name."""
+"""A run that resumes with changed code: every row of the table in ``docs/resume.md`` is a test of the same name."""
 
 import re
 from collections.abc import Callable
@@ -122,7 +122,7 @@ def test_batch_size_within_a_batch(run: str) -> None:
         fl.errors.LoaderError, match=r"12 samples into epoch 1, .* after 8 and 16 samples, .*batch_size.*allow=\(.batch_size"
     ):
         train(run, loader=data(8))
-    with pytest.warns(fl.errors.CheckpointWarning, match="goes back from sample 12 of epoch 1 to 8"):
+    with pytest.warns(fl.errors.CheckpointWarning, match="goes back from sample 12 of epoch 1 to sample 8"):
         state = train(run, loader=data(8), allow="batch_size", max_steps=None, max_epochs=2)
     assert (state.progress.step, state.progress.samples) == (11, 48)
 
@@ -167,7 +167,7 @@ def test_combinator_added(run: str) -> None:
     folder = f"{run}-plain"
     train(folder, ema=None, max_steps=9, resume=False)
     with (
-        pytest.warns(fl.errors.MemoryWarning, match=r"ema\(0\.5\) starts its memory at step 9"),
+        pytest.warns(fl.errors.MemoryWarning, match=r"ema\(0\.5\) starts with new memory at step 9"),
         pytest.warns(fl.errors.MemoryWarning, match=r"step 10: the metrics \['grad_norm'\] are new since the state was saved"),
     ):
         state = train(folder, clip_norm=1.0)
@@ -176,7 +176,7 @@ def test_combinator_added(run: str) -> None:
 
 def test_combinator_removed(run: str) -> None:
     """What it remembered is kept as it is, and said."""
-    with pytest.warns(fl.errors.MemoryWarning, match=r"holds memory of \['ema'\], which no combinator of this pipe owns"):
+    with pytest.warns(fl.errors.MemoryWarning, match=r"holds the memory of \['ema'\], which no combinator of this pipe uses"):
         state = train(run, ema=None)
     assert "ema" in state.memory
 
@@ -186,7 +186,7 @@ def test_optimizer(run: str) -> None:
     sgd = lambda model: torch.optim.SGD(model.parameters(), lr=0.01)
     with pytest.raises(fl.errors.MismatchError, match=r"optimizer changed: .*Adam, but the task now has .*SGD.*allow=\(.optimizer"):
         train(run, make(configure=sgd))
-    with pytest.warns(fl.errors.CheckpointWarning, match="optimizer changed: .*its memory starts afresh"):
+    with pytest.warns(fl.errors.CheckpointWarning, match="optimizer changed: .*its state starts empty"):
         state = train(run, make(configure=sgd), allow=("optimizer",))
     assert state.progress.step == 15
 
@@ -214,7 +214,7 @@ def test_parameters_renamed(run: str) -> None:
     """Weights, slots and averages follow their new names, and the run ends in the bits that it would have ended in."""
     model = net(trunk=nn.Linear(2, 4), drop=nn.Dropout(0.2), out=nn.Linear(4, 1))
     names = {"body": "trunk", "head.weight": "out.weight", "head.bias": "out.bias"}
-    with pytest.raises(fl.errors.MismatchError, match=r"(?s)of another model.*body\.weight.*rename="):
+    with pytest.raises(fl.errors.MismatchError, match=r"(?s)from another model.*body\.weight.*rename="):
         train(run, make(model))
     state, expected = train(run, make(model), rename=names), whole()
     turned = {"body": "trunk", "head": "out"}
@@ -229,7 +229,7 @@ def test_parameters_added(run: str) -> None:
     model = lambda: net(body=nn.Linear(2, 4), extra=nn.Linear(4, 4), head=nn.Linear(4, 1))
     with pytest.raises(fl.errors.MismatchError, match=r"(?s)extra\.weight.*allow=\(.model"):
         train(run, make(model()))
-    with pytest.warns(fl.errors.CheckpointWarning, match="only what fits was taken"):
+    with pytest.warns(fl.errors.CheckpointWarning, match="only the matching weights were loaded"):
         state = train(run, make(model()), allow=("model",))
     assert state.memory["ema"].keys() == state.params.keys()
     assert {int(slots["step"]) for name, slots in state.opt_state.items() if "extra" in name} == {6}
@@ -241,7 +241,7 @@ def test_parameters_removed(run: str) -> None:
     model = lambda: net(body=nn.Linear(2, 4))
     with pytest.raises(fl.errors.MismatchError, match=r"(?s)head\.weight.*allow=\(.model"):
         train(run, make(model()))
-    with pytest.warns(fl.errors.CheckpointWarning, match="only what fits was taken"):
+    with pytest.warns(fl.errors.CheckpointWarning, match="only the matching weights were loaded"):
         state = train(run, make(model()), allow=("model",))
     assert state.memory["ema"].keys() == state.params.keys()
 
@@ -250,7 +250,9 @@ def test_frozen(run: str) -> None:
     """What is frozen now loses its slots, which is said; its weights stay."""
     model = net()
     model.body.requires_grad_(requires_grad=False)
-    with pytest.warns(fl.errors.CheckpointWarning, match=r"holds these no more, and their memory is dropped: body\.weight, body\.bias"):
+    with pytest.warns(
+        fl.errors.CheckpointWarning, match=r"no longer has these parameters; their state is dropped: body\.weight, body\.bias"
+    ):
         state = train(run, make(model))
     assert torch.equal(state.params["body.weight"], train(None, max_steps=9, resume=False).params["body.weight"])
 
@@ -260,9 +262,7 @@ def test_unfrozen(tmp_path: Path) -> None:
     model = net()
     model.body.requires_grad_(requires_grad=False)
     train(str(tmp_path), make(model), max_steps=9, resume=False)
-    with pytest.warns(
-        fl.errors.CheckpointWarning, match=r"did not hold these then, and their memory starts afresh: body\.bias, body\.weight"
-    ):
+    with pytest.warns(fl.errors.CheckpointWarning, match=r"has no optimizer state for these; it starts empty: body\.bias, body\.weight"):
         state = train(str(tmp_path))
     assert int(state.opt_state["body.weight"]["step"]) == 6
 
@@ -280,7 +280,7 @@ def test_dtype(run: str) -> None:
 def test_seed(run: str) -> None:
     """That of the checkpoint goes on, for the order of the data follows from it, and this is said."""
     state = fl.TrainState.create(make(), seed=4)
-    with pytest.warns(fl.errors.CheckpointWarning, match="has seed 3, .* but the state has 4; 3 is used"):
+    with pytest.warns(fl.errors.CheckpointWarning, match="has seed 3, .* but the given state has 4; 3 is used"):
         found = fl.fit(state, fl.Loaders(data(), data(8)), fl.FitConfig(max_steps=15, ema=0.5, dir=run, resume=True, progress=False))
     assert same(found, whole())
 
@@ -295,9 +295,9 @@ def test_differences_that_nobody_knows_are_refused(run: str) -> None:
     """A typing error is no permission."""
     with pytest.raises(fl.errors.ConfigError, match="allow=...\\) must be some of .*'optimizer', but got 'optimiser'"):
         train(run, allow="optimiser")
-    with pytest.raises(fl.errors.ConfigError, match="about going on from a checkpoint, but resume is False"):
+    with pytest.raises(fl.errors.ConfigError, match="only matters for a resumed run, but resume is False"):
         train(f"{run}-other", allow="optimizer", resume=False)
-    with pytest.raises(fl.errors.CheckpointError, match=r"allow= knows .*, but got \['batch_size'\]"):
+    with pytest.raises(fl.errors.CheckpointError, match=r"allow= takes some of .*, but got \['batch_size'\]"):
         fl.restore(run, fl.TrainState.create(make()), allow=("batch_size",))
     config = fl.FitConfig(max_steps=1, dir=run, resume=True, allow="dtype", rename={"a": "b"})
     assert fl.FitConfig.from_json(config.to_json()) == config

@@ -96,7 +96,7 @@ def test_sources_read_well() -> None:
 @pytest.mark.parametrize("n", [0, -1, 1.5, True, None, "3"])
 def test_a_count_below_one_is_refused(make: Any, n: Any) -> None:
     """A retention keeps a whole number of checkpoints, at least one."""
-    with pytest.raises(ConfigError, match=r"must keep a whole number of at least 1, but got"):
+    with pytest.raises(ConfigError, match=r"must be a whole number of at least 1, but got"):
         make(n)
 
 
@@ -104,7 +104,7 @@ def test_best_is_checked() -> None:
     """A mode that does not exist and a monitor that is no name are refused."""
     with pytest.raises(ConfigError, match="must be 'min' or 'max', but got 'lowest'"):
         best("val/loss", 1, "lowest")
-    with pytest.raises(ConfigError, match="takes the name of a metric"):
+    with pytest.raises(ConfigError, match="needs the name of a metric"):
         best(3)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="unsupported operand"):
         last(1) | 3  # pyright: ignore[reportOperatorIssue, reportUnusedExpression]

@@ -262,9 +262,9 @@ def test_an_older_module_name_of_a_script_still_means_the_same_optimizer(tmp_pat
 @pytest.mark.parametrize(
     "tensor, message",
     [
-        (torch.eye(2).to_sparse(), r"x is sparse \(torch.sparse_coo\), but a checkpoint holds dense tensors"),
+        (torch.eye(2).to_sparse(), r"x is sparse \(torch.sparse_coo\), but a checkpoint holds only dense tensors"),
         (torch.empty(2, device="meta"), "x is on the meta device"),
-        (torch.empty(2, dtype=torch.float8_e8m0fnu), "x is torch.float8_e8m0fnu, but the safetensors format holds float64"),
+        (torch.empty(2, dtype=torch.float8_e8m0fnu), "x is torch.float8_e8m0fnu, but the safetensors format supports only float64"),
     ],
 )
 def test_tensors_that_the_format_lacks_are_refused(tmp_path: Path, tensor: torch.Tensor, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Staging: what is copied is what was there, whatever is written over it afterwards."""
+"""Staging: the copy is not changed by later writes to the tensors."""
 
 import threading
 

@@ -43,7 +43,9 @@ def test_weights_are_strict_unless_asked(tmp_path: Path) -> None:
     """What differs is an error with all names, or, when partial, a report with all names."""
     state, file = linear(), tmp_path / "a.safetensors"
     save_file({"0.weight": torch.ones(1, 3), "1.weight": torch.ones(2)}, file)
-    with pytest.raises(MismatchError, match=r"0 loaded, 1 missing, 1 unexpected, 1 mismatched\n(.*\n)*Pass partial=True to take what fits"):
+    with pytest.raises(
+        MismatchError, match=r"0 loaded, 1 missing, 1 unexpected, 1 mismatched\n(.*\n)*Pass partial=True to load those that match"
+    ):
         load_weights(state, file)
     found, report = load_weights(state, file, partial=True)
     assert (report.loaded, dict(report.missing), dict(report.unexpected)) == ((), {"0.bias": "float32 [1]"}, {"1.weight": "float32 [2]"})
@@ -87,7 +89,7 @@ def test_names_may_be_left_out_but_not_joined(tmp_path: Path) -> None:
     """A function that gives None leaves a tensor out; two tensors under one name are an error."""
     save_file({"0.weight": torch.ones(1, 2), "0.bias": torch.ones(1), "head": torch.ones(1)}, tmp_path / "a.safetensors")
     assert load_weights(linear(), tmp_path / "a.safetensors", rename=lambda name: None if name == "head" else name)[1].fits
-    with pytest.raises(CheckpointError, match=r"rename= gives '0\.bias' to two tensors of the file, 'head' the second"):
+    with pytest.raises(CheckpointError, match=r"rename= maps two tensors of the file to '0\.bias', 'head' is the second"):
         load_weights(linear(), tmp_path / "a.safetensors", rename={"head": "0.bias"}, partial=True)
 
 

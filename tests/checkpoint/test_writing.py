@@ -1,4 +1,4 @@
-"""Writing: whole or not at all, whatever fails and whenever the writer dies."""
+"""Writing: completely or not at all, whatever fails and whenever the writer dies."""
 
 import errno
 import os
@@ -69,7 +69,7 @@ def _fits(path: Path) -> bool:
     try:
         save(NEW, path)
     except CheckpointError as error:
-        wanted = (str(path), "No space left", "free some space")
+        wanted = (str(path), "No space left", "free disk space")
         assert [part for part in wanted if part not in str(error)] == []  # noqa: PT017  # the loop ends with a save that fits
         return False
     return True
@@ -77,14 +77,17 @@ def _fits(path: Path) -> bool:
 
 @pytest.mark.parametrize(
     "error, hint",
-    [(errno.EIO, "see the cause"), (errno.EACCES, "the right to write"), (errno.EROFS, "can be written"), (errno.EDQUOT, "quota")],
+    [
+        (errno.EIO, "see the cause"),
+        (errno.EACCES, "change the permissions"),
+        (errno.EROFS, "writable file system"),
+        (errno.EDQUOT, "quota"),
+    ],
 )
 def test_what_to_do_depends_on_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, hint: str) -> None:
     """Each kind of failure comes with its own advice."""
     fail(monkeypatch, 4, error)
-    with pytest.raises(
-        CheckpointError, match=f"cannot write .*state: .*{os.strerror(error)}; .*{hint}.* Older checkpoints are as they were"
-    ):
+    with pytest.raises(CheckpointError, match=f"cannot write .*state: .*{os.strerror(error)}; .*{hint}.* Older checkpoints are unchanged"):
         save(NEW, tmp_path / "state")
 
 
@@ -115,7 +118,7 @@ def test_a_run_asks_before_it_works(tmp_path: Path) -> None:
 def test_a_directory_of_other_files_is_never_replaced(tmp_path: Path) -> None:
     """Whoever saves into a directory of his own files by mistake loses none."""
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(CheckpointError, match=r"holds thesis.tex, which are no files of a checkpoint and would be lost"):
+    with pytest.raises(CheckpointError, match=r"contains thesis.tex, which are not files of a checkpoint and would be lost"):
         save(NEW, tmp_path)
     assert files(tmp_path) == {"thesis.tex": b"years of work"}
 
@@ -123,7 +126,7 @@ def test_a_directory_of_other_files_is_never_replaced(tmp_path: Path) -> None:
 def test_overwriting_can_be_refused(tmp_path: Path) -> None:
     """`overwrite=False` takes only a new place."""
     path = save(OLD, tmp_path / "state", overwrite=False)
-    with pytest.raises(CheckpointError, match=r"there is one already; pass overwrite=True or give another path"):
+    with pytest.raises(CheckpointError, match=r"one exists already; pass overwrite=True or give another path"):
         save(NEW, path, overwrite=False)
     assert unlike(load(path, TASK), OLD) == []
     assert unlike(load(save(NEW, path), TASK), NEW) == []
@@ -142,7 +145,7 @@ def test_a_donated_state_cannot_be_saved(tmp_path: Path) -> None:
     """Tensors that a later step has overwritten are never written under the older state's name."""
     state = trained(steps=1)
     state.moved("cpu")
-    with pytest.raises(DonatedStateError, match="the state of step 1 was given to a later step"):
+    with pytest.raises(DonatedStateError, match="the state of step 1 was donated to a later step"):
         save(state, tmp_path / "state")
     assert list(tmp_path.iterdir()) == []
 
@@ -193,7 +196,7 @@ print(nth)
 """
 
 
-@pytest.mark.filterwarnings("ignore:.*was being replaced when its writer died")
+@pytest.mark.filterwarnings("ignore:.*was being replaced when its writer ended")
 def test_a_writer_that_dies_at_any_moment_leaves_the_old_or_the_new_state(tmp_path: Path) -> None:
     """Real processes end at each call to the file system in turn: the reader finds one of both states whole, and the next save tidies up."""
     done = subprocess.run([sys.executable, "-W", "error", "-c", WRITER, tmp_path], cwd=ROOT, check=True, capture_output=True, text=True)
@@ -217,7 +220,7 @@ def test_a_replacement_that_was_cut_short_is_read_with_a_warning(tmp_path: Path)
     path, aside, new = tmp_path / "state", tmp_path / ".state.old-00000000", tmp_path / ".state.tmp-00000000"
     save(OLD, aside)
     save(NEW, new)
-    with pytest.warns(CheckpointWarning, match=r"state was being replaced when its writer died; read from .*\.state\.tmp-00000000"):
+    with pytest.warns(CheckpointWarning, match=r"state was being replaced when its writer ended; it is read from .*\.state\.tmp-00000000"):
         assert unlike(load(path, TASK), NEW) == []
     (new / "state.json").unlink()
     with pytest.warns(CheckpointWarning, match=r"read from .*\.state\.old-00000000"):
@@ -311,12 +314,12 @@ def test_amending_another_state_is_refused(tmp_path: Path) -> None:
     """Only a state whose tensors are those in the files may be written about them."""
     state = trained()
     path = save(state, tmp_path / "state")
-    with pytest.raises(CheckpointError, match="it holds other tensors than the state of step 1"):
+    with pytest.raises(CheckpointError, match="it has other tensors than the state of step 1"):
         amend(OLD, path)
     state.store.memory["more"] = torch.ones(1)
-    with pytest.raises(CheckpointError, match="it holds other tensors than the state of step 2"):
+    with pytest.raises(CheckpointError, match="it has other tensors than the state of step 2"):
         amend(state, path)
-    with pytest.raises(CheckpointError, match=r"cannot amend checkpoint .*: there is no directory .*; save the state anew"):
+    with pytest.raises(CheckpointError, match=r"cannot update checkpoint .*: there is no directory .*; save the state again"):
         amend(state, tmp_path / "none")
 
 

@@ -61,8 +61,8 @@ def test_verify_names_every_kind_of_damage(folder, capsys):
     lines = dict(line.split(": ", 1) for line in out.splitlines())
     assert "model.safetensors is altered" in lines[places[0]]
     assert "optimizer.safetensors is missing" in lines[places[1]]
-    assert lines[places[2]] == "0.weight in model.safetensors holds 2 of 32 values that are NaN or infinite"
-    assert lines[places[3]] == "sound"
+    assert lines[places[2]] == "0.weight in model.safetensors has 2 of 32 values that are NaN or infinite"
+    assert lines[places[3]] == "valid"
     assert called(capsys, "verify", places[3])[0] == 0
 
 
@@ -78,10 +78,10 @@ def test_verify_by_replay_finds_steps_that_cannot_be_repeated(folder, code, caps
     """Trained again with the same code and data, the newest checkpoint is met to the bit; with other data it is not."""
     assert called(capsys, "verify", folder, "--replay", 2, "--task", "users:both")[0] == 0
     found = called(capsys, "verify", folder, "--replay", 5, "--task", "users:task", "--loaders", "users:loaders")
-    assert found == (0, f"{folder}: 5 steps from step 4 to 9 trained again: 33 tensors bitwise the same\n", "")
+    assert found == (0, f"{folder}: 5 steps from step 4 to 9 trained again: 33 tensors bit-identical\n", "")
     found = called(capsys, "verify", folder, "--replay", 2, "--task", "users:task", "--loaders", "users:other")
     assert found[0] == 1
-    assert "give something else than" in found[1]
+    assert "give a different result than" in found[1]
     assert "model/0.weight" in found[1]
     assert sorted(os.listdir(folder / "checkpoints")) == [f"step-{n:08d}" for n in (4, 6, 8, 9)], "a replay writes nothing"
 
@@ -96,7 +96,7 @@ def test_diff_says_how_far_tensors_are_apart(tmp_path, capsys):
         ["a", "[2]", "2", "of", "2", "0.5", "0.333"], ["b", "float32", "[2]", "against", "float32", "[3]"],
         ["c", "only", "in", "the", "first"], ["d", "only", "in", "the", "second"],
     ]  # fmt: skip
-    assert called(capsys, "diff", tmp_path / "a", tmp_path / "a") == (0, "3 tensors bitwise the same\n", "")
+    assert called(capsys, "diff", tmp_path / "a", tmp_path / "a") == (0, "3 tensors bit-identical\n", "")
 
 
 def test_export_writes_what_load_would_give(folder, tmp_path, capsys):
@@ -107,7 +107,7 @@ def test_export_writes_what_load_would_give(folder, tmp_path, capsys):
     assert_trees_equal(load_file(tmp_path / "a.safetensors"), {**state.params, **state.buffers})
     assert_trees_equal(load_file(tmp_path / "b.safetensors"), {**state.params, **state.buffers, **state.memory["ema"]})
     code, _, err = called(capsys, "export", folder, tmp_path / "a.safetensors")
-    assert (code, err) == (2, f"fnlight: {tmp_path / 'a.safetensors'} exists; give another name, or --overwrite\n")
+    assert (code, err) == (2, f"fnlight: {tmp_path / 'a.safetensors'} exists; give another name, or pass --overwrite\n")
     assert called(capsys, "export", folder, tmp_path / "a.safetensors", "--overwrite", "--weights", "ema")[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors", "run"]
 
@@ -116,7 +116,7 @@ def test_prune_refuses_a_metric_that_the_run_has_not(folder, capsys):
     """A typing error in a name would leave only the newest."""
     code, _, err = called(capsys, "prune", folder, "--keep", "last(1) | best('val/nope')", "--yes")
     assert code == 2
-    assert "--keep asks for 'val/nope', but the history of this run has" in err
+    assert "--keep needs 'val/nope', but the history of this run has" in err
     assert len(checkpoints(folder)) == 4
 
 
@@ -127,7 +127,7 @@ def test_prune_touches_only_what_the_run_has_saved(folder, capsys, monkeypatch):
     assert len(checkpoints(folder)) == 5
     code, _, err = called(capsys, "prune", folder, "--keep", "every(4)")
     assert code == 2
-    assert "nobody can be asked here; say --yes" in err
+    assert "there is no terminal for the question; pass --yes" in err
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(sys.stdin, "readline", lambda: "n\n", raising=False)
     assert called(capsys, "prune", folder, "--keep", "every(4)")[0] == 1
@@ -156,29 +156,29 @@ def test_prune_finds_what_a_run_has_saved_under_any_name(tmp_path, capsys):
     two = saved(tmp_path / "two", *both)
     code, _, err = called(capsys, "prune", two, "--keep", "last(1)", "--yes")
     assert code == 2
-    assert "does not say which others its run has saved, so none is removed (2 lists of them found where one is needed)" in err
+    assert "does not list the checkpoints that its run has saved, so none is removed (found 2 lists, needs one)" in err
     assert [step for step, _ in checkpoints(two)] == [1, 2, 3]
 
 
 MISTAKES = [
     (["inspect", "nowhere"], "no checkpoint at nowhere: there is no such directory"),
     (["verify", "nowhere"], "no checkpoint at nowhere: there is no such directory"),
-    (["verify", "{run}", "--task", "users:task"], "--task, --loaders and --config are for --replay"),
-    (["verify", "{run}", "--replay", "2"], "--replay trains again, so it needs the code"),
-    (["verify", "{run}", "--replay", "8", "--task", "users:both"], "needs a checkpoint of step 1 or before, but {run} holds [4, 6, 8, 9]"),
-    (["verify", "{run}", "--replay", "2", "--task", "users"], "'users' does not say where something is; write module:name"),
+    (["verify", "{run}", "--task", "users:task"], "--task, --loaders and --config need --replay"),
+    (["verify", "{run}", "--replay", "2"], "--replay trains again, so it needs your code"),
+    (["verify", "{run}", "--replay", "8", "--task", "users:both"], "needs a checkpoint of step 1 or before, but {run} has [4, 6, 8, 9]"),
+    (["verify", "{run}", "--replay", "2", "--task", "users"], "'users' is not of the form module:name"),
     (
         ["verify", "{run}", "--replay", "2", "--task", "users:missing"],
         "users:missing fails: AttributeError: module 'users' has no attribute",
     ),
     (["verify", "{run}", "--replay", "2", "--task", "nonsense:a"], "nonsense:a fails: ModuleNotFoundError: No module named 'nonsense'"),
     (["verify", "{run}", "--replay", "2", "--task", "users:fails"], "users:fails fails: ZeroDivisionError: division by zero ("),
-    (["verify", "{run}", "--replay", "2", "--task", "users:number"], "users:number gives int, but must give a Task"),
+    (["verify", "{run}", "--replay", "2", "--task", "users:number"], "users:number is or returns int, but must be a Task"),
     (["diff", "{run}", "nowhere"], "no checkpoint at nowhere"),
     (["diff", "users.py", "{run}"], "users.py cannot be read as a safetensors file"),
-    (["export", "{run}", "a.safetensors", "--weights", "swa"], "holds no averaged weights of that name; its memory holds ['ema'"),
+    (["export", "{run}", "a.safetensors", "--weights", "swa"], "has no averaged weights of that name; its memory has ['ema'"),
     (["export", "{run}", "s3://b/a.safetensors"], "is a URL; give a path"),
-    (["export", "{run}", "no/such/folder/a.safetensors"], "there is no folder"),
+    (["export", "{run}", "no/such/folder/a.safetensors"], "there is no directory"),
     (["prune", "{run}", "--keep", "steps(3)"], "--keep must be a retention such as"),
     (["prune", "{run}", "--keep", "__import__('os')"], "cannot read __import__('os')"),
 ]
@@ -200,7 +200,7 @@ def test_a_broken_checkpoint_that_is_passed_over_is_mentioned(folder, capsys):
     code, out, err = called(capsys, "inspect", folder)
     assert code == 0
     assert "step-00000009  broken" in out
-    assert err.startswith("fnlight: passed over a broken checkpoint")
+    assert err.startswith("fnlight: skipped a broken checkpoint")
 
 
 def test_a_checkpoint_says_what_its_time_went_to(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""CUDA graphs: what can be known without a device, with a stand-in that captures; and, where there is one, the thing itself."""
+"""CUDA graphs: without a device with a fake capture function; with a CUDA device the real capture."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -74,7 +74,7 @@ def test_what_cannot_be_captured_goes_on_without() -> None:
 
     captured, weight = Captured(decayed, 1, refusing), torch.zeros(1)
     captured([weight, torch.zeros(()), torch.ones(1)])
-    with pytest.warns(fl.errors.CompileWarning, match="at level 'graph': operation not permitted when stream is capturing; going on"):
+    with pytest.warns(fl.errors.CompileWarning, match="at level 'graph': operation not permitted when stream is capturing; continuing"):
         captured([weight, torch.zeros(()), torch.ones(1)])
     captured([weight, torch.zeros(()), torch.ones(1)])
     assert weight.tolist() == [3.0]
@@ -83,7 +83,7 @@ def test_what_cannot_be_captured_goes_on_without() -> None:
 def test_other_devices_are_refused_before_any_work() -> None:
     """The message says what to take instead, from `fit` as from a step by hand."""
     state = fl.TrainState.create(task_of())
-    with pytest.raises(fl.errors.ConfigError, match="this training is on the device cpu; take 'step' or 'trace'"):
+    with pytest.raises(fl.errors.ConfigError, match="this training is on the device cpu; use 'step' or 'trace'"):
         fl.fit(state, batches_of(), fl.FitConfig(max_steps=2, compile="graph", device="cpu", progress=False))
     step = fl.pipe(state.task.train_step, fl.grad(), fl.apply(), fl.compile("graph"))
     with pytest.raises(fl.errors.ConfigError, match="this training is on the device cpu"):

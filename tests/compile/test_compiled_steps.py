@@ -133,7 +133,7 @@ def test_a_step_that_the_compiler_fails_at_is_taken_without_it(monkeypatch: pyte
     task = task_of(OPTIMIZERS["AdamW"])
     with pytest.warns(
         fl.errors.CompileWarning,
-        match="no graph at level 'step': torch's compiler fails at it with .*no such instruction; going on at level 'trace'",
+        match="no graph at level 'step': torch's compiler fails with .*no such instruction; continuing at level 'trace'",
     ):
         two, _ = trained(task, fl.compile("step"))
     one, _ = trained(task)
@@ -179,7 +179,7 @@ def test_a_function_that_holds_something_is_no_part_of_a_graph() -> None:
 
     task = fl.Task(model_of(), told, configure_optimizers=task_of().configure_optimizers)
     step = fl.pipe(task.train_step, fl.grad(), fl.apply(), fl.compile("trace"), fl.stop_when(fl.max_steps(2)))
-    with pytest.warns(fl.errors.CompileWarning, match="Cat whose function holds nothing"):
+    with pytest.warns(fl.errors.CompileWarning, match="Cat with a function that has no closure"):
         found = [metrics for _, metrics in fl.run(step, fl.TrainState.create(task, seed=0), batches_of((6, 3)))]
     assert len(found) == 2
 
@@ -315,12 +315,12 @@ def hooked_model() -> nn.Module:
 @pytest.mark.parametrize(
     ("task", "match"),
     [
-        (task_of(fn=decides), "return loss if loss > 0.*Python decides by the value of a tensor; going on without a graph"),
-        (task_of(fn=draws), "something else each time: once .*mul"),
-        (task_of(fn=reads_the_clock), "something else each time: once"),
-        (task_of(fn=looks_up), "makes the tensor .* of shape .3. from other numbers each time"),
-        (task_of(Counting), "Counting keeps 'steps' as a Python value, which a graph would freeze"),
-        (task_of(partial(torch.optim.LBFGS, max_iter=2)), "LBFGS evaluates the loss as often as it likes"),
+        (task_of(fn=decides), "return loss if loss > 0.*Python code depends on the value of a tensor; continuing without a graph"),
+        (task_of(fn=draws), "two traces of the step differ: .*mul"),
+        (task_of(fn=reads_the_clock), "two traces of the step differ"),
+        (task_of(fn=looks_up), "makes the tensor .* of shape .3. from different numbers each time"),
+        (task_of(Counting), "Counting keeps 'steps' as a Python value, which would be a constant in a graph"),
+        (task_of(partial(torch.optim.LBFGS, max_iter=2)), "LBFGS evaluates the loss a variable number of times per step"),
         (attrs.evolve(task_of(), model=Recurrent()), "a recurrent layer on the CPU keeps a workspace"),
         (attrs.evolve(task_of(), model=hooked_model()), "the gradient of 0.weight has a hook"),
     ],
@@ -340,9 +340,9 @@ def test_what_a_graph_would_freeze_is_said_and_goes_on_without_one(task: fl.Task
 
 def test_a_level_falls_back_to_the_next_below() -> None:
     """What cannot be compiled is tried as a trace, then goes on without a graph, and each time the reason is said."""
-    with pytest.warns(fl.errors.CompileWarning, match="going on") as found:
+    with pytest.warns(fl.errors.CompileWarning, match="continuing") as found:
         fl.fit(fl.TrainState.create(task_of(fn=decides)), batches_of((6, 6)), fl.FitConfig(max_steps=3, compile="step", progress=False))
-    assert ["going on at level 'trace'" in str(w.message) for w in found] == [True, False]
+    assert ["continuing at level 'trace'" in str(w.message) for w in found] == [True, False]
 
 
 def test_ever_new_shapes_end_in_one_warning() -> None:
@@ -374,25 +374,25 @@ def test_how_long_compiling_took_is_logged(caplog: pytest.LogCaptureFixture) -> 
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda: fl.compile("graphs"), fl.errors.ConfigError, "one of the levels"),
+        (lambda: fl.compile("graphs"), fl.errors.ConfigError, "must be 'trace', 'step', 'graph' or 'model'"),
         (lambda: fl.compile("step", unroll=0), fl.errors.ConfigError, "unroll"),
         (lambda: fl.compile("model", unroll=2), fl.errors.ConfigError, "1 at level 'model'"),
         (lambda: fl.FitConfig(max_steps=1, unroll=4), fl.errors.ConfigError, "give compile='step'"),
         (
             lambda: fl.pipe(train_step, fl.grad(), fl.apply(), fl.epoch_means(), fl.compile("trace")),
             fl.errors.SeamError,
-            "move|something else stands between",
+            "move|another combinator is between them",
         ),
         (lambda: fl.pipe(train_step, fl.grad(), fl.compile("step")), fl.errors.SeamError, "apply"),
         (
             lambda: fl.pipe(train_step, fl.grad(), fl.apply(), fl.compile("step", unroll=2), fl.ema(0.9)),
             fl.errors.SeamError,
-            "would average once a call; move it in front",
+            r"would average once per call; move it before compile\(\)",
         ),
         (
             lambda: fl.pipe(train_step, fl.grad(), fl.apply(), fl.compile("step", unroll=2), fl.ema(0.9, name="every=10")),
             fl.errors.SeamError,
-            "would average once a call; move it in front",
+            r"would average once per call; move it before compile\(\)",
         ),
     ],
 )
@@ -432,7 +432,7 @@ def test_code_that_gives_nan_where_the_operations_give_none_is_not_used(monkeypa
         with (
             nullcontext()
             if level is None
-            else pytest.warns(fl.errors.CompileWarning, match="gives NaN where the operations themselves give none")
+            else pytest.warns(fl.errors.CompileWarning, match="returns NaN where the eager operations return none")
         ):
             ends.append(fl.fit(fl.TrainState.create(task, seed=3), data, fl.FitConfig(max_epochs=1, compile=level, progress=False)))
     assert_trees_equal(ends[0].params, ends[1].params)

@@ -1,4 +1,4 @@
-"""Several optimizers, and steps by hand, have their graphs as well."""
+"""Steps with several optimizers, and hand-written steps, have graphs, too."""
 
 import warnings
 from typing import Any
@@ -50,5 +50,5 @@ def test_a_step_by_hand_with_an_optimizer_is_a_graph() -> None:
 def test_several_updates_in_a_call_are_of_one_optimizer() -> None:
     """It is said before any work."""
     case = TASKS["two optimizers"]
-    with pytest.raises(fl.errors.ConfigError, match="takes several updates of one optimizer in a call"):
+    with pytest.raises(fl.errors.ConfigError, match="needs a step with one optimizer, built by apply"):
         fl.compose(case.make(), fl.FitConfig(max_steps=4, compile="trace", unroll=2))

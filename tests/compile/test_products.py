@@ -1,4 +1,4 @@
-"""Laws of large products of matrices: another library computes them, and nothing else changes."""
+"""Laws of large matrix products: another library computes them, and nothing else changes."""
 
 import sys
 import warnings

@@ -103,7 +103,7 @@ def test_too_many_steps_in_a_row_that_are_not_finite_still_end_a_run() -> None:
     data = batches_of((6,) * 8)
     for x, _ in data[3:]:
         x[0, 0] = float("nan")
-    with pytest.raises(fl.errors.NonFiniteError, match="3 steps in a row were left out"):
+    with pytest.raises(fl.errors.NonFiniteError, match="3 steps in a row were skipped"):
         trained("skip_nonfinite", fl.compile("trace"), data=data)
 
 
@@ -111,7 +111,7 @@ REFUSED: dict[str, tuple[Callable[[], list[Any]], str]] = {
     "microbatch auto": (lambda: [fl.microbatch("auto")], "repeats a step that runs out of memory"),
     "reads the progress": (
         lambda: [fl.Combinator("peeks", lambda fn: lambda s, b, k: fn(s, b, k + s.progress.step), "grad", "grad")],
-        "reads progress.step of the store, which a graph would freeze",
+        "reads progress.step, which would be a constant in a graph",
     ),
     "counts": (
         lambda: [fl.Combinator("counts", counting, "grad", "grad", init=lambda store: {"n": 0})],
@@ -149,7 +149,7 @@ def test_loss_scaling_goes_on_without_a_graph() -> None:
     config = fl.FitConfig(max_steps=3, precision="fp16", progress=False)
     one = fl.fit(fl.TrainState.create(task_of()), batches_of((6, 6)), config)
     with pytest.warns(
-        fl.errors.CompileWarning, match="loss_scale must read after every step whether it was skipped, .* going on without a graph"
+        fl.errors.CompileWarning, match="loss_scale must read after every step whether it was skipped, .* continuing without a graph"
     ):
         two = fl.fit(fl.TrainState.create(task_of()), batches_of((6, 6)), attrs.evolve(config, compile="trace"))
     assert_trees_equal(dict(one.params), dict(two.params))

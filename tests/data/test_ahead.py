@@ -1,4 +1,4 @@
-"""Workers of the next epoch start before the one under way ends: nothing is read otherwise, nobody is left over."""
+"""Workers of the next epoch start before the one under way ends: the same data is read, and no process is left over."""
 
 import multiprocessing
 import os

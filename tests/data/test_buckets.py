@@ -74,7 +74,7 @@ def test_every_place_is_entered_without_reading_what_is_before() -> None:
         dataset = Numbers(101)
         assert read(loader(dataset), start=start) == whole[start:]
         assert dataset.read == flat(whole[start:])
-    with pytest.raises(LoaderError, match="stands at batch 14 of epoch 0, but this DataLoader has 13 batches an epoch"):
+    with pytest.raises(LoaderError, match="is at batch 14 of epoch 0, but this DataLoader has 13 batches per epoch"):
         read(loader(), start=14)
 
 
@@ -188,9 +188,12 @@ def test_a_training_over_buckets_resumes_bitwise(tmp_path: Any) -> None:
         ({"batch_size": 0}, r"LengthBuckets\(batch_size=...\) must be a whole number of at least 1, but got 0"),
         ({"max_tokens": 2.5}, r"LengthBuckets\(max_tokens=...\) must be a whole number"),
         ({"batch_size": 2, "buckets": True}, r"LengthBuckets\(buckets=...\) must be a whole number"),
-        ({"max_tokens": 5}, "sample 1 has length 7, which is more than max_tokens=5; cut it, leave it out, or allow more"),
-        ({"batch_size": 4, "drop_last": True}, "LengthBuckets has no batch: no bucket of its 3 samples fills one, and drop_last is True"),
-        ({"lengths": [], "batch_size": 2}, r"takes the length of every sample, whole numbers of shape \[samples\], but got"),
+        ({"max_tokens": 5}, "sample 1 has length 7, which is more than max_tokens=5; truncate it, leave it out, or raise max_tokens"),
+        (
+            {"batch_size": 4, "drop_last": True},
+            "LengthBuckets has no batch: no bucket of its 3 samples fills a batch, and drop_last is True",
+        ),
+        ({"lengths": [], "batch_size": 2}, r"needs the length of every sample, integers >= 0 of shape \[samples\], but got"),
         ({"lengths": [1.5, 2.0], "batch_size": 2}, r"but got torch.float32 of shape \[2\]"),
         ({"lengths": [3, -1], "batch_size": 2}, r"but got torch.int64 of shape \[2\], some below 0"),
         ({"lengths": torch.ones(2, 2, dtype=torch.int64), "batch_size": 2}, r"shape \[2, 2\]"),
@@ -206,5 +209,5 @@ def test_what_means_nothing_is_refused(given: dict[str, Any], match: str) -> Non
 def test_a_dataset_of_another_length_is_an_error() -> None:
     """Samples that nobody would read, or that are not there, are told of before the first batch."""
     for size in (5, 200):
-        with pytest.raises(LoaderError, match=f"LengthBuckets was given 101 lengths, but the dataset has {size} samples"):
+        with pytest.raises(LoaderError, match=f"LengthBuckets has 101 lengths, but the dataset has {size} samples"):
             read(DataLoader(range(size), batch_sampler=LengthBuckets(LENGTHS, 8)))

@@ -1,4 +1,4 @@
-"""Laws of loaders joined into one: each child is keyed by its place, and any place in the joint epoch can be entered."""
+"""Laws of loaders joined into one: each child is keyed by its index, and reading can start at any position in the joint epoch."""
 
 from itertools import islice
 from typing import Any
@@ -139,7 +139,7 @@ def test_a_limit_ends_a_joint_epoch(join: Any) -> None:
     assert [last for _, _, last in triples(source)] == [False, False, True]
     assert triples(source, start=2) == triples(source)[2:]
     assert Source(join(shuffled(8), shuffled(8)), limit=0.5).num_batches == (4 if join is concat else 2)
-    with pytest.raises(LoaderError, match="stands at batch 4 of epoch 0, but this Combined has 3 batches an epoch"):
+    with pytest.raises(LoaderError, match="is at batch 4 of epoch 0, but this Combined has 3 batches per epoch"):
         triples(source, start=4)
 
 
@@ -149,13 +149,13 @@ def test_a_stream_ends_a_zip_of_the_shortest() -> None:
     found = triples(Source(zip_shortest(shuffled(20), stream)))
     assert [last for _, _, last in found] == [False, False, True]
     assert [last for _, _, last in triples(Source(concat(shuffled(2), stream)))] == [False, False, False, True]
-    with pytest.warns(LoaderWarning, match="1 batches of epoch 0 are read and thrown away"):
+    with pytest.warns(LoaderWarning, match="1 batches of epoch 0 are read and discarded"):
         assert triples(Source(zip_shortest(shuffled(20), stream)), start=1) == found[1:]
 
 
 def test_zip_longest_needs_lengths() -> None:
     """Without a length nobody knows which is the longest: the message says how to give one."""
-    with pytest.raises(LoaderError, match="zip_longest must know how long its loaders are, but loader 1 has no length; use zip_shortest"):
+    with pytest.raises(LoaderError, match="zip_longest needs the length of its loaders, but loader 1 has none; use zip_shortest"):
         triples(Source(zip_longest(shuffled(4), DataLoader(Stream(4)))))
     source = Source(zip_longest(shuffled(8), Source(DataLoader(Stream(4), batch_size=2), limit=2)))
     assert [batch[1][0][0] for batch, _, _ in triples(source)] == [0.0, 2.0, 0.0, 2.0]
@@ -164,7 +164,7 @@ def test_zip_longest_needs_lengths() -> None:
 def test_a_child_of_zip_longest_that_is_shorter_than_it_says_is_an_error() -> None:
     """A length that does not hold would misplace every later turn."""
     source = Source(zip_longest([torch.zeros(1)] * 9, Source(DataLoader(Stream(4), batch_size=2), limit=3)))
-    with pytest.raises(LoaderError, match="said that it has 3 batches, but ended after 2; correct its length or its limit"):
+    with pytest.raises(LoaderError, match="has the length 3, but ended after 2 batches; correct its __len__ or its limit"):
         triples(source)
 
 
@@ -173,11 +173,11 @@ def test_concat_enters_behind_a_stream_only_where_it_is_last() -> None:
     joined = concat(DataLoader(Stream(4), batch_size=2), shuffled(4))
     assert len(triples(Source(joined))) == 4
     with pytest.raises(
-        LoaderError, match="concat cannot go on at batch 1 of its loader 0, which has no length; put loaders without a length last"
+        LoaderError, match="concat cannot resume at batch 1, because its loader 0 has no length; put loaders without a length last"
     ):
         triples(Source(joined), start=1)
     turned = Source(concat(shuffled(4), DataLoader(Stream(4), batch_size=2)))
-    with pytest.warns(LoaderWarning, match="1 batches of epoch 0 are read and thrown away"):
+    with pytest.warns(LoaderWarning, match="1 batches of epoch 0 are read and discarded"):
         assert triples(turned, start=3) == triples(turned)[3:]
 
 
@@ -193,7 +193,7 @@ def test_an_empty_child_is_refused_by_name() -> None:
         (zip_shortest, "zip_shortest takes loaders.*but got none"),
         (
             lambda: zip_longest([1], b=[2]),
-            "zip_longest takes loaders, either all without or all with a name, but got 1 without and 1 with a name",
+            "zip_longest takes loaders, either all positional or all by name, but got 1 positional and 1 by name",
         ),
         (concat, "concat takes loaders.*but got none"),
         (lambda: Source(concat([1], 3)), "a loader must be an iterable of batches.*but got int"),

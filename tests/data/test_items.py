@@ -1,4 +1,4 @@
-"""Laws of items and loaders: the endless stream of groups that a run consumes knows its place in the data."""
+"""Laws of items and loaders: the endless stream of groups that a run consumes knows its position in the data."""
 
 import gc
 import weakref
@@ -63,11 +63,11 @@ def test_loaders_are_listed_by_use_and_name() -> None:
         ({"train": {"a": [1], "b": [2]}}, r"Loaders\(train=...\) must be an iterable of batches.*mapping of \['a', 'b'\].*fl.zip_longest"),
         ({"val": Numbers(3)}, r"Loaders\(val=...\).*got the dataset Numbers; wrap it: DataLoader\(dataset, batch_size=32\)"),
         ({"val": {"a": Numbers(3)}}, r"Loaders\(val=\{'a': ...\}\).*got the dataset Numbers"),
-        ({"train": Stream(3)}, "got the dataset Stream; wrap it.*batch_size=None if it gives batches already"),
+        ({"train": Stream(3)}, "got the dataset Stream; wrap it.*batch_size=None if it yields whole batches"),
         ({"test": 3}, r"Loaders\(test=...\).*got int$"),
-        ({"test": lambda: [1]}, "got function; call it, if it makes a loader"),
+        ({"test": lambda: [1]}, "got function; call it if it returns a loader"),
         ({"predict": torch.zeros(3)}, r"got Tensor; for one batch write \[batch\]"),
-        ({"val": {}}, r"Loaders\(val=\{\}\) names no loader"),
+        ({"val": {}}, r"Loaders\(val=\{\}\) has no loader"),
         ({"val": {"a/b": [1]}}, "strings without a slash, but got the name 'a/b'"),
         ({"val": {1: [1]}}, "strings without a slash, but got the name 1"),
     ],
@@ -98,7 +98,7 @@ def test_groups_follow_the_epoch() -> None:
 
 
 @pytest.mark.parametrize(
-    "group, match", [(0, "a group must be a number of batches >= 1, but got 0"), ({2: 3}, "from epoch 0 on.*add 0: 1")]
+    "group, match", [(0, "batches per step must be a whole number >= 1, but got 0"), ({2: 3}, "must start at epoch 0.*add 0: 1")]
 )
 def test_a_group_that_means_nothing_is_refused(group: Any, match: str) -> None:
     """The group is checked before anything is read."""

@@ -131,15 +131,15 @@ def test_a_place_at_the_end_of_an_epoch_is_the_beginning_of_the_next() -> None:
 
 def test_a_place_beyond_the_end_of_an_epoch_is_an_error() -> None:
     """Data that became shorter than the state's place is never silently begun anew."""
-    message = "stands at batch 4 of epoch 1, but this .* has 3 batches an epoch: the data became shorter"
+    message = "is at batch 4 of epoch 1, but this .* has 3 batches per epoch: the data became shorter"
     loaders = [DataLoader(range(6), batch_size=2), [torch.zeros(1)] * 3, DataLoader(range(6), batch_sampler=[[0, 1], [2], [3]])]
     for loader in loaders:
         with pytest.raises(LoaderError, match=message):
             next(iter(batches(loader, state_at(1, 4))))
-    with pytest.raises(LoaderError, match=message), pytest.warns(LoaderWarning, match="4 batches of epoch 1 are read and thrown away"):
+    with pytest.raises(LoaderError, match=message), pytest.warns(LoaderWarning, match="4 batches of epoch 1 are read and discarded"):
         next(iter(batches(DataLoader(Stream(6), batch_size=2), state_at(1, 4))))
     for loader in [*loaders, Placed(9)]:
-        with pytest.raises(LoaderError, match=r"stands at batch 4 of epoch 1.* has 2 batches an epoch"):
+        with pytest.raises(LoaderError, match=r"is at batch 4 of epoch 1.* has 2 batches per epoch"):
             next(iter(batches(loader, state_at(1, 4), limit=2)))
 
 
@@ -352,7 +352,7 @@ def test_a_sampler_without_end_is_read_as_far_as_it_is_needed() -> None:
 def test_a_sampler_that_cannot_be_copied_is_named() -> None:
     """A sampler that holds a running generator is refused with what to do."""
     loader = DataLoader(range(4), batch_sampler=([i] for i in range(4)))
-    with pytest.raises(LoaderError, match=r"the sampler generator cannot be copied.*let its __iter__ make what it needs"):
+    with pytest.raises(LoaderError, match=r"the sampler generator cannot be copied.*create what it needs in its __iter__"):
         read(loader)
 
 

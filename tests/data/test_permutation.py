@@ -1,4 +1,4 @@
-"""An order of any number of samples is a permutation of them, a function of its key, and any part of it is there at once."""
+"""An order of any number of samples is a permutation of them, a function of its key, and any slice of it is computed directly."""
 
 import math
 

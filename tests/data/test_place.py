@@ -1,4 +1,4 @@
-"""A place in an epoch is so many samples: with batches of another size it is another batch, and no sample is lost or seen twice."""
+"""A position in an epoch is a number of samples: with another batch size it is another batch, and no sample is lost or seen twice."""
 
 from itertools import islice
 from typing import Any
@@ -43,7 +43,7 @@ def test_another_batch_size_goes_on_at_the_very_sample(kind: str, old: int, new:
     whole = rows(islice(batches(KINDS[kind](old), attrs.evolve(state_at(0, old), progress=before)), 24 // old))
     rest = islice(batches(KINDS[kind](new), state_at(done, old)), (24 - done) // new)
     if done % new:
-        with pytest.raises(LoaderError, match=rf"stands {done} samples into epoch 1, .* end after {done // new * new} and .*batch_size"):
+        with pytest.raises(LoaderError, match=rf"is {done} samples into epoch 1, .* end after {done // new * new} and .*batch_size"):
             next(batches(KINDS[kind](new), state_at(done, old)))
     else:
         assert rows(rest) == whole[done:]

@@ -98,10 +98,10 @@ def test_tensors_are_moved_once() -> None:
         (lambda: fl.TensorLoader({"x": torch.tensor(1.0)}, 1), TypeError, r"but x is a tensor of shape \[\]"),
         (lambda: fl.TensorLoader((torch.ones(3), torch.ones(4)), 1), LoaderError, "{'0': 3, '1': 4}"),
         (lambda: fl.TensorLoader((), 1), LoaderError, "got no tensor"),
-        (lambda: fl.TensorLoader(torch.ones(0, 2), 1), LoaderError, "0 samples do not fill one"),
+        (lambda: fl.TensorLoader(torch.ones(0, 2), 1), LoaderError, "0 samples do not fill a batch"),
         (lambda: fl.TensorLoader(torch.ones(3), 4, drop_last=True), LoaderError, "drop_last is True"),
         (lambda: fl.TensorLoader(torch.ones(3), 0), LoaderError, "at least 1, but got 0"),
-        (lambda: list(Source(fl.TensorLoader(torch.ones(3), 2)).epoch(0, 0, start=3)), LoaderError, "has 2 batches an epoch"),
+        (lambda: list(Source(fl.TensorLoader(torch.ones(3), 2)).epoch(0, 0, start=3)), LoaderError, "has 2 batches per epoch"),
     ],
 )
 def test_what_is_no_table_of_samples_is_refused(make: Any, error: type[Exception], match: str) -> None:

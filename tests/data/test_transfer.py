@@ -1,4 +1,4 @@
-"""On the way to a device batches stay what they are, and pinned buffers are written again only when their copy has ended."""
+"""Batches that are copied to a device keep their content, and pinned buffers are written again only after their copy has ended."""
 
 import weakref
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Processes of a loader die with the process that they read for, however and whenever it dies, and their own death is told."""
+"""Workers of a loader end with the process that they read for, however and whenever it dies, and their own death is reported."""
 
 import os
 import select

@@ -1,4 +1,4 @@
-"""A program: kill trainings at every kind of instant, go on with them, and count what was lost.
+"""A program: kill trainings at many moments, resume them, and count what was lost.
 
 ``python tests/faults/campaign.py --kills 200 --runs 50 --failures 200`` prints a table and ends with 1 if anything was lost.
 """
@@ -55,7 +55,7 @@ def went_on(folder, whole, durable, reference, workers=0, vanished=False):
     """Go on with a run that was killed: nothing that was saved may be missing, and its end is bitwise that of the whole."""
     found = newest(folder)
     step = 0 if found is None else int(found[-8:])
-    assert step >= durable, f"step {durable} was in its place, but the newest sound checkpoint is {found}"
+    assert step >= durable, f"step {durable} was in its place, but the newest valid checkpoint is {found}"
     if found is not None:
         assert load(found, make_task()).progress.step == step
     resumed = train(folder, loaders=make_loaders(workers))
@@ -200,7 +200,7 @@ def squeezed(folder, durable):
             warnings.simplefilter("ignore")
             train(folder)
     except CheckpointError as error:
-        assert "No space left on device; free some space" in str(error), str(error)  # noqa: PT017  # this is no test
+        assert "No space left on device; free disk space" in str(error), str(error)  # noqa: PT017  # this is no test
         assert not leftovers(folder), f"left behind: {leftovers(folder)}"
         return f"ended with an error: {error}"
     return "went on"

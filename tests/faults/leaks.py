@@ -1,4 +1,4 @@
-"""A program: do one thing many times in a process, and look at what the process holds afterwards.
+"""A program: repeat one action many times in a process, and measure which resources remain afterwards.
 
 ``python tests/faults/leaks.py`` does each a hundred thousand or a thousand times, ``--fits 20`` as often as it is told; it prints a table and ends with 1 if anything has leaked.
 """

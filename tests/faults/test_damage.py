@@ -86,7 +86,7 @@ def test_damage_anywhere_is_found_and_the_previous_checkpoint_is_used(sound, nam
                 warnings.simplefilter("always")
                 state = load(run, TASK)
             assert [w.category for w in caught] == [CheckpointWarning]
-            assert re.search(rf"passed over a broken checkpoint: .*step-00000002 is broken: .*{name}", str(caught[0].message), re.DOTALL)
+            assert re.search(rf"skipped a broken checkpoint: .*step-00000002 is broken: .*{name}", str(caught[0].message), re.DOTALL)
             assert unlike(state, OLD) == []
 
     found()

@@ -1,4 +1,4 @@
-"""A process that goes on for weeks gathers nothing; `leaks.py` is the long form."""
+"""A process that runs for weeks leaks nothing; `leaks.py` is the long form."""
 
 import os
 import subprocess

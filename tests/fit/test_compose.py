@@ -28,7 +28,7 @@ def test_compose_gives_the_pipe_that_fit_runs():
 
 def test_an_eval_trigger_without_data_is_refused():
     """What was configured is not silently ignored."""
-    with pytest.raises(ConfigError, match=r"eval_every=steps\(3\)\) needs data to evaluate on"):
+    with pytest.raises(ConfigError, match=r"eval_every=steps\(3\)\) needs validation data"):
         fit(created(), loader(), config(max_epochs=1, eval_every=steps(3)))
 
 

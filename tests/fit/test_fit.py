@@ -62,7 +62,7 @@ def test_donating_trains_on_the_very_tensors():
     state = created()
     ended = fit(state, both(), config(max_epochs=1, donate=True))
     assert ended.store is state.store
-    with pytest.raises(RuntimeError, match="was given to a later step"):
+    with pytest.raises(RuntimeError, match="was donated to a later step"):
         _ = state.params
 
 
@@ -121,7 +121,7 @@ def test_a_run_goes_on_from_a_checkpoint_whose_replacement_was_cut_short(tmp_pat
         fit(created(failing), both(), config(max_steps=6, dir=tmp_path, save_every=steps(1)))
     path = tmp_path / "checkpoints" / "step-00000003"
     path.rename(path.with_name(".step-00000003.old-0123abcd"))
-    with pytest.warns(CheckpointWarning, match="was being replaced when its writer died"):
+    with pytest.warns(CheckpointWarning, match="was being replaced when its writer ended"):
         again = fit(created(), both(), config(max_steps=6, dir=tmp_path, resume=True))
     assert torch.equal(again.params["weight"], whole.params["weight"])
 
@@ -129,7 +129,7 @@ def test_a_run_goes_on_from_a_checkpoint_whose_replacement_was_cut_short(tmp_pat
 def test_a_run_is_never_overwritten_by_another(tmp_path):
     """A dir that holds a run is an error that says how to go on."""
     fit(created(), both(), config(max_epochs=1, dir=tmp_path))
-    with pytest.raises(ConfigError, match=r"holds a run already, up to step-00000004; go on from it with FitConfig\(resume=True\)"):
+    with pytest.raises(ConfigError, match=r"already holds a run, up to step-00000004; resume it with FitConfig\(resume=True\)"):
         fit(created(), both(), config(max_epochs=2, dir=tmp_path))
 
 
@@ -236,8 +236,8 @@ def test_a_run_whose_checkpoints_are_all_broken_is_not_started_over(tmp_path):
     manifest = tmp_path / "checkpoints" / "step-00000004" / "state.json"
     manifest.write_text("{}")
     with (
-        pytest.warns(UserWarning, match="passed over a broken checkpoint: .*step-00000004"),
-        pytest.raises(BrokenCheckpointError, match="none of the 1 checkpoints in .* is sound, so there is nothing to go on from"),
+        pytest.warns(UserWarning, match="skipped a broken checkpoint: .*step-00000004"),
+        pytest.raises(BrokenCheckpointError, match="none of the 1 checkpoints in .* is valid, so the run cannot be resumed"),
     ):
         fit(created(), both(), config(max_epochs=2, dir=tmp_path, resume=True))
     assert manifest.read_text() == "{}"

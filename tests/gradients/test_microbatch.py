@@ -229,7 +229,7 @@ def test_containers_of_every_type_are_split_with_their_texts_and_arrays():
 
 def test_a_batch_that_cannot_be_split_is_an_error():
     """A tensor whose first dimension is not the samples is never split wrongly."""
-    with pytest.raises(StepError, match=r"a batch of 4 samples cannot be parted: it holds a tensor of shape \[5, 5\]"):
+    with pytest.raises(StepError, match=r"a batch of 4 samples cannot be split: it has a tensor of shape \[5, 5\]"):
         seen((torch.ones(4, 2), torch.ones(5, 5)), 2)
 
 

@@ -18,12 +18,12 @@ from tests.laws.tasks import TASKS
 CASE = TASKS["mlp with BatchNorm and dropout"]
 WITHOUT = {
     "recompute": "fnlight/recompute.py",
-    "exact_ranks": "it seeds the generators with something else than its key",
+    "exact_ranks": "the step seeds the generators with something else than its key",
     "microbatch auto": "repeats a step that runs out of memory",
     "loss_scale": "must read after every step whether it was skipped",
     "autocast fp16": "must read after every step whether it was skipped",
 }
-"""What goes on without a graph, with the reason that is given."""
+"""Combinators that run without a graph, with the reason in the warning."""
 CHOICES = [name for name in ENTRIES if name not in ("compile", "debug_bundle", "profile")]
 """Bundles hold what an eager step repeats, and only one run of a process is profiled at a time."""
 

@@ -43,7 +43,7 @@ def test_after_a_step_its_input_cannot_be_read_and_its_output_can(name, choice, 
     before = TrainState.create(case.make())
     after, _ = step(before, case.batches()[0])
     for read in READERS.values():
-        with pytest.raises(DonatedStateError, match=r"the state of step 0 was given to a later step.*state\.copy\(\).*fl\.pure\(step\)"):
+        with pytest.raises(DonatedStateError, match=r"the state of step 0 was donated to a later step.*state\.copy\(\).*fl\.pure\(step\)"):
             read(before)
     assert trees_equal(after.params, dict(after.module().named_parameters()))
     assert READERS["copy"](after).progress.step == 1
@@ -70,7 +70,7 @@ def test_what_takes_a_state_refuses_a_donated_one(tmp_path):
         lambda: fit(before, case.batches(), FitConfig(max_steps=1, progress=False, donate=True)),
     ]
     for call in calls:
-        with pytest.raises(DonatedStateError, match="the state of step 0 was given to a later step"):
+        with pytest.raises(DonatedStateError, match="the state of step 0 was donated to a later step"):
             call()
     assert list(tmp_path.iterdir()) == []
     assert trees_equal(after, kept)

@@ -122,9 +122,9 @@ def test_averaged_weights_are_used_when_asked():
 
 def test_weights_that_do_not_exist_are_an_error_before_any_batch():
     """The error lists the averages that the state holds."""
-    with pytest.raises(ConfigError, match=r"weights='ema' asks for averaged weights, but the state's memory holds none; train with fl.ema"):
+    with pytest.raises(ConfigError, match=r"weights='ema' names averaged weights, but the state has none; train with fl.ema"):
         evaluate(created(), loader(), weights="ema")
-    with pytest.raises(ConfigError, match=r"weights='ema' asks for averaged weights"):
+    with pytest.raises(ConfigError, match=r"weights='ema' names averaged weights"):
         predict(created(), loader(), weights="ema")
 
 

@@ -34,9 +34,9 @@ def test_data_that_an_evaluation_used_up_is_an_error_that_says_which_evaluation(
     step = pipe(
         train_step, grad(), apply(), evaluate_every(iter([torch.ones(2, 3)]), every=steps(1), name="held out"), stop_when(max_steps(3))
     )
-    with pytest.raises(LoaderError, match="used up") as raised:
+    with pytest.raises(LoaderError, match="exhausted") as raised:
         list(run(step, created(), [torch.ones(2, 3)]))
-    assert raised.value.__notes__ == ["in the evaluation 'held out', behind step 2"]
+    assert raised.value.__notes__ == ["in the evaluation 'held out', after step 2"]
 
 
 def test_an_evaluation_at_the_end_happens_once():

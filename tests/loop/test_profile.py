@@ -103,7 +103,7 @@ def test_fit_traces_what_its_configuration_says(tmp_path):
 
 def test_two_profilers_at_once_are_refused(tmp_path):
     """Torch records for one at a time, so the error says which one has to go."""
-    with torch.profiler.profile(), pytest.raises(ConfigError, match="another profiler"):
+    with torch.profiler.profile(), pytest.raises(ConfigError, match="another torch profiler"):
         list(run(stepping(profile(tmp_path, range(1, 2))), created(), loader()))
 
 

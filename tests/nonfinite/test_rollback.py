@@ -60,7 +60,7 @@ def test_a_run_goes_back_and_on_with_the_data_behind_the_trouble(tmp_path):
     """After a NaN in batch 7, noticed at step 8, the state is that of step 4, and goes on with batch 9 as if those between were not there."""
     after, told = fit(tmp_path / "run", data(6), keep=fl.every(4))
     place = tmp_path / "run" / "checkpoints" / "step-00000004"
-    where = f"back to {place}; the data of the 4 steps since then is left out (1 of at most 3 times in a row)"
+    where = f"back to {place}; the data of the 4 steps since then is skipped (1 of at most 3 times in a row)"
     assert told == [f"the loss was NaN or infinite at step 7 (in epoch 0, up to its batch 7): {where}"]
     at = after.progress
     assert (at.step, at.skipped, at.epoch, at.samples) == (8, 4, 1, 48)
@@ -239,7 +239,7 @@ def by_hand(folder, *more, **options):
 def test_without_a_checkpoint_the_error_says_so(tmp_path):
     """By hand, the first checkpoint may come too late."""
     saving = fl.checkpoint_every(tmp_path, every=fl.steps(4))
-    with pytest.raises(NonFiniteError, match=r"at step 2 .*holds no sound checkpoint to go back to; save the first one earlier"):
+    with pytest.raises(NonFiniteError, match=r"at step 2 .*holds no valid checkpoint to go back to; save the first one earlier"):
         list(fl.run(by_hand(tmp_path, saving), created(), data(1)))
     initial = fl.checkpoint_every(tmp_path / "b", every=fl.steps(4), initial=True)
     assert str(initial).endswith("keep=last(1), initial=True)")
@@ -252,7 +252,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(tmp_path):
     """Where the checkpoint is of another model, the error says what could not be gone back to, and why."""
     other = fl.TrainState.create(fl.Task(nn.Linear(1, 1), train_step))
     fl.save(other, step_path(tmp_path, 0))
-    with pytest.raises(NonFiniteError, match=r"step-00000000 could not be gone back to: the checkpoint is of another model"):
+    with pytest.raises(NonFiniteError, match=r"step-00000000 could not be restored: the checkpoint is from another model"):
         list(fl.run(by_hand(tmp_path, fl.checkpoint_every(tmp_path, every=None)), created(), data(1)))
 
 
@@ -270,9 +270,9 @@ def test_what_rollback_needs_is_asked_for_before_the_first_step(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, r"nonfinite='rollback'\) goes back to a checkpoint, but there is no dir; give dir"),
-        ({"dir": "a", "debug_bundle": True}, r"nonfinite='rollback'\) leaves behind the steps that debug_bundle=True would repeat"),
-        ({"nonfinite": "raise", "max_nonfinite": 3}, r"max_nonfinite=3\) bounds nonfinite='skip' and 'rollback', but it is 'raise'"),
+        ({}, r"nonfinite='rollback'\) loads a checkpoint, but dir is None; give dir"),
+        ({"dir": "a", "debug_bundle": True}, r"nonfinite='rollback'\) drops the steps that debug_bundle=True would repeat"),
+        ({"nonfinite": "raise", "max_nonfinite": 3}, r"max_nonfinite=3\) limits nonfinite='skip' and 'rollback', but nonfinite is 'raise'"),
         ({"dir": "a", "max_nonfinite": 0}, r"max_nonfinite=...\) must be .*at least 1"),
     ],
 )

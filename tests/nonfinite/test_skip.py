@@ -66,7 +66,7 @@ def test_too_many_in_a_row_end_the_run_and_name_the_gradients():
     step = fl.pipe(half_bad, fl.grad(), fl.skip_nonfinite(max_consecutive=2), fl.apply())
     state = fl.TrainState.create(task_of(fn=half_bad))
     with pytest.raises(
-        fl.errors.NonFiniteError, match=r"2 steps in a row were left out.*those of: 1\.weight, 1\.bias, 2\.weight, 2\.bias;"
+        fl.errors.NonFiniteError, match=r"2 steps in a row were skipped.*gradients of: 1\.weight, 1\.bias, 2\.weight, 2\.bias;"
     ) as error:
         list(fl.run(step, state, batches([1, 1, "nan", "nan", 1, 1])))
     assert error.value.__notes__ == ["at step 4, in epoch 0, up to its batch 4"]
@@ -158,5 +158,5 @@ def test_a_skip_that_means_nothing_is_refused(make, message):
 
 def test_what_could_hide_a_nan_stands_behind():
     """clip_value makes an infinity finite."""
-    with pytest.raises(fl.errors.SeamError, match=r"clip_value\(1.0\) stands in front of skip_nonfinite and may hide"):
+    with pytest.raises(fl.errors.SeamError, match=r"clip_value\(1.0\) comes before skip_nonfinite and may hide"):
         fl.pipe(loss_fn, fl.grad(), fl.clip_value(1.0), fl.skip_nonfinite(), fl.apply())

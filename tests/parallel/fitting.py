@@ -1,4 +1,4 @@
-"""Run under torchrun by test_microbatch.py: batches that do not fit on one of the ranks; says as JSON what became of the weights."""
+"""Run under torchrun by test_microbatch.py: batches that do not fit into the memory of one rank; prints the resulting weights as JSON."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_elastic.py: a run of fit that a rank may break, as the arguments say; results go to DIR/result.json."""
+"""Run under torchrun by test_elastic.py: a run of fit in which a rank may fail, as the arguments say; results are in DIR/result.json."""
 
 import json
 import os

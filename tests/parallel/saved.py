@@ -1,4 +1,4 @@
-"""Run under torchrun by test_saved.py: states that are saved by some ranks and read by others; says as JSON what they hold."""
+"""Run under torchrun by test_saved.py: states that are saved by some ranks and read by others; prints their content as JSON."""
 
 import json
 import os

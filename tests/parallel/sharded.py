@@ -1,4 +1,4 @@
-"""Run under torchrun by test_fsdp.py: cases by name, one after the other; says as JSON what became of each."""
+"""Run under torchrun by test_fsdp.py: cases by name, one after the other; prints the result of each as JSON."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_ddp.py: steps by hand, each rank on its part of a batch; says as JSON what became of the weights."""
+"""Run under torchrun by test_ddp.py: a manual loop, each rank on its part of a batch; prints the resulting weights as JSON."""
 
 import json
 import sys

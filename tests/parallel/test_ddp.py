@@ -1,4 +1,4 @@
-"""`ddp`: the gradients of all ranks are those of one process, and the very ones that torch alone gives."""
+"""`ddp`: the gradients of all ranks are those of one process, and bit-identical to those of torch alone."""
 
 import json
 
@@ -66,5 +66,5 @@ def test_what_makes_no_sense_is_refused(monkeypatch):
         ddp(bucket_cap_mb=0)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ParallelError, match=r"is rank 1 of 2, but has not joined the others; write `with fl\.parallel\.join"):
+    with pytest.raises(ParallelError, match=r"is rank 1 of 2, but has not joined the other ranks; write `with fl\.parallel\.join"):
         ddp().place(nn.Linear(1, 1))

@@ -1,4 +1,4 @@
-"""Ranks that die, raise or change in number: a run goes on from the newest sound checkpoint, as if nothing had been."""
+"""Ranks that die, raise or change in number: a run resumes from the newest valid checkpoint, with the same result."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""`fsdp`: parts of a model train as the whole does in one process, and as torch's own loop does."""
+"""`fsdp`: a sharded model trains as the whole model does in one process, and as torch's own loop does."""
 
 import json
 
@@ -138,18 +138,18 @@ def test_ranks_that_share_a_batch_end_at_the_same_step(four):
     "name, says",
     [
         ("mesh", "ParallelError: a mesh of {'data': 3} needs 3 processes, but 2 have joined"),
-        ("dimensions", "ParallelError: a mesh has one data dimension, or two of which the first replicates"),
+        ("dimensions", "ParallelError: a mesh needs one data dimension, or two (the first replicates, the second shards)"),
         (
             "state",
-            "ParallelError: a placement cuts a model before its optimizer is built, but got a TrainState; give it to fl.TrainState.create",
+            "ParallelError: this placement shards a model before its optimizer is built, but got a TrainState; give it to fl.TrainState.create",
         ),
-        ("cut", "ParallelError: the model is cut already"),
-        ("devices", "ParallelError: a placement takes a model on one device a rank, but this one lies on ['cpu', 'meta']"),
+        ("cut", "ParallelError: the model is sharded already"),
+        ("devices", "ParallelError: a placement needs the model on one device per rank, but it is on ['cpu', 'meta']"),
         ("moved", "ParallelError: a state that is placed on several processes stays on cpu"),
-        ("partly", "StepError: the loss function computes with parameters that have not come together"),
-        ("closure", "ParallelError: LBFGS lays all gradients end to end"),
+        ("partly", "StepError: the loss function computes with sharded parameters that were not gathered"),
+        ("closure", "ParallelError: LBFGS needs all gradients as one flat tensor"),
         ("plan", "ParallelError: tensor_parallel= names ['block.*'], but the model has no such modules"),
-        ("hook", "ParallelError: the gradient of first.weight has a hook, which parts of a parameter do not have"),
+        ("hook", "ParallelError: the gradient of first.weight has a hook, which a sharded parameter loses"),
         ("no tensor", "ParallelError: tensor_parallel= needs a mesh with a dimension called 'tensor'"),
         ("method", "ParallelError: fsdp(methods=['encode']): Net has no such method"),
     ],

@@ -1,4 +1,4 @@
-"""Ranks that do not fit together are refused, what must happen at one step does, and there are other ways to train together."""
+"""Ranks that differ are refused, events happen at the same step on all ranks, and there are other ways to reduce gradients."""
 
 import json
 import os
@@ -28,23 +28,23 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize(
     "what, says",
     [
-        ("seeds", "rank 1 and rank 0 differ in their seed: 3 and 4; give TrainState.create(task, seed=...) the same number"),
-        ("code", "rank 1 and rank 0 differ in their code; start the same version of the script"),
-        ("data", "rank 1 and rank 0 differ in their samples: 24 and 23; give all ranks the same data"),
+        ("seeds", "rank 1 and rank 0 differ in their seed: 4 and 3; give TrainState.create(task, seed=...) the same number"),
+        ("code", "rank 1 and rank 0 differ in their code; run the same version of the script"),
+        ("data", "rank 1 and rank 0 differ in their samples: 23 and 24; give all ranks the same data"),
         ("config", "rank 1 and rank 0 differ in their config"),
         ("names", "ranks must give metrics of the same names, but rank 0 gave ['loss', 'of 0'], and these differ: {1: ['of 0', 'of 1']}"),
-        ("more ranks than samples", "batch_size=1 is that of all of them together: some would have nothing to do; give a batch_size of at least 2"),
-        ("placed later", "cuts up parameters, which must be done before their optimizer is built"),
-        ("devices", "takes a model on one device a rank, but this one lies on ['cpu', 'meta']"),
-        ("one value", "BatchNorm needs more than one value a channel to train"),
+        ("more ranks than samples", "batch_size=1 is the global batch size, so some ranks would have no samples; use a batch_size of at least 2"),
+        ("placed later", "shards parameters, which must be done before the optimizer is built"),
+        ("devices", "needs the model on one device per rank, but it is on ['cpu', 'meta']"),
+        ("one value", "BatchNorm needs more than one value per channel in training"),
         ("norms", "because the other ranks take part in every forward pass; give a number of samples"),
         ("bundle", "debug_bundle works in one process"),
         ("carry", "carry keeps a value for the samples of each process"),
         ("cache", "grad_cache computes one loss over all samples of a step"),
-        ("predict", "predict(signals=...) is for one process"),
+        ("predict", "predict(signals=...) works in one process"),
         ("diloco", "create the state with place=fl.parallel.local_sgd()"),
-        ("sides", "uneven parts of loaders side by side"),
-        ("hosts", "several processes say that they are the one of local rank 0 on"),
+        ("sides", "uneven parts of loaders that are zipped"),
+        ("hosts", "several processes have local rank 0 on"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_on_all_ranks(what, says, found):
@@ -70,15 +70,15 @@ def test_two_launchers_may_share_a_machine_without_accelerators(found):
 
 
 def test_a_rank_that_is_waited_for_in_vain_is_named_wherever_that_is():
-    """Beside the steps of a run, which say so themselves: before the first of them, in an evaluation, behind a prediction, and at the end."""
+    """Beside the steps of a run, which say so themselves: before the first of them, in an evaluation, after a prediction, and at the end."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "tests/parallel/waiting.py"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    places = {"start": "before the first step", "evaluation": "in an evaluation", "prediction": "behind a prediction", "end": "at the end"}
+    places = {"start": "before the first step", "evaluation": "in an evaluation", "prediction": "after a prediction", "end": "at the end"}
     said = json.loads(done.stdout)
     assert said.keys() == places.keys()
     for place, where in places.items():
-        assert said[place].startswith(f"ParallelError: rank 0 of 2 has waited in vain for the others {where} ("), said[place]
+        assert said[place].startswith(f"ParallelError: rank 0 of 2 timed out waiting for the other ranks {where} ("), said[place]
 
 
 def test_what_one_rank_learns_happens_on_all_at_one_step(found):

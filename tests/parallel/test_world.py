@@ -1,4 +1,4 @@
-"""Where a process stands among the others follows from its environment, and from nothing else."""
+"""The rank of a process depends only on its environment variables."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def test_torchrun_is_believed_before_slurm():
 @pytest.mark.parametrize("environ", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "2"}, {"WORLD_SIZE": "two", "RANK": "0"}])
 def test_an_environment_that_contradicts_itself_is_refused(environ):
     """A rank that is missing, beyond the end, or no number."""
-    with pytest.raises(ParallelError, match=r"does not say which of how many processes this is.*torchrun --nproc-per-node"):
+    with pytest.raises(ParallelError, match=r"does not give a valid rank and number of processes.*torchrun --nproc-per-node"):
         named_world(environ)
 
 
@@ -35,15 +35,15 @@ def test_processes_that_were_not_told_where_to_meet_are_told_so(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(ParallelError, match="nobody says where the processes are to meet: MASTER_ADDR=None"), join():
+    with pytest.raises(ParallelError, match="does not say at which address the processes connect: MASTER_ADDR=None"), join():
         pass
 
 
 def test_what_torch_says_of_the_others_is_told_apart_from_other_errors():
     """An error of a backend is that nobody answers; whatever else is raised in a step stays what it is."""
     for text in ("[gloo/transport/tcp/pair.cc] Connection closed by peer [::1]:1", "NCCL error: remote process exited"):
-        found = World(1, 2).lost(RuntimeError(text), "behind step 7")
-        assert "rank 1 of 2 has waited in vain for the others behind step 7" in str(found)
+        found = World(1, 2).lost(RuntimeError(text), "after step 7")
+        assert "rank 1 of 2 timed out waiting for the other ranks after step 7" in str(found)
         assert text in str(found)
-    assert World(1, 2).lost(RuntimeError("shapes do not fit"), "behind step 7") is None
-    assert World(1, 2).lost(ValueError("gloo"), "behind step 7") is None
+    assert World(1, 2).lost(RuntimeError("shapes do not fit"), "after step 7") is None
+    assert World(1, 2).lost(ValueError("gloo"), "after step 7") is None

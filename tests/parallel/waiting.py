@@ -1,4 +1,4 @@
-"""Two ranks, of which the second ends without a word where it should meet the first; what the first says is printed, one line for each place.
+"""Two ranks: the second ends silently where the first waits for it; the error of the first is printed, one line for each place.
 
 python waiting.py
 """

@@ -140,7 +140,7 @@ def test_fp8_by_configuration_converts_only_the_trained_state(monkeypatch):
     stand_in(monkeypatch)
     gpu(monkeypatch, (9, 0))
     state = TrainState.create(task())
-    with pytest.raises(ConfigError, match=r"FitConfig\(precision='fp8'\) needs a GPU, but the state is trained on cpu; leave device out"):
+    with pytest.raises(ConfigError, match=r"FitConfig\(precision='fp8'\) needs a GPU, but the state is on cpu; train on a GPU"):
         fit(state, BATCHES, FitConfig(max_epochs=1, precision="fp8", device="cpu", progress=False))
     assert [type(m) for m in state.store.module.modules() if isinstance(m, nn.Linear)] == [nn.Linear] * 4
 

@@ -45,7 +45,10 @@ def test_wrong_arguments_of_loss_scale_are_refused(given, message):
         ([halves(), fl.grad()], r"autocast\(fp16\) needs a loss scale"),
         ([halves(), fl.grad(), fl.clip_norm(1.0), fl.loss_scale()], r"clip_norm\(1.0\) comes before loss_scale.*move loss_scale"),
         ([halves(), fl.grad(), fl.loss_scale(), fl.microbatch(2)], r"move microbatch before loss_scale"),
-        ([halves(), fl.autocast(torch.bfloat16), fl.grad()], r"two combinators of one name, autocast\(fp16\) and autocast\(bf16\)"),
+        (
+            [halves(), fl.autocast(torch.bfloat16), fl.grad()],
+            r"two combinators have the same name 'autocast', autocast\(fp16\) and autocast\(bf16\)",
+        ),
         ([halves(), fl.loss_scale(), fl.grad()], r"loss_scale takes a GradFn"),
     ],
 )

@@ -50,6 +50,8 @@ PUBLIC_UNDERSCORES = {
     "_replace": "of a named tuple, documented",
     "_exit": "of os, documented",
     "_rand": "NumPy's global generator, a third of the time of numpy.random.seed; with that as the fallback",
+    "_computed": "the cached result of a metric of torchmetrics; only a reset, which loses its state, clears it otherwise",
+    "_reductions": "how a metric of torchmetrics merges the states of ranks; there is no public name",
 }
 """Names with an underscore that are not fnlight's and not torch's."""
 

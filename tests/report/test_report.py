@@ -271,7 +271,7 @@ def test_a_donated_state_has_no_summary() -> None:
     """A state whose tensors were overwritten raises an error instead of showing wrong numbers."""
     state = TrainState.create(Task(mlp(), loss_of, configure_optimizers=sgd))
     pipe(loss_of, grad(), apply())(state, torch.ones(2, 8))
-    with pytest.raises(DonatedStateError, match="was given to a later step"):
+    with pytest.raises(DonatedStateError, match="was donated to a later step"):
         summary(state)
 
 

@@ -92,7 +92,7 @@ def test_a_donated_state_is_never_readable(read: str) -> None:
     before = trained(1)
     STEP(before, BATCH)
     message = (
-        r"the state of step 1 was given to a later step, .*; use the state that the step returned, keep state.copy\(\) .* fl.pure\(step\)"
+        r"the state of step 1 was donated to a later step, .*; use the state that the step returned, keep state.copy\(\) .* fl.pure\(step\)"
     )
     with pytest.raises(DonatedStateError, match=message):
         READS[read](before)
@@ -311,7 +311,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: TrainState.create(task(), seed=True), "seed must be a non-negative integer, but got True"),
     (
         lambda: TrainState.create(task(model=nn.Sequential(nn.LazyLinear(3)))),
-        r"lazy tensors without a shape, \['0.weight', '0.bias'\]; call it once on a batch before making a Task",
+        r"lazy tensors without a shape, \['0.weight', '0.bias'\]; call the model once on a batch before fl.Task\(model",
     ),
     (
         lambda: TrainState.create(task(model=nn.LazyBatchNorm1d(affine=False))),
@@ -395,9 +395,11 @@ def test_a_donated_model_makes_no_other_state(tmp_path):
     """A task whose model is gone says so, rather than beginning with weights that have been trained."""
     task = Task(nn.BatchNorm1d(2), lambda model, batch: model(batch).sum())
     state = TrainState.create(task, donate=True)
-    with pytest.raises(TypeError, match=r"lazy tensors without a shape, \['weight', 'bias', .*or make it anew where it was donated"):
+    with pytest.raises(
+        TypeError, match=r"lazy tensors without a shape, \['weight', 'bias', .*or create a new model if this one was donated"
+    ):
         TrainState.create(task)
-    with pytest.raises(TypeError, match="make it anew where it was donated"):
+    with pytest.raises(TypeError, match="create a new model if this one was donated"):
         load(save(state, tmp_path / "state"), state.task)
     assert torch.equal(state.copy().params["weight"], torch.ones(2))
 

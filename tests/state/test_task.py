@@ -33,14 +33,14 @@ def test_a_task_takes_phases_by_name() -> None:
 
 
 REFUSED: list[tuple[Callable[[], Any], str]] = [
-    (lambda: Task(nn.Linear, train_step), r"Task\(model=...\) must be an nn.Module, but got type; pass an instance, not a class"),  # pyright: ignore[reportArgumentType]
+    (lambda: Task(nn.Linear, train_step), r"Task\(model=...\) must be an nn.Module, but got type; pass an instance of a module"),  # pyright: ignore[reportArgumentType]
     (lambda: Task(nn.Linear(1, 1), None), r"Task\(train_step=...\) must be a function, but got NoneType"),
     (lambda: Task(nn.Linear(1, 1), train_step, eval_step=3), r"Task\(eval_step=...\) must be a function, but got int"),  # pyright: ignore[reportArgumentType]
     (
         lambda: Task(nn.Linear(1, 1), train_step, configure_optimizers="adam"),
         r"Task\(configure_optimizers=...\) must be a function, but got str",
     ),  # pyright: ignore[reportArgumentType]
-    (lambda: Task(nn.Linear(1, 1), {}), r"Task\(train_step=\{\}\) names no phase"),
+    (lambda: Task(nn.Linear(1, 1), {}), r"Task\(train_step=\{\}\) has no phases"),
     (lambda: Task(nn.Linear(1, 1), {"a/b": train_step}), "strings without a slash, but got the name 'a/b'"),
     (lambda: Task(nn.Linear(1, 1), {"gen": 3}), r"Task\(train_step=\{'gen': ...\}\) must be a function or a Phase, but got int"),
 ]

@@ -163,7 +163,7 @@ def test_the_mean_of_checkpoints_is_that_of_their_weights(tmp_path):
         assert_trees_equal(mean.opt_state, state.opt_state)
     with pytest.raises(CheckpointError, match=r"last=9\) found 4 checkpoints"):
         average_checkpoints(state, tmp_path, last=9)
-    with pytest.raises(MismatchError, match="weights do not fit the model"):
+    with pytest.raises(MismatchError, match="weights do not match the model"):
         average_checkpoints(TrainState.create(tiny_task("convnet")), paths)
 
 
@@ -185,7 +185,7 @@ def test_both_weights_are_in_a_checkpoint(tmp_path):
         (lambda: swa(start=-1), r"swa\(start=...\) must be completed epochs"),
         (lambda: refresh_batch_norm(created(), [data()]), r"found no BatchNorm layer in training mode"),
         (lambda: average_checkpoints(created(), [], last=0), r"must be a whole number of at least 1, or None for all, but got 0"),
-        (lambda: averaged(created()), r"weights='ema' asks for averaged weights"),
+        (lambda: averaged(created()), r"weights='ema' names averaged weights"),
     ],
 )
 def test_an_average_that_means_nothing_is_refused(make, message):

@@ -136,14 +136,15 @@ def test_fit_takes_a_whole_step(tmp_path):
 def test_a_whole_step_has_no_place_for_what_is_done_to_gradients():
     """`fit` refuses to be told to clip what is not there, and `pipe` says where what belongs."""
     with pytest.raises(
-        ConfigError, match=r"is a whole step, running_mean > manual\(name='mean'\), so there is no place for clip_norm\(1\.0\) in it"
+        ConfigError,
+        match=r"is a whole step already, running_mean > manual\(name='mean'\), so FitConfig cannot add clip_norm\(1\.0\) inside of it",
     ):
         compose(created().task, FitConfig(max_steps=1, clip_norm=1.0, progress=False))
     with pytest.raises(SeamError, match=r"clip_norm\(1\.0\) takes a GradFn"):
         pipe(STEP, clip_norm(1.0))
-    with pytest.raises(SeamError, match=r"manual takes an update by hand, \(store, batches, key\) -> metrics, but behind grad it is given"):
+    with pytest.raises(SeamError, match=r"manual takes a manual update, \(store, batches, key\) -> metrics, but after grad it gets"):
         pipe(running_mean, grad(), manual())
-    with pytest.raises(SeamError, match=r"apply takes .* but behind manual\(name='mean'\) it is given a Step"):
+    with pytest.raises(SeamError, match=r"apply takes .* but after manual\(name='mean'\) it gets a Step"):
         pipe(STEP, apply())
 
 
@@ -194,5 +195,5 @@ def test_memory_of_a_step_by_hand_that_starts_late_is_reported():
     """As for every combinator that remembers tensors."""
     step = pipe(lambda store, batches, key: {}, manual(lambda store: {"x": torch.ones(1)}))
     state, _ = STEP(created(), DATA[0])
-    with pytest.warns(MemoryWarning, match=r"manual starts its memory at step 1"):
+    with pytest.warns(MemoryWarning, match=r"manual starts with new memory at step 1"):
         step(state, DATA[1])

@@ -162,7 +162,8 @@ def test_what_needs_all_gradients_is_refused(parts):
     early = [part for part in parts if part.takes == "loss"]
     late = [part for part in parts if part.takes != "loss"]
     with pytest.raises(
-        SeamError, match=r"move apply_in_backward directly behind grad\(\) \(each parameter is updated as soon as its gradient is there, so"
+        SeamError,
+        match=r"move apply_in_backward directly after grad\(\) \(each parameter is updated as soon as its gradient is computed, so",
     ):
         pipe(tiny_task().train_step, *early, grad(), *late, apply_in_backward())
 
@@ -183,7 +184,7 @@ def test_an_optimizer_whose_parameters_share_something_is_refused(name):
     """Before the first step, with what may be done."""
     options = {"base": "adamw"} if name == "lookahead" else {}
     task = attrs.evolve(tiny_task(), configure_optimizers=lambda model: optimizer(name, model, **options))
-    with pytest.raises(OptimizerError, match=r"cannot update one parameter at a time: only the classes of torch.optim but LBFGS"):
+    with pytest.raises(OptimizerError, match=r"cannot update one parameter at a time: only the classes of torch.optim except LBFGS"):
         next(run(pipe(task.train_step, grad(), apply_in_backward()), TrainState.create(task), tiny_batches()))
 
 
@@ -193,13 +194,13 @@ def test_several_optimizers_several_batches_and_none_are_refused():
     with pytest.raises(ConfigError, match=r"apply_in_backward steps one optimizer, but the phases disc, gen have one each; use apply\(\)"):
         pipe(case.make().train_step, grad(), apply_in_backward())
     step, batches = pipe(tiny_task().train_step, grad(), apply_in_backward()), tiny_batches()
-    with pytest.raises(StepError, match=r"takes one batch a step, but was given 2; .* use accumulate\(\) and apply\(\)"):
+    with pytest.raises(StepError, match=r"takes one batch per step, but got 2; .* use accumulate\(\) and apply\(\)"):
         step(TrainState.create(tiny_task()), Item(tuple(batches[:2]), 0, 2, last=False, samples=12))
     with pytest.raises(OptimizerError, match=r"apply_in_backward needs an optimizer, but the task has no configure_optimizers"):
         step(TrainState.create(attrs.evolve(tiny_task(), configure_optimizers=None)), batches[0])
     state = TrainState.create(tiny_task())
     state.store.place = object()  # how tensors lie on several processes
-    with pytest.raises(ConfigError, match=r"before their gradients are joined with those of other processes; use apply\(\) in several"):
+    with pytest.raises(ConfigError, match=r"before gradients are averaged over the processes, .*use apply\(\)"):
         step.start(state)
 
 

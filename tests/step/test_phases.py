@@ -266,7 +266,10 @@ def test_optimizers_are_restored_by_name(tmp_path):
         {"critic": tell_apart, "gen": deceive},
         configure_optimizers=lambda m: {"critic": two_optimizers(m)["disc"], "gen": two_optimizers(m)["gen"]},
     )
-    with pytest.warns(CheckpointWarning, match=r"'disc' is no more, and its memory is dropped\n  there was no optimizer 'critic' then"):
+    with pytest.warns(
+        CheckpointWarning,
+        match=r"the task no longer has the optimizer 'disc'; its state is dropped\n  the checkpoint has no optimizer 'critic'",
+    ):
         found = load(path, renamed)
     assert found.progress.updates == {"critic": 0, "gen": 3}
     assert_trees_equal(found.opt_state["gen"], state.opt_state["gen"])
@@ -278,7 +281,7 @@ def test_one_optimizer_and_several_do_not_mix(tmp_path):
     single = Task(several.model, tell_apart, configure_optimizers=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
     paths = [save(update(TrainState.create(task), DATA[0])[0], tmp_path / name) for task, name in ((several, "a"), (single, "b"))]
     for path, task in ((paths[0], single), (paths[1], several)):
-        with pytest.warns(CheckpointWarning, match=r"the optimizers changed: .* now; all memory starts afresh"):
+        with pytest.warns(CheckpointWarning, match=r"the optimizers changed: .* now; all optimizer state starts empty"):
             state = load(path, task)
         assert state.progress.step == 1
     assert restore(paths[0], TrainState.create(several)).progress.updates == {"disc": 1, "gen": 1}
@@ -340,17 +343,17 @@ def test_parameters_that_no_phase_trains_are_warned_of():
         (
             lambda: pipe({"disc": tell_apart, "gen": deceive}, grad()),
             SeamError,
-            r"disc, gen become one step by apply\(\), but there is none",
+            r"apply\(\) joins the phases disc, gen into one step, but there is none",
         ),
         (
             lambda: pipe({"disc": tell_apart}, apply()),
             SeamError,
             r"apply takes a GradFn .* but the phase 'disc' gives a LossFn, .*; put grad\(\)",
         ),
-        (lambda: Phase(tell_apart, ema(0.9)), SeamError, r"ema\(0\.9\) gives a whole step, so it cannot be a phase's own"),
+        (lambda: Phase(tell_apart, ema(0.9)), SeamError, r"ema\(0\.9\) gives a whole step, so it cannot be part of one Phase"),
         (lambda: Phase(tell_apart, clip_norm), SeamError, r"got the function clip_norm; call it first"),
         (lambda: Phase(tell_apart, every=5), ConfigError, r"Phase\(every=\.\.\.\) must be a trigger such as steps\(5\), but got 5"),
-        (lambda: Task(nn.Linear(1, 1), {}), TypeError, r"names no phase"),
+        (lambda: Task(nn.Linear(1, 1), {}), TypeError, r"has no phases"),
         (lambda: Task(nn.Linear(1, 1), {"a/b": tell_apart}), TypeError, r"strings without a slash, but got the name 'a/b'"),
         (lambda: Task(nn.Linear(1, 1), {"a": 3}), TypeError, r"\{'a': \.\.\.\}\) must be a function or a Phase, but got int"),
     ],
@@ -365,7 +368,7 @@ def test_a_step_whose_phases_the_task_does_not_have():
     """A step of several phases needs a state that has their optimizers, and a step of one a state that has one."""
     single = Task(nn.Linear(4, 1), tell_apart, configure_optimizers=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(
-        SeamError, match=r"has the phases disc, but the task has optimizers for none of them; let configure_optimizers return a dict"
+        SeamError, match=r"has the phases disc, but the task has optimizers for none of them; configure_optimizers must return a dict"
     ):
         pipe({"disc": tell_apart}, grad(), apply())(TrainState.create(single), DATA[0])
     with pytest.raises(OptimizerError, match=r"has an optimizer for each of the phases disc, gen, so its step starts from a mapping"):

@@ -59,7 +59,7 @@ def test_a_step_donates_its_input():
     """What went in is no longer readable, and the error says what to do."""
     state = created()
     pipe(loss_fn, grad(), apply())(state, data())
-    with pytest.raises(DonatedStateError, match=r"state of step 0 was given to a later step.*fl.pure\(step\)"):
+    with pytest.raises(DonatedStateError, match=r"state of step 0 was donated to a later step.*fl.pure\(step\)"):
         _ = state.params
 
 

@@ -1,4 +1,4 @@
-"""Devices: which one is taken, how a module gets there, and what a lazy one is told."""
+"""Devices: which device is chosen, how a module is moved to it, and which functions of a lazy device are called."""
 
 from types import SimpleNamespace
 
@@ -46,7 +46,7 @@ def test_a_device_that_torch_knows_no_module_of_is_refused(monkeypatch):
         raise RuntimeError(f"no module for {device}")
 
     monkeypatch.setattr(torch, "get_device_module", unknown)
-    with pytest.raises(ConfigError, match=r"torch knows no module for the device 'xla:0', .*place=fl\.parallel\.xla\(\)"):
+    with pytest.raises(ConfigError, match=r"torch has no module for the device 'xla:0', .*place=fl\.parallel\.xla\(\)"):
         module_of(torch.device("xla", 0))
     with pytest.raises(ConfigError, match=r"for the device 'mtia', so its random numbers cannot be seeded$"):
         module_of(torch.device("mtia"))
@@ -95,7 +95,7 @@ def test_a_lazy_device_is_told_of_the_end_of_every_batch_of_an_evaluation(ends):
 def test_a_lazy_device_compiles_by_itself(ends):
     """Asking for a graph besides is answered with a warning, and the run goes on without."""
     config = FitConfig(max_steps=3, compile="trace", device="cpu", progress=False)
-    with pytest.warns(match="no graph at level 'trace': the device 'cpu' compiles steps by itself; going on without a graph"):
+    with pytest.warns(match="no graph at level 'trace': the device 'cpu' compiles steps itself; continuing without a graph"):
         fit(TrainState.create(tiny_task("convnet")), tiny_batches("convnet"), config)
 
 

@@ -1,4 +1,4 @@
-"""Laws of `fnlight.tensors.rng`: keys that share nothing, and generators that are put back."""
+"""Laws of `fnlight.tensors.rng`: keys that are independent, and generators that are restored."""
 
 import random
 import sys

@@ -1,4 +1,4 @@
-"""The laws of tests/laws on XLA's device: the very functions, on the same tasks and combinators.
+"""The laws of tests/laws on XLA's device: the same functions, on the same tasks and combinators.
 
 By default every combinator, most of them in one pipe, and the tasks that differ most; ``FNLIGHT_XLA=all`` tries each combinator alone on each task.
 A process keeps the code of all that XLA has compiled in it, and the system ends it when that lies in too many places, after some hundred tests: then

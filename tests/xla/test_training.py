@@ -1,4 +1,4 @@
-"""Training on XLA: what it comes to, how often it compiles, what it waits for, and how it goes from and to other devices."""
+"""Training on XLA: its result, how often it compiles, when it waits, and how states move from and to other devices."""
 
 import os
 from itertools import islice
@@ -264,18 +264,18 @@ def test_evaluations_and_predictions_are_those_of_the_cpu():
 def test_xla_compiles_by_itself():
     """A graph of fnlight's own is asked for in vain, which a warning says."""
     config = FitConfig(max_steps=2, compile="trace", progress=False)
-    with pytest.warns(CompileWarning, match=r"the device 'xla:0' compiles steps by itself; going on without a graph"):
+    with pytest.warns(CompileWarning, match=r"the device 'xla:0' compiles steps itself; continuing without a graph"):
         fit(TrainState.create(tiny_task("convnet"), place=parallel.xla()), tiny_batches("convnet"), config)
 
 
 def test_a_mesh_of_other_devices_is_refused():
     """The error says how many there are, and how more are had on the CPU; a mesh that means nothing is one, too."""
-    match = r"xla\(mesh=\{'data': 3\}\) takes 3 devices, but there are 1; give a mesh of all of them"
+    match = r"xla\(mesh=\{'data': 3\}\) needs 3 devices, but there are 1; give a mesh of all of them"
     with pytest.raises(ParallelError, match=match + (r", or set CPU_NUM_DEVICES=3" if os.environ["PJRT_DEVICE"] == "CPU" else "")):
         parallel.xla(mesh={"data": 3})
     with pytest.raises(ConfigError, match=r"such as \{'data': 4\}, but got \{\}"):
         parallel.xla(mesh={})
-    with pytest.raises(ConfigError, match=r"names \['model'\], but the axes of the mesh are none"):
+    with pytest.raises(ConfigError, match=r"names the axes \['model'\], but the axes of the mesh are none"):
         parallel.xla(shard={"0": ("model", None)})
 
 
