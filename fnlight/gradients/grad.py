@@ -48,16 +48,9 @@ def grad() -> Combinator:
             if total.__class__ is not Tensor or total.dim() or not total.requires_grad:
                 counts = _samples_of(total, part)
                 total, weight, metrics = _read(total, store)
-            values, look, scale = None, taken(store), store.step.scale
+            look, scale = taken(store), store.step.scale
             outside = look.outside(total, store) if look is not None and store.params else ()
-            scaled = total if scale is None else total * scale
-            if store.params and store.optim.create_graph:
-                made = torch.autograd.grad(scaled, store.params, create_graph=True, allow_unused=True)  # .grad with a graph would leak
-                values = [None if v is None else v.clone() for v in made]  # no views: optimizers detach them in place
-            elif store.params:
-                scaled.backward()
-            loss = total.detach()
-            values = [p.grad for p in store.params] if values is None else values
+            values, loss = _backward(total if scale is None else total * scale, store), total.detach()
             found = Gradients(values, loss, weight, metrics)
             metrics["loss"] = loss if found.plain else Mean(loss, weight, None if counts is None else (loss * counts, weight * counts))
             if look is not None and store.params:
@@ -67,6 +60,16 @@ def grad() -> Combinator:
         return grad_fn
 
     return Combinator("grad", wrap, "loss", "grad_sum", start=begin)
+
+
+def _backward(loss: Tensor, store: StoreView) -> list[Tensor | None]:
+    """The gradients of the trained parameters."""
+    if store.params and store.optim.create_graph:
+        made = torch.autograd.grad(loss, store.params, create_graph=True, allow_unused=True)  # .grad with a graph would leak
+        return [None if v is None else v.clone() for v in made]  # no views: optimizers detach them in place
+    if store.params:
+        loss.backward()
+    return [p.grad for p in store.params]
 
 
 def _samples_of(out: Any, part: Part | None) -> float | None:

@@ -1,4 +1,4 @@
-"""The caller's context: what is called within one of torch's contexts does as outside of it, or says in one sentence that it will not."""
+"""Law 11: inside a context of the caller, a function does what it does outside of it, or refuses in one sentence."""
 
 import contextlib
 from collections.abc import Callable, Iterator
