@@ -103,9 +103,9 @@ def _trained(*levels) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("module", "name", "says"),
     [
-        ("torch._inductor.compile_fx", "compile_fx_inner", r"has no torch\._inductor\.compile_fx\.compile_fx_inner.*going on"),
-        ("torch._inductor.decomposition", "select_decomp_table", r"has no torch\._inductor\.decomposition\.select_decomp_table.*going on"),
-        ("torch._subclasses.fake_tensor", "FakeTensorMode", r"has no torch\._subclasses\.fake_tensor\.FakeTensorMode.*going on"),
+        ("torch._inductor.compile_fx", "compile_fx_inner", r"has no torch\._inductor\.compile_fx\.compile_fx_inner.*continuing"),
+        ("torch._inductor.decomposition", "select_decomp_table", r"has no torch\._inductor\.decomposition\.select_decomp_table.*continuing"),
+        ("torch._subclasses.fake_tensor", "FakeTensorMode", r"has no torch\._subclasses\.fake_tensor\.FakeTensorMode.*continuing"),
     ],
 )
 def test_without_a_private_name_the_step_is_taken_at_a_lower_level(monkeypatch, module, name, says):
