@@ -49,7 +49,11 @@ def versions_of(batch: Any) -> int:
     """
     kind = batch.__class__
     found = batch if kind is tuple or kind is list else batch.values() if kind is dict else (batch,)
-    return sum(version_of(each) for each in found if each.__class__ is Tensor and not each.is_inference())
+    versions = 0
+    for each in found:  # a loop, and no generator: this is asked for at every step
+        if each.__class__ is Tensor and not each.is_inference():
+            versions += version_of(each)
+    return versions
 
 
 def _walk(batch: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,5 +1,6 @@
 """Items: groups of batches with their position in the data, and the endless stream of items that a run consumes."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -206,7 +207,8 @@ def _items(
             epoch, start = epoch + 1, 0
             found = source.epoch(seed, epoch, follows=True)
     except GeneratorExit:
-        place.freeze()
+        if not sys.is_finalizing():  # as Python ends, nothing reads the state any more
+            place.freeze()
         raise
     finally:
         source.leave()

@@ -58,7 +58,7 @@ class Place:
         """Stand after an item, whose last batch is held until the next one."""
         self._epoch, self._batch, self._last = epoch, batch, last
         self._held = () if item is None else item.batches[-1:]
-        self._versions = sum(map(versions_of, self._held))
+        self._versions = versions_of(self._held[0]) if self._held else 0
         if last and self.source.remembers and not self.fleeting:
             self._ended = self.source.position(True)
 

@@ -7,6 +7,7 @@ A checkpoint therefore holds the state with its evaluation, and knows what was l
 repeated once with a tick whose ``end`` is True.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -134,7 +135,9 @@ def _run(
 def _release(store: Store, error: BaseException | None) -> None:
     """Close what a run holds open, the last first, whatever the others raise; gradients and the loader are let go."""
     with ExitStack() as stack:
-        if error is None or isinstance(error, GeneratorExit):
+        if (
+            error is None or isinstance(error, GeneratorExit)
+        ) and not sys.is_finalizing():  # as Python ends, nothing reads the state any more
             stack.callback(store.settle)
         for resource in store.end_run().values():
             stack.callback(resource.close, error)

@@ -64,7 +64,8 @@ def mean_of_group(grad_fn: GradFn) -> GradFn:
         found = grad_fn(store, batches[0], fold_in(key, 0))
         for i in range(1, len(batches)):
             found = _add(found, grad_fn(store, batches[i], fold_in(key, i)))
-        return _divide(found, found.weight)
+        weight = found.weight
+        return found if weight.__class__ is float and weight == 1.0 else _divide(found, weight)
 
     return grouped
 

@@ -1,5 +1,8 @@
 """`run` goes through the data, yields every state, works on a copy, and charges the clock."""
 
+import subprocess
+import sys
+
 import torch
 
 from fnlight.gradients import accumulate, grad
@@ -50,3 +53,16 @@ def test_the_mean_of_a_group_is_one_step():
     step = pipe(train_step, grad(), accumulate(3), apply(), ema(0.9), stop_when(max_epochs(1)))
     found = [s.progress for s, _ in run(step, created(), loader())]
     assert [(p.step, p.batch, p.epoch, p.samples) for p in found] == [(1, 3, 0, 6), (2, 0, 1, 8)]
+
+
+def test_a_program_may_end_in_the_middle_of_a_run():
+    """Python ends while a generator of `run` is open: nothing is read any more, and the process ends with 0."""
+    program = """
+import fnlight as fl
+from fnlight.testing import tiny_batches, tiny_task
+task = tiny_task()
+items = fl.run(fl.pipe(task.train_step, fl.grad(), fl.apply()), fl.TrainState.create(task), tiny_batches())
+next(items)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
