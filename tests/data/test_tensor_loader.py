@@ -63,7 +63,7 @@ def test_a_batch_is_the_tree_that_was_given(tree: Any) -> None:
     """Tuples, lists, dicts, namedtuples and nests of them keep their types."""
     found = list(fl.TensorLoader(tree, 4))
     assert [type(batch) for batch in found] == [type(tree)] * 2
-    assert equal(found[0], fl.tree.map_tensors(lambda t: t[:4], tree))
+    assert equal(found[0], fl.tensors.map_tensors(lambda t: t[:4], tree))
 
 
 def test_outside_of_a_run_the_order_is_drawn_from_the_global_generator() -> None:
