@@ -104,7 +104,11 @@ def _trained(*levels) -> list[torch.Tensor]:
     ("module", "name", "says"),
     [
         ("torch._inductor.compile_fx", "compile_fx_inner", r"has no torch\._inductor\.compile_fx\.compile_fx_inner.*continuing"),
-        ("torch._inductor.decomposition", "select_decomp_table", r"has no torch\._inductor\.decomposition\.select_decomp_table.*continuing"),
+        (
+            "torch._inductor.decomposition",
+            "select_decomp_table",
+            r"has no torch\._inductor\.decomposition\.select_decomp_table.*continuing",
+        ),
         ("torch._subclasses.fake_tensor", "FakeTensorMode", r"has no torch\._subclasses\.fake_tensor\.FakeTensorMode.*continuing"),
     ],
 )
