@@ -86,8 +86,8 @@ def main() -> None:
         one, two = fl.load(calm, make_task()), fl.load(rough, make_task())
         print(f"the resumed process ended with {two}")
         tensors = ("params", "buffers", "opt_state")
-        same = one.progress == two.progress and all(fl.tree.equal(getattr(one, part), getattr(two, part)) for part in tensors)
-        same = same and fl.tree.equal(one.memory["ema"], two.memory["ema"])
+        same = one.progress == two.progress and all(fl.tensors.equal(getattr(one, part), getattr(two, part)) for part in tensors)
+        same = same and fl.tensors.equal(one.memory["ema"], two.memory["ema"])
     print(f"bitwise equal after kill -9 at step {KILL_AT}: {same and status == -signal.SIGKILL}")
 
 
