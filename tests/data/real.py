@@ -248,7 +248,7 @@ KINDS = (
 
 def table() -> str:
     """The table of docs/loaders.md."""
-    lines = ["| loader | resumes | to come to batch k | workers | epochs differ |", "|---|---|---|---|---|"]
+    lines = ["| loader | resumes | cost of a skip to batch k | workers | epochs differ |", "|---|---|---|---|---|"]
     for kind in KINDS:
         cost = {"free": "nothing is read", "reads": "k batches are read"}[kind.skip]
         workers, orders = " and ".join(map(str, kind.workers)), "yes" if kind.orders else "as its order says"
