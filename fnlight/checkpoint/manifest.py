@@ -131,7 +131,7 @@ def parse(data: bytes) -> Mapping[str, Any]:
             body = migrate(body, int(first[1]))
             check(body)
     except (ValueError, RecursionError) as error:
-        raise BrokenCheckpointError(f"state.json holds what fnlight does not write: {printable(str(error)):.300}") from error
+        raise BrokenCheckpointError(f"state.json has content that fnlight does not write: {printable(str(error)):.300}") from error
     return body
 
 

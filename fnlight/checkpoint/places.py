@@ -147,7 +147,7 @@ def best_checkpoint(dir: Path, monitor: str, mode: str = "min") -> str | None:
         mode: ``"min"`` if less is better, ``"max"`` if more is.
 
     Returns:
-        Its path; None if no checkpoint has such a value. Each broken one that is passed over is named in a `CheckpointWarning`.
+        Its path; None if no checkpoint has such a value. Each broken one that is skipped is named in a `CheckpointWarning`.
 
     Raises:
         ConfigError: If the mode is neither.
@@ -177,7 +177,7 @@ def _sound(dir: Path, files: tuple[str, ...] = FILES, hold: bool = False, ranks:
 
 
 def _pass_over(error: BrokenCheckpointError) -> None:
-    warn(f"passed over a broken checkpoint: {error}", CheckpointWarning)
+    warn(f"skipped a broken checkpoint: {error}", CheckpointWarning)
 
 
 def open_checkpoint(path: Path, files: tuple[str, ...] = FILES, hold: bool = False, ranks: Any = None) -> Opened:

@@ -97,7 +97,7 @@ class Iterated:
         """Refuse an iterator whose earlier epochs are gone."""
         if span.epoch and "first" in given and iter_is_itself(self.loader):
             raise LoaderError(
-                f"the {type(self.loader).__name__} is an iterator, so it can be gone over only once, but {span.epoch} epochs of it were read before the "
+                f"the {type(self.loader).__name__} is an iterator, so it can be iterated only once, but {span.epoch} epochs of it were read before the "
                 "state was saved; make it for each epoch, with fl.per_epoch(lambda seed, epoch: ...), or pass an iterable that begins anew each time"
             )
 

@@ -36,6 +36,7 @@ def prepare(path: str | os.PathLike[str], make: Callable[[str], Any]) -> str:
         ...     Path(prepare(path, max)).read_text()  # it is there: nothing is called
         '1 2 3'
     """
+    check_type("prepare(path)", path, str | os.PathLike, "the path of a file or folder to make")
     check_type("prepare(make)", make, Callable, "a function of a path, which writes to it")
     wanted = os.path.abspath(os.fspath(path))
     if os.path.exists(wanted):

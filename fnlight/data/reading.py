@@ -32,8 +32,8 @@ def nothing(loader: Any, epoch: int) -> LoaderError:
     kind = type(loader).__name__
     if iter(loader) is loader:
         return LoaderError(
-            f"the {kind} yielded no batch in epoch {epoch}: it is an iterator, which can be gone over only once, and it is used up; "
-            "pass an iterable that begins anew each time, such as a DataLoader or a list"
+            f"the {kind} yielded no batch in epoch {epoch}: it is an iterator, which can be iterated only once, and it is exhausted; "
+            "pass an iterable that starts again for each epoch, such as a DataLoader or a list"
         )
     return LoaderError(f"the {kind} yielded no batch in epoch {epoch}; expected at least one: check where the data is read")
 
@@ -112,8 +112,8 @@ def skip(found: Iterator[Any], span: Span, loader: Any) -> None:
     if span.stop is not None:
         check_start(span, span.stop, loader)
     warn(
-        f"{span.start} batches of epoch {span.epoch} are read and thrown away to come to where the state stands, since a {type(loader).__name__} "
-        "cannot be entered elsewhere; a map-style DataLoader, a list, or a loader with state_dict and load_state_dict need not be read",
+        f"{span.start} batches of epoch {span.epoch} are read and discarded to reach the position of the state, because a {type(loader).__name__} "
+        "can be read only from its start; a map-style DataLoader, a list, or a loader with state_dict and load_state_dict resumes without this",
         LoaderWarning,
     )
     skipped = deque(enumerate(itertools.islice(found, span.start), 1), maxlen=1)
@@ -189,6 +189,6 @@ def counting(found: Iterator[Any], span: Span, end: int, loader: Any) -> Iterato
 
 def _too_short(loader: Any, span: Span, number: int) -> LoaderError:
     return LoaderError(
-        f"this {type(loader).__name__} says that it has {length_of(loader)} batches, but epoch {span.epoch} ended after {number}; "
-        "correct its __len__, or leave it out"
+        f"the length of this {type(loader).__name__} is {length_of(loader)}, but epoch {span.epoch} ended after {number} batches; "
+        "correct its __len__, or remove it"
     )

@@ -99,8 +99,8 @@ def _twin(loader: DataLoader[Any], key: int, epoch: int) -> Iterable[Any]:
         twin = copy.deepcopy(sampler, memo)
     except TypeError as error:
         raise LoaderError(
-            f"the sampler {type(sampler).__name__} cannot be copied ({error}), but a copy is what each epoch is drawn from; "
-            "let its __iter__ make what it needs instead of holding it, or give it a __deepcopy__"
+            f"the sampler {type(sampler).__name__} cannot be copied ({error}), but each epoch is drawn from a copy; "
+            "create what it needs in its __iter__ instead of keeping it, or give it a __deepcopy__"
         ) from error
     for node in _samplers(twin):
         if _listens(node):

@@ -73,12 +73,14 @@ def _backward(loss: Tensor, store: StoreView) -> list[Tensor | None]:
 
 
 def _samples_of(out: Any, part: Part | None) -> float | None:
-    """What the metric of a plain loss of a part counts more than the loss itself: its samples, not its share; None for other losses."""
+    """The factor from a plain loss of a part, weighted by its share, to its metric, weighted by its samples; None for other losses."""
+    if part is None:
+        return None
+    if not part.share:
+        return 0.0  # a dummy batch has no samples
     loss = out[0] if out.__class__ is tuple and out else out
-    plain = (
-        part is not None and part.share and loss.__class__ is Mean and loss.weight is part.share
-    )  # the very number that Part has put there
-    return num_samples(part.batch) / part.share if plain and part is not None else None
+    plain = loss.__class__ is Mean and loss.weight is part.share  # the number that Part has put there
+    return num_samples(part.batch) / part.share if plain else None
 
 
 def weight_of(loss: Mean) -> Any:

@@ -116,7 +116,7 @@ def _run(
     except BaseException as failure:
         error = (
             worker_death(failure)
-            or (store.place and store.place.everyone.lost(failure, f"behind step {state.progress.step}"))
+            or (store.place and store.place.everyone.lost(failure, f"after step {state.progress.step}"))
             or in_step(failure, state.progress.step)
         )
         if error is failure:

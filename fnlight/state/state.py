@@ -212,8 +212,9 @@ class TrainState:
         if store.version != self.version:
             store = self.live  # raises
         store.version += 1
-        store.step.begin(self.progress)
-        store.run.retained_grads = None  # free_gradients without the call: every step comes here
+        step = store.step
+        step.progress, step.skipped = self.progress, False  # StepScratch.begin and Store.free_gradients without the calls:
+        store.run.retained_grads = None  # every step comes here
         return store
 
     def advanced(self, item: Any, updates: Mapping[str, int] | None = None, made: int = 1, skipped: int = 0) -> "TrainState":

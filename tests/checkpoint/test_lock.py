@@ -111,7 +111,7 @@ def test_a_lock_that_was_deleted_is_taken_again_unless_another_run_has_it(tmp_pa
     held = hold(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")
     held.look()
-    with pytest.raises(LockedError, match="in use by a run of this very process"):
+    with pytest.raises(LockedError, match="in use by a run of this same process"):
         hold(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")
     other = hold(tmp_path / "run")

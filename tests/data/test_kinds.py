@@ -178,7 +178,7 @@ def test_an_iterator_is_not_resumed_in_a_later_epoch() -> None:
     """The epochs before it are gone."""
     source = Source(rows_of(range(12)), limit=3)
     _, state = run_of(source, state_at(), 4)
-    with pytest.raises(LoaderError, match=r"is an iterator, so it can be gone over only once, but 1 epochs of it were read.*fl.per_epoch"):
+    with pytest.raises(LoaderError, match=r"is an iterator, so it can be iterated only once, but 1 epochs of it were read.*fl.per_epoch"):
         run_of(Source(rows_of(range(12)), limit=3), saved(state), 1)
 
 

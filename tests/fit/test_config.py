@@ -128,7 +128,7 @@ def test_a_function_with_the_name_of_a_trigger_is_not_written_as_that_trigger():
         ({"max_epochs": 1, "sinks": 5}, r"sinks=...\) must be functions of a record, such as .* but got 5"),
         ({"max_epochs": 1, "sinks": "log.csv"}, r"sinks=...\) must be functions of a record, such as .* but got 'log.csv'"),
         ({"max_epochs": 1, "recompute": 5}, r"recompute=...\) must be patterns of modules' names, but got 5"),
-        ({"max_epochs": 1, "allow": "foo"}, r"allow=...\) must be some of 'batch_size', 'dtype', 'model', 'optimizer', but got 'foo'"),
+        ({"max_epochs": 1, "allow": "foo"}, r"allow=...\) must be some of 'batch_size', 'data', 'dtype', 'model', 'optimizer', but got 'foo'"),
         ({"max_epochs": 1, "dir": 5}, r"dir=...\) must be a directory, a URL, or None to write no files, but got 5"),
         ({"max_epochs": 1, "dir": ""}, r"dir=...\) must be a directory, a URL, or None to write no files, but got ''"),
         ({"max_epochs": 1, "precision": "int8"}, r"FitConfig\(precision=\.\.\.\) must be one of 'fp32', 'bf16', 'fp16'.*but got 'int8'"),

@@ -86,7 +86,7 @@ def sparse(make):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: Unsaved(3, 3), "^extra/ holds set: .*a checkpoint holds dicts"),
+        (lambda: Unsaved(3, 3), "^extra/ has type set: .*a checkpoint holds only dicts"),
         (lambda: sparse(torch.Tensor.to_sparse), "^adjacency is sparse"),
         (lambda: sparse(torch.Tensor.to_sparse_csr), "^adjacency is sparse"),
     ],

@@ -292,7 +292,7 @@ class Campaign:
             if isinstance(code, Raw | Exception):
                 yield code.text if isinstance(code, Raw) else f"{name}: {code!r}"
                 continue
-            told = [line for line in err.getvalue().splitlines() if "passed over a broken checkpoint" not in line]
+            told = [line for line in err.getvalue().splitlines() if "skipped a broken checkpoint" not in line]
             alone = " of the run" not in name and name != "prune"
             allowed = (1,) if problems and name.startswith("verify") else (2,) if problems and alone else codes
             if code not in allowed:

@@ -82,12 +82,12 @@ def test_a_head_that_is_none_is_named_by_all_and_the_run_goes_on_from_the_checkp
     assert len(verify(path)) == 1
     for reader in (lambda: load(path, tiny_task()), lambda: restore(path, TrainState.create(tiny_task()))):
         with pytest.raises(
-            BrokenCheckpointError, match=rf"step-00000006 is broken: state\.json holds what fnlight does not write: .*{says}"
+            BrokenCheckpointError, match=rf"step-00000006 is broken: state\.json has content that fnlight does not write: .*{says}"
         ):
             reader()
-    with pytest.warns(CheckpointWarning, match=f"passed over a broken checkpoint: .*{says}"):
+    with pytest.warns(CheckpointWarning, match=f"skipped a broken checkpoint: .*{says}"):
         assert newest(folder) == before
-    with pytest.warns(CheckpointWarning, match=f"passed over a broken checkpoint: .*{says}"):
+    with pytest.warns(CheckpointWarning, match=f"skipped a broken checkpoint: .*{says}"):
         state = fit(TrainState.create(tiny_task()), tiny_batches(), FitConfig(max_epochs=2, dir=folder, resume=True, progress=False))
     assert state.progress.step == 6
     assert verify(path) == [], "it was written again"

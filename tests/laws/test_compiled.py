@@ -17,7 +17,7 @@ from tests.laws.tasks import TASKS
 
 CASE = TASKS["mlp with BatchNorm and dropout"]
 WITHOUT = {
-    "recompute": "fnlight/recompute.py",
+    "recompute": "fnlight/gradients/recompute.py",
     "exact_ranks": "the step seeds the generators with something else than its key",
     "microbatch auto": "repeats a step that runs out of memory",
     "loss_scale": "must read after every step whether it was skipped",

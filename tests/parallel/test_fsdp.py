@@ -172,7 +172,7 @@ def test_options_are_checked_at_once(monkeypatch):
         fsdp(policy=3)
     with pytest.raises(ConfigError, match=r"fsdp\(tensor_parallel=\.\.\.\) must map names of modules to styles"):
         fsdp(tensor_parallel=["up"])
-    with pytest.raises(ParallelError, match=r"has mixed_precision=, but this process is alone"):
+    with pytest.raises(ParallelError, match=r"sets mixed_precision=, but this process is alone"):
         fsdp(mixed_precision="bf16").place(torch.nn.Linear(1, 1))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     with pytest.raises(ParallelError, match=r"LOCAL_WORLD_SIZE='' does not say how many of 1 processes each has"):

@@ -64,7 +64,7 @@ def test_from_run_to_the_user_there_is_one_frame_a_combinator_and_three_more_at_
 
     def seen():
         files = [(frame.filename, frame.function) for frame in inspect.stack(0)[2:]]
-        ours = files[: files.index((str(Path(PACKAGE, "loop.py")), "_run"))]
+        ours = files[: files.index((str(Path(PACKAGE, "loop", "run.py")), "_run"))]
         assert all(file.startswith(PACKAGE) for file, _ in ours)
         depths.append(len(ours))
 
