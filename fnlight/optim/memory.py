@@ -155,7 +155,7 @@ def weights_to_use(optims: Iterable[Optim], module: nn.Module) -> dict[str, Tens
     """
     found: dict[str, Tensor] = {}
     for optim in optims:
-        if callable(getattr(optim.optimizer, "eval", None)):
+        if callable(getattr(optim.optimizer, "eval", None)) and optim.optimizer.state:  # before the first step there is no average
             memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in module.parameters()}
             copied = copy_optimizer(optim.optimizer, memo)
             copied.eval()

@@ -175,5 +175,5 @@ def test_options_are_checked_at_once(monkeypatch):
     with pytest.raises(ParallelError, match=r"sets mixed_precision=, but this process is alone"):
         fsdp(mixed_precision="bf16").place(torch.nn.Linear(1, 1))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    with pytest.raises(ParallelError, match=r"LOCAL_WORLD_SIZE='' does not say how many of 1 processes each has"):
+    with pytest.raises(ParallelError, match=r"LOCAL_WORLD_SIZE='' does not say how many of the 1 processes each has"):
         hsdp()
