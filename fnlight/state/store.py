@@ -23,7 +23,7 @@ from fnlight.tensors import end_step_on, seed_generators
 class StepScratch:
     """Values of one step and the rest of its tick; the next step overwrites them.
 
-    Args:
+    Attributes:
         progress: What was completed before the step. Written by `begin`; by `fnlight.compile` while it asks stages for the numbers of later updates.
         skipped: Whether the update was left out, and the host knows. Written by `fnlight.step`, and cleared by `begin`.
         scale: What a loss is multiplied by before the backward pass, a scalar tensor, shape []. Written by `fnlight.precision.loss_scale`.
@@ -58,7 +58,7 @@ class StepScratch:
 class RunScope:
     """Values of one run; neither copied nor saved.
 
-    Args:
+    Attributes:
         resources: Open resources of the run by name; each has a ``close(error)``. The `start` of a combinator adds its own under its own name;
             `Store.end_run` removes all.
         until: The total number of steps of the run, if it is known. Written by `fnlight.loop.stop_when`.
