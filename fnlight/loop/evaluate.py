@@ -14,7 +14,18 @@ from fnlight.metrics import MEDIA, Tally, parted, put_states, read_in_order, rea
 from fnlight.optim import weights_to_use
 from fnlight.runtime import A_SIGNALS, Signals
 from fnlight.state import A_STATE, Store, TrainState
-from fnlight.tensors import EVALUATE, buffers_of, check_context, fold_in, is_sharded, isolated, local, parameters_of, seed_generators
+from fnlight.tensors import (
+    EVALUATE,
+    buffers_of,
+    check_context,
+    fold_in,
+    is_lazy,
+    is_sharded,
+    isolated,
+    local,
+    parameters_of,
+    seed_generators,
+)
 
 EvalStep = Callable[[Any, Any], Mapping[str, Any]]
 
@@ -211,7 +222,7 @@ def step_of(state: TrainState, name: str, given: Any) -> Any:
 def inference(store: Store, weights: str | None = None, *, owned: bool = False) -> Iterator[nn.Module]:
     """The live module in eval mode, without gradients, with averaged weights if named; everything is restored afterwards.
 
-    Everything: weights, the modes of all modules, and buffers that a forward writes to, replaces or fills. Within one evaluation a buffer keeps
+    Everything: weights, the modes of all modules, and (but on XLA) buffers that a forward writes to, replaces or fills. Within one evaluation a buffer keeps
     what the batches before have written, as in a plain loop. Modes change through `eval()` and `train()`, both of which a model may override.
 
     Args:
@@ -240,7 +251,8 @@ def inference(store: Store, weights: str | None = None, *, owned: bool = False) 
         with torch.no_grad():
             for name, value in average.items():
                 _put(targets[name], value)
-            kept += [] if owned else _kept(module)  # after the averaged weights: these are what eval() may write to
+            if not owned and not is_lazy(store.device):  # on XLA a step deletes the memory that copies share
+                kept += _kept(module)  # after the averaged weights: these are what eval() may write to
             module.eval()
             yield module
     finally:

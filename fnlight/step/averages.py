@@ -172,8 +172,8 @@ def swa(start: int, every: Callable[[Tick], bool] = epochs(1), name: str = "swa"
 
 
 def _floating(store: Store) -> dict[str, Tensor]:
-    found = {n: p.detach().to(_wide(p.dtype), copy=True) for n, p in store.named.items() if p.is_floating_point() or p.is_complex()}
-    store.end_step()  # on a lazy device a copy shares memory until then, and the next step would overwrite it
+    found = {n: p.detach().clone().to(_wide(p.dtype)) for n, p in store.named.items() if p.is_floating_point() or p.is_complex()}
+    store.end_step()  # on a lazy device a clone shares memory until then (`to(copy=True)` for ever), and the next step would overwrite it
     return found
 
 
