@@ -19,7 +19,6 @@ from fnlight.tensors import (
     buffers_of,
     check_context,
     fold_in,
-    is_lazy,
     is_sharded,
     isolated,
     local,
@@ -222,7 +221,7 @@ def step_of(state: TrainState, name: str, given: Any) -> Any:
 def inference(store: Store, weights: str | None = None, *, owned: bool = False) -> Iterator[nn.Module]:
     """The live module in eval mode, without gradients, with averaged weights if named; everything is restored afterwards.
 
-    Everything: weights, the modes of all modules, and (but on XLA) buffers that a forward writes to, replaces or fills. Within one evaluation a buffer keeps
+    Everything: weights, the modes of all modules, and buffers that a forward writes to, replaces or fills. Within one evaluation a buffer keeps
     what the batches before have written, as in a plain loop. Modes change through `eval()` and `train()`, both of which a model may override.
 
     Args:
@@ -251,8 +250,7 @@ def inference(store: Store, weights: str | None = None, *, owned: bool = False) 
         with torch.no_grad():
             for name, value in average.items():
                 _put(targets[name], value)
-            if not owned and not is_lazy(store.device):  # on XLA a step deletes the memory that copies share
-                kept += _kept(module)  # after the averaged weights: these are what eval() may write to
+            kept += [] if owned else _kept(module)  # after the averaged weights: these are what eval() may write to
             module.eval()
             yield module
     finally:
